@@ -1,8 +1,33 @@
 """The one exception that means that the user, not the code, must change something."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class ConfigError(ValueError):
     """What was asked for cannot be done; the message names the field and the mend.
 
     Entry points print the message without a traceback and exit with code 2.
     """
+
+
+def check(field: str, holds: bool, message: str) -> None:
+    """Raises ConfigError "field: message" unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{field}: {message}")
+
+
+def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`; names the nearest."""
+    check(
+        field,
+        value in choices,
+        f"unknown value {value!r}{nearest(value, choices)} "
+        f"(choices: {', '.join(choices) or 'none'})",
+    )
+
+
+def nearest(name: str, choices: Sequence[str]) -> str:
+    """Returns '; did you mean X?' for the closest choice, or an empty string."""
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,36 @@
+"""Training losses, in nats per token."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Scalar
+
+
+def next_token_cross_entropy(
+    logits: Float[Array, "*B L V"],
+    targets: Int[Array, "*B L"],
+    *,
+    mask: Float[Array, "*B L"] | None = None,
+    z_loss: float = 0.0,
+) -> Scalar:
+    """Returns the mean negative log-likelihood of the targets, in nats per token.
+
+    Computed in float32. An all-zero mask gives 0.
+
+    Args:
+      logits: unnormalised scores.
+      targets: the token that follows each position.
+      mask: weight of each position, 1 everywhere if None.
+      z_loss: weight of the mean of log(Z)^2, which keeps the logits from drifting.
+
+    References:
+      Chowdhery et al., PaLM, arXiv 2204.02311, 2022, section 5 (z-loss)
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = log_z - chosen
+    if z_loss:
+        nats = nats + z_loss * jnp.square(log_z)
+    if mask is None:
+        return jnp.mean(nats)
+    return jnp.sum(nats * mask) / jnp.maximum(jnp.sum(mask), 1.0)

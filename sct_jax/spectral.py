@@ -1,0 +1,386 @@
+"""Factorised weights: W = u diag(s) v.T and W = a b.T, never built in training.
+
+A weight maps fan_in I to fan_out O: y = x @ W. Leading axes of every factor are layers.
+A factor tuple is one node of the parameter tree, so that a transformation sees u, s and
+v of a weight together:
+
+    jax.tree.map(f, params, updates, is_leaf=spectral.is_factors)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sct_jax import orthogonalize, stiefel
+
+T = TypeVar("T")  # any pytree
+
+class SpectralFactors(NamedTuple):
+    """W = u @ diag(s) @ v.T with orthonormal columns in u and v.
+
+    s is neither sorted nor positive by itself once training has begun.
+
+    References:
+      Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, section 3
+    """
+
+    u: Float[Array, "*layers I R"]
+    s: Float[Array, "*layers R"]
+    v: Float[Array, "*layers O R"]
+
+
+class LowRankFactors(NamedTuple):
+    """W = a @ b.T with free factors, as Spectron trains them.
+
+    References:
+      Spectron, arXiv 2602.12429, 2026, section 3
+    """
+
+    a: Float[Array, "*layers I R"]
+    b: Float[Array, "*layers O R"]
+
+
+Weight = Array | SpectralFactors | LowRankFactors
+
+
+def is_factors(x: Any) -> TypeGuard[SpectralFactors | LowRankFactors]:
+    """Returns whether x is a factor tuple; meant as `is_leaf` of `jax.tree.map`."""
+    return isinstance(x, SpectralFactors | LowRankFactors)
+
+
+def is_spectral(x: Any) -> TypeGuard[SpectralFactors]:
+    """Returns whether x is a `SpectralFactors`."""
+    return isinstance(x, SpectralFactors)
+
+
+def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
+    """Returns x @ W in the dtype of x, at 2 R (I + O) FLOPs per row for factors.
+
+    The factors stay in their own dtype (float32 master copies) and are cast here.
+
+    Args:
+      x: activations; their dtype is the compute dtype.
+      w: a dense array (I, O) or factors without layer axes.
+    """
+    if is_factors(w):
+        w = jax.tree.map(lambda p: p.astype(x.dtype), w)
+    if isinstance(w, SpectralFactors):
+        return ((x @ w.u) * w.s) @ w.v.T
+    if isinstance(w, LowRankFactors):
+        return (x @ w.a) @ w.b.T
+    return x @ w.astype(x.dtype)
+
+
+def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
+    """Returns the rows `ids` of W (I, O), in the dtype of w, at 2 R O FLOPs a row."""
+    if isinstance(w, SpectralFactors):
+        return (w.u[ids] * w.s) @ w.v.T
+    if isinstance(w, LowRankFactors):
+        return w.a[ids] @ w.b.T
+    return w[ids]
+
+
+def transpose(w: Weight) -> Weight:
+    """Returns the factors of W.T; nothing is computed for factors."""
+    if isinstance(w, SpectralFactors):
+        return SpectralFactors(w.v, w.s, w.u)
+    if isinstance(w, LowRankFactors):
+        return LowRankFactors(w.b, w.a)
+    return jnp.swapaxes(w, -1, -2)
+
+
+def to_dense(w: Weight) -> Float[Array, "*layers I O"]:
+    """Builds W. For tests, analysis and export; never called in training."""
+    if isinstance(w, SpectralFactors):
+        return orthogonalize.matmul(
+            w.u * w.s[..., None, :], orthogonalize.transpose(w.v)
+        )
+    if isinstance(w, LowRankFactors):
+        return orthogonalize.matmul(w.a, orthogonalize.transpose(w.b))
+    return w
+
+
+def to_low_rank(w: SpectralFactors) -> LowRankFactors:
+    """Returns a = u sqrt|s|, b = v sign(s) sqrt|s| with the same product.
+
+    References:
+      Spectron, arXiv 2602.12429, 2026 (initialisation)
+    """
+    root = jnp.sqrt(jnp.abs(w.s))[..., None, :]
+    return LowRankFactors(w.u * root, w.v * root * jnp.sign(w.s)[..., None, :])
+
+
+def energy_rank(
+    s: Float[Array, "*layers R"], energy: float | Float[Array, ""]
+) -> Int[Array, "*layers"]:
+    """Returns the smallest k whose k largest s^2 hold `energy` of the sum of s^2.
+
+    s may be unsorted and of either sign; an all-zero s needs rank 1. Works under jit.
+
+    References:
+      TSVD, arXiv 2605.28573, 2026 (energy criterion)
+    """
+    peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
+    squares = -jnp.sort(-jnp.square(s / jnp.where(peak > 0, peak, 1)), axis=-1)
+    reached = jnp.cumsum(squares, axis=-1)
+    # The last partial sum is the total by construction, so that energy = 1 is reached.
+    enough = reached >= energy * reached[..., -1:]
+    return jnp.argmax(enough, axis=-1) + 1
+
+
+def from_dense(
+    w: Float[Array, "*layers I O"],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> SpectralFactors:
+    """Returns the best rank-R approximation of w in Frobenius norm, s descending.
+
+    Args:
+      w: dense weight or a stack of them.
+      rank: number of singular values to keep.
+      energy: in place of `rank`, the share of the sum of s^2 to keep, in (0, 1]; a
+        stack keeps the largest rank that any of its layers needs. Not under jit. With
+        neither argument nothing is dropped.
+
+    Raises:
+      ValueError: for both arguments, a rank outside 1..min(I, O), or an energy outside
+        (0, 1].
+
+    References:
+      Eckart, Young, The approximation of one matrix by another of lower rank, 1936
+    """
+    if rank is not None and energy is not None:
+        raise ValueError("give rank or energy, not both")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy is a share in (0, 1], got {energy}")
+    full = min(w.shape[-2:])
+    if rank is not None and not 1 <= rank <= full:
+        raise ValueError(f"rank {rank} is not in 1..{full} for shape {w.shape}")
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    u, s, vt = jnp.linalg.svd(w.astype(dtype), full_matrices=False)
+    if energy is not None:
+        rank = int(jnp.max(energy_rank(s, energy)))
+    rank = rank or full
+    return SpectralFactors(
+        u[..., :rank], s[..., :rank], orthogonalize.transpose(vt)[..., :rank]
+    )
+
+
+def init(
+    key: PRNGKeyArray,
+    fan_in: int,
+    fan_out: int,
+    rank: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    layers: Sequence[int] = (),
+    scale: float = 1.0,
+    rescale: bool = False,
+) -> SpectralFactors:
+    """Returns factors spread as the top-R SVD of a Gaussian init N(0, scale^2 / I).
+
+    The singular vectors of a Gaussian matrix are uniform and independent of its singular
+    values, so u and v are drawn from the Haar distribution and s stands at the
+    quantiles of the Marchenko-Pastur law: nothing dense is drawn or decomposed.
+
+    `Deviation:` the SCT reference starts from s = 1, which is 8-16 times too small for
+    SmolLM2-1.7B and loses R (R - 1) / 2 directions of the tangent space. Values at
+    quantiles leave out the fluctuation of a draw, O(1 / min(I, O)).
+
+    Args:
+      key: random key.
+      fan_in: I.
+      fan_out: O.
+      rank: R.
+      dtype: of the factors.
+      layers: leading axes, drawn independently.
+      scale: multiplies the standard deviation 1 / sqrt(I) of the dense init.
+      rescale: whether to stretch s so that W has the Frobenius norm of the dense init.
+
+    Raises:
+      ValueError: for a rank outside 1..min(fan_in, fan_out).
+    """
+    drawn = draw(
+        key,
+        fan_in,
+        fan_out,
+        rank,
+        dtype=dtype,
+        layers=layers,
+        scale=scale,
+        rescale=rescale,
+    )
+    return retract(drawn)
+
+
+def draw(
+    key: PRNGKeyArray,
+    fan_in: int,
+    fan_out: int,
+    rank: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    layers: Sequence[int] = (),
+    scale: float = 1.0,
+    rescale: bool = False,
+) -> SpectralFactors:
+    """Returns what `init` returns before its retraction: Gaussian u and v.
+
+    For models: draw every weight, then `retract` the whole tree at once.
+    """
+    if not 1 <= rank <= min(fan_in, fan_out):
+        raise ValueError(
+            f"rank {rank} is not in 1..{min(fan_in, fan_out)} for ({fan_in}, {fan_out})"
+        )
+    layers = tuple(layers)
+    key_u, key_v = jax.random.split(key)
+    s = _gaussian_singular_values(fan_in, fan_out)[:rank] * scale / math.sqrt(fan_in)
+    if rescale:
+        s = s * scale * math.sqrt(fan_out) / np.linalg.norm(s)
+    return SpectralFactors(
+        jax.random.normal(key_u, (*layers, fan_in, rank), dtype),
+        jnp.broadcast_to(jnp.asarray(s, dtype), (*layers, rank)),
+        jax.random.normal(key_v, (*layers, fan_out, rank), dtype),
+    )
+
+
+def retract(tree: T, *, method: str = "cholesky_qr") -> T:
+    """Returns the tree with every u and v of SpectralFactors on the Stiefel manifold.
+
+    All factors of the tree share the batched factorisations of `stiefel.retract`.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_factors)
+    factors = {i: (w.u, w.v) for i, w in enumerate(leaves) if is_spectral(w)}
+    for i, (u, v) in stiefel.retract(factors, method=method).items():
+        leaves[i] = leaves[i]._replace(u=u, v=v)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _gaussian_singular_values(fan_in: int, fan_out: int) -> np.ndarray:
+    """Singular values of a Gaussian matrix at their quantiles, descending.
+
+    Eigenvalues of G G.T / n for G (m, n), m <= n, follow the Marchenko-Pastur law with
+    ratio m / n, on [(1 - r)^2, (1 + r)^2] with r = sqrt(m / n).
+    """
+    m, n = sorted((fan_in, fan_out))
+    ratio = m / n
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    # x = middle - radius cos(t) removes the square-root edges of the density, and the
+    # one at zero of a square matrix.
+    t = np.linspace(0, np.pi, 8193)
+    t = (t[1:] + t[:-1]) / 2
+    x = (low + high) / 2 - (high - low) / 2 * np.cos(t)
+    mass = np.cumsum(np.sin(t) ** 2 / x)
+    quantiles = (np.arange(m) + 0.5) / m
+    return np.sqrt(n * np.interp(quantiles, mass / mass[-1], x))[::-1]
+
+
+def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
+    """Returns ||W' - W||_2 per layer, at O((I + O) R^2) FLOPs, nothing dense.
+
+    SpectralFactors: with P = u.T u' and E = u' - u P (likewise for v),
+
+        W' - W = [u, E_u] (C_u diag(s') C_v.T - diag(s) (+) 0) [v, E_v].T,  C = [P; I],
+
+    where [u, E] has orthogonal blocks. The subtraction happens in a 2R x 2R matrix, so
+    the result is exact to about 1e-5 relative plus eps max|s| absolute, for co-rotating
+    u and v too. Requires that `old` is orthonormal (to 1e-5; the error is of that
+    relative size).
+
+    LowRankFactors: W' - W = [a' - a, a] [b', b' - b].T, exact in real arithmetic, with a
+    floor of about sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
+
+    Raises:
+      TypeError: for factors of different kinds, or arrays.
+    """
+    if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
+        p_u, e_u = split_along(old.u, new.u)
+        p_v, e_v = split_along(old.v, new.v)
+        k = small_space_difference(p_u, p_v, old.s, new.s)
+        g_u, g_v = orthogonalize.gram(e_u), orthogonalize.gram(e_v)
+        product = small_space_product(k, g_u, g_v)
+    elif isinstance(old, LowRankFactors) and isinstance(new, LowRankFactors):
+        d_a, d_b = new.a - old.a, new.b - old.b
+        left = jnp.concatenate([d_a, old.a], axis=-1)
+        right = jnp.concatenate([new.b, d_b], axis=-1)
+        # Columns of one rank-one term are balanced; their product is what counts.
+        size_l = jnp.linalg.norm(left, axis=-2, keepdims=True)
+        size_r = jnp.linalg.norm(right, axis=-2, keepdims=True)
+        vanishes = (size_l == 0) | (size_r == 0)
+        balance = jnp.sqrt(
+            jnp.where(vanishes, 1, size_r) / jnp.where(vanishes, 1, size_l)
+        )
+        product = orthogonalize.matmul(
+            orthogonalize.gram(left * balance), orthogonalize.gram(right / balance)
+        )
+    else:
+        raise TypeError(
+            "composite_update_norm compares two SpectralFactors or two LowRankFactors, "
+            f"got {type(old).__name__} and {type(new).__name__}"
+        )
+    (radius,) = orthogonalize.map_stacked(
+        lambda m: orthogonalize.spectral_radius_bound(m, squarings=20),
+        [product],
+        fill=0.0,
+    )
+    return jnp.sqrt(radius)
+
+
+def split_along(
+    x: Float[Array, "*L n R"], y: Float[Array, "*L n R"]
+) -> tuple[Float[Array, "*L R R"], Float[Array, "*L n R"]]:
+    """Returns p and e with y = x p + e and x.T e = 0, for orthonormal x."""
+    p = orthogonalize.gram(x, y)
+    return p, y - orthogonalize.matmul(x, p)
+
+
+def small_space_difference(
+    c_u: Float[Array, "*L R R"],
+    c_v: Float[Array, "*L R R"],
+    old_s: Float[Array, "*L R"],
+    new_s: Float[Array, "*L R"],
+    t_u: Float[Array, "*L R R"] | None = None,
+    t_v: Float[Array, "*L R R"] | None = None,
+) -> Float[Array, "*L R2 R2"]:
+    """Returns K with W' - W = [u, E_u] K [v, E_v].T.
+
+    Args:
+      c_u: coefficients of u' along u.
+      c_v: coefficients of v' along v.
+      old_s: s.
+      new_s: s'.
+      t_u: coefficients of u' along E_u, the identity if None.
+      t_v: coefficients of v' along E_v, the identity if None.
+    """
+    rank = old_s.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(rank, dtype=c_u.dtype), c_u.shape)
+    left = jnp.concatenate([c_u, eye if t_u is None else t_u], axis=-2)
+    right = jnp.concatenate([c_v, eye if t_v is None else t_v], axis=-2)
+    k = orthogonalize.matmul(left * new_s[..., None, :], orthogonalize.transpose(right))
+    padded = jnp.concatenate([old_s, jnp.zeros_like(old_s)], axis=-1)
+    return k - padded[..., None] * jnp.eye(2 * rank, dtype=k.dtype)
+
+
+def small_space_product(
+    k: Float[Array, "*L R2 R2"],
+    g_u: Float[Array, "*L R R"],
+    g_v: Float[Array, "*L R R"],
+) -> Float[Array, "*L R2 R2"]:
+    """Returns a matrix whose spectral radius is ||[u, E_u] K [v, E_v].T||_2^2.
+
+    It is G_u K G_v K.T with G = I (+) E.T E, for Gram matrices g = E.T E.
+    """
+    rank = g_u.shape[-1]
+
+    def weigh(g, k):
+        lower = orthogonalize.matmul(g, k[..., rank:, :])
+        return jnp.concatenate([k[..., :rank, :], lower], axis=-2)
+
+    return orthogonalize.matmul(weigh(g_u, k), weigh(g_v, orthogonalize.transpose(k)))
+
