@@ -299,13 +299,46 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     Raises:
       TypeError: for factors of different kinds, or arrays.
     """
+    return _norms([(old, new)])[0]
+
+
+def max_composite_update_norm(old: Any, new: Any) -> Float[Array, ""]:
+    """Returns the largest ||W' - W||_2 over all factorised weights of two trees.
+
+    Other leaves do not count. The small products of all weights share their batched
+    work. 0 for a tree without factors.
+    """
+    olds, treedef = jax.tree.flatten(old, is_leaf=is_factors)
+    news = treedef.flatten_up_to(new)
+    pairs = [(o, n) for o, n in zip(olds, news, strict=True) if is_factors(o)]
+    return jnp.max(jnp.stack([jnp.zeros([]), *map(jnp.max, _norms(pairs))]))
+
+
+def orthonormality_error(tree: Any) -> Float[Array, ""]:
+    """Returns the largest max |x.T x - I| over every u and v of a tree; 0 for none."""
+    factors = [w for w in jax.tree.leaves(tree, is_leaf=is_factors) if is_spectral(w)]
+    errors = [stiefel.orthonormality_error(x) for w in factors for x in (w.u, w.v)]
+    return jnp.max(jnp.stack([jnp.zeros([]), *errors]))
+
+
+def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
+    radii = orthogonalize.map_stacked(
+        lambda m: orthogonalize.spectral_radius_bound(m, squarings=20),
+        [_small_product(old, new) for old, new in pairs],
+        fill=0.0,
+    )
+    return [jnp.sqrt(radius) for radius in radii]
+
+
+def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
+    """A 2R x 2R matrix whose spectral radius is ||W' - W||_2^2."""
     if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
         p_u, e_u = split_along(old.u, new.u)
         p_v, e_v = split_along(old.v, new.v)
         k = small_space_difference(p_u, p_v, old.s, new.s)
         g_u, g_v = orthogonalize.gram(e_u), orthogonalize.gram(e_v)
-        product = small_space_product(k, g_u, g_v)
-    elif isinstance(old, LowRankFactors) and isinstance(new, LowRankFactors):
+        return small_space_product(k, g_u, g_v)
+    if isinstance(old, LowRankFactors) and isinstance(new, LowRankFactors):
         d_a, d_b = new.a - old.a, new.b - old.b
         left = jnp.concatenate([d_a, old.a], axis=-1)
         right = jnp.concatenate([new.b, d_b], axis=-1)
@@ -316,20 +349,13 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
         balance = jnp.sqrt(
             jnp.where(vanishes, 1, size_r) / jnp.where(vanishes, 1, size_l)
         )
-        product = orthogonalize.matmul(
+        return orthogonalize.matmul(
             orthogonalize.gram(left * balance), orthogonalize.gram(right / balance)
         )
-    else:
-        raise TypeError(
-            "composite_update_norm compares two SpectralFactors or two LowRankFactors, "
-            f"got {type(old).__name__} and {type(new).__name__}"
-        )
-    (radius,) = orthogonalize.map_stacked(
-        lambda m: orthogonalize.spectral_radius_bound(m, squarings=20),
-        [product],
-        fill=0.0,
+    raise TypeError(
+        "composite_update_norm compares two SpectralFactors or two LowRankFactors, "
+        f"got {type(old).__name__} and {type(new).__name__}"
     )
-    return jnp.sqrt(radius)
 
 
 def split_along(

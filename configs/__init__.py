@@ -1,0 +1,1 @@
+"""Configurations of runs: files with `get_config(variant=...)`."""

@@ -1,0 +1,116 @@
+"""SmolLM2 with spectral MLP matrices, as in the SCT paper (arXiv 2604.00733).
+
+  python -m experiments.pretrain --config=configs/smollm_r128.py         # 1.7B shape
+  python -m experiments.pretrain --config=configs/smollm_r128.py:tiny    # 2 CPU cores
+
+Variants:
+  1.7b   d 2048, 24 layers, MLP at rank 128: 597,797,888 parameters for 1,711,376,384.
+  360m   d 960, 32 layers, MLP at rank 128.
+  135m   d 576, 30 layers, MLP at rank 128.
+  tiny   a small model on the Python standard library's source text; minutes on a
+         laptop CPU.
+The first three are shapes and a starting recipe for one accelerator; only `tiny` has
+been trained to the end (see README.md).
+"""
+
+from sct_jax import config, data, model, optimizers
+
+ATTENTION_AND_MLP = ("q", "k", "v", "o", *model.MLP)
+
+
+def get_config(variant: str = "1.7b") -> config.ExperimentConfig:
+    return VARIANTS[variant]()
+
+
+def _smollm(
+    *,
+    d_model: int,
+    d_ff: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    rope_theta: float,
+) -> config.ExperimentConfig:
+    return config.ExperimentConfig(
+        num_steps=20_000,
+        model=model.ModelConfig(
+            d_model=d_model,
+            d_ff=d_ff,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            vocab_size=49152,
+            rank=128,
+            spectral=model.MLP,
+            rope_theta=rope_theta,
+            compute_dtype="bfloat16",
+            remat="dots",
+        ),
+        data=data.DataConfig(batch_size=64, seq_len=2048, num_microbatches=4),
+        optimizer=optimizers.OptimizerConfig(
+            peak_learning_rate=1e-3,
+            schedule="wsd",
+            warmup_steps=500,
+            max_update_norm=0.5,
+            grad_clip=1.0,
+            weight_decay=0.01,
+            b2=0.95,
+        ),
+    )
+
+
+def _tiny() -> config.ExperimentConfig:
+    return config.ExperimentConfig(
+        num_steps=400,
+        model=model.ModelConfig(
+            d_model=256,
+            d_ff=704,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            vocab_size=4096,
+            rank=64,
+            spectral=ATTENTION_AND_MLP,
+        ),
+        data=data.DataConfig(batch_size=16, seq_len=256),
+        optimizer=optimizers.OptimizerConfig(
+            peak_learning_rate=4e-3,
+            schedule="wsd",
+            warmup_steps=40,
+            max_update_norm=0.5,
+            grad_clip=1.0,
+            b2=0.95,
+            singular_value_rate=2.0,
+        ),
+        checkpoint=config.CheckpointConfig(every=100),
+        eval=config.EvalConfig(every=100, num_batches=16),
+    )
+
+
+VARIANTS = {
+    "1.7b": lambda: _smollm(
+        d_model=2048,
+        d_ff=8192,
+        num_layers=24,
+        num_heads=32,
+        num_kv_heads=32,
+        rope_theta=130_000.0,
+    ),
+    "360m": lambda: _smollm(
+        d_model=960,
+        d_ff=2560,
+        num_layers=32,
+        num_heads=15,
+        num_kv_heads=5,
+        rope_theta=100_000.0,
+    ),
+    "135m": lambda: _smollm(
+        d_model=576,
+        d_ff=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        rope_theta=100_000.0,
+    ),
+    "tiny": _tiny,
+}

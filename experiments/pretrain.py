@@ -1,0 +1,28 @@
+"""Pre-trains a language model.
+
+python -m experiments.pretrain --config=configs/smollm_r128.py:tiny
+python -m experiments.pretrain --config=configs/smollm_r128.py --config.seed=1
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+# Neither does anything here but print: JAX about absent accelerators, TFDS about TF.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from sct_jax import config, errors, loop
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 finished, 2 bad input, 130 and 143 after a signal."""
+    argv = sys.argv[1:] if argv is None else argv
+    experiment, workdir, flags = config.parse_experiment(argv, __doc__ or "")
+    try:
+        return loop.train(experiment, workdir, dry_run=flags.dry_run)
+    except errors.ConfigError as error:
+        config.fail(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,381 @@
+"""The typed configuration of a run, and the one door through which flags come in.
+
+A config file is a Python module with `get_config(variant=...)` that returns an
+`ExperimentConfig` stating only what differs from the defaults.
+"""
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from sct_jax import data as data_lib
+from sct_jax import errors, optimizers, sharding
+from sct_jax import model as model_lib
+
+T = TypeVar("T")
+
+STEPS = ("whole",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved: `every` so many steps (and at the end), `keep` newest."""
+
+    every: int = 1000
+    keep: int = 2
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field."""
+        for field in ("every", "keep"):
+            value = getattr(self, field)
+            errors.check(f"checkpoint.{field}", value >= 1, f"{value} must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation on held-out text, `every` so many steps (and at the end).
+
+    `num_batches` batches from the start of the validation split, fewer if it is short.
+    """
+
+    every: int = 1000
+    num_batches: int = 16
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field."""
+        for field in ("every", "num_batches"):
+            value = getattr(self, field)
+            errors.check(f"eval.{field}", value >= 1, f"{value} must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that determines a run.
+
+    Attributes:
+      num_steps: optimizer updates in all.
+      seed: of the parameters and of the data order.
+      step: how a step is computed; "whole": forward, backward, then update.
+      log_every: steps between logged rows (the first and last are always logged).
+      model: shape of the model.
+      data: text, tokenizer and batches.
+      optimizer: update rule, rates and schedule.
+      mesh: devices along each axis.
+      checkpoint: cadence of checkpoints.
+      eval: cadence of evaluations.
+    """
+
+    num_steps: int = 1000
+    seed: int = 0
+    step: str = "whole"
+    log_every: int = 10
+    model: model_lib.ModelConfig = model_lib.ModelConfig()
+    data: data_lib.DataConfig = data_lib.DataConfig()
+    optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
+    mesh: sharding.MeshConfig = sharding.MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field, for what cannot be run anywhere."""
+        errors.check("num_steps", self.num_steps >= 1, f"{self.num_steps} must be >= 1")
+        errors.check("seed", self.seed >= 0, f"{self.seed} must be >= 0")
+        errors.check("log_every", self.log_every >= 1, f"{self.log_every} must be >= 1")
+        errors.check_choice("step", self.step, STEPS)
+        groups = (
+            self.model,
+            self.data,
+            self.optimizer,
+            self.mesh,
+            self.checkpoint,
+            self.eval,
+        )
+        for group in groups:
+            group.validate()
+
+
+# Fields that a resumed run may change: cadences, and a larger number of steps.
+RESUMABLE = (
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+    "eval.num_batches",
+)
+
+
+def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ExperimentConfig:
+    """Returns the validated configuration of "path.py" or "path.py:variant".
+
+    Args:
+      spec: config file, with the variant after a colon.
+      overrides: pairs of a dotted field and its value as text, as on a command line.
+
+    Raises:
+      ConfigError: for a file, variant, field or value that does not exist or fit.
+    """
+    path, _, variant = spec.partition(":")
+    config = _call_get_config(pathlib.Path(path), variant)
+    for field, text in overrides:
+        config = override(config, field, text)
+    config.validate()
+    return config
+
+
+def override(config: T, field: str, text: str) -> T:
+    """Returns the configuration with one dotted field replaced by parsed text.
+
+    Raises:
+      ConfigError: for an unknown field (names the nearest) or a value of another type.
+    """
+    return _override(config, field.split("."), text, prefix="")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the configuration as nested dictionaries that JSON can hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], kind: type[T] = ExperimentConfig) -> T:
+    """Returns the configuration from what `to_dict` gave.
+
+    Raises:
+      ConfigError: for a field that this version does not know.
+    """
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        errors.check_choice("config.json", name, tuple(hints))
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(value, typing.cast(type, hints[name]))
+        elif isinstance(value, list):
+            value = tuple(value)
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
+    """Returns a sentence for every difference that forbids resuming old as new."""
+    flat_old, flat_new = _flatten(to_dict(old)), _flatten(to_dict(new))
+    found = []
+    for name in sorted(flat_old.keys() | flat_new.keys()):
+        before, after = flat_old.get(name), flat_new.get(name)
+        grows = name == "num_steps" and after >= before
+        if before != after and name not in RESUMABLE and not grows:
+            found.append(f"{name}: {before!r} in the workdir, {after!r} asked for")
+    return found
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Command-line flags: - and _ alike, no abbreviations, typos answered, exit 2."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse(
+        self, argv: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+        """Returns the flags, and the --config.field=value overrides in order."""
+        plain: list[str] = []
+        overrides: list[tuple[str, str]] = []
+        words = iter(argv)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not name.startswith("--"):
+                plain.append(word)
+                continue
+            name = "--" + name[2:].replace("-", "_")
+            if name.startswith("--config."):
+                if not equals:
+                    value = next(words, None)
+                    if value is None:
+                        self.error(f"{name} needs a value")
+                overrides.append((name.removeprefix("--config."), value))
+            else:
+                plain.append(name + equals + value)
+        namespace, unknown = self.parse_known_args(plain)
+        if unknown:
+            known = [option for a in self._actions for option in a.option_strings]
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unknown argument {flag!r}{errors.nearest(flag, known)}")
+        return namespace, overrides
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with code 2."""
+        self.exit(2, f"error: {message}\n(--help lists the flags)\n")
+
+
+def parse_experiment(
+    argv: Sequence[str], description: str
+) -> tuple[ExperimentConfig, pathlib.Path, argparse.Namespace]:
+    """Returns configuration, workdir and flags of a training command.
+
+    Exits with code 2 and one message for anything that is not right.
+    """
+    parser = FlagParser(description + "\n\n" + _field_help())
+    parser.add_argument(
+        "--config", required=True, help="config file, with :variant if it has several"
+    )
+    parser.add_argument(
+        "--workdir", help="folder of the run (default: runs/<file>-<variant>)"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the start table, write summary.json, and stop",
+    )
+    flags, overrides = parser.parse(argv)
+    try:
+        config = load(flags.config, overrides)
+    except errors.ConfigError as error:
+        parser.error(str(error))
+    workdir = flags.workdir or default_workdir(flags.config)
+    return config, pathlib.Path(workdir), flags
+
+
+def default_workdir(spec: str) -> str:
+    """Returns runs/<file stem>-<variant>, with the file's default variant."""
+    path, _, variant = spec.partition(":")
+    if not variant:
+        get_config = _load_module(pathlib.Path(path)).get_config
+        parameter = inspect.signature(get_config).parameters.get("variant")
+        variant = parameter.default if parameter else ""
+    stem = pathlib.Path(path).stem
+    return os.path.join("runs", f"{stem}-{variant}" if variant else stem)
+
+
+def _load_module(path: pathlib.Path) -> types.ModuleType:
+    if not path.is_file():
+        siblings = sorted(str(p) for p in path.parent.glob("*.py"))
+        raise errors.ConfigError(
+            f"--config: no file {str(path)!r}{errors.nearest(str(path), siblings)}"
+        )
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise errors.ConfigError(f"--config: {str(path)!r} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise errors.ConfigError(f"--config: {path}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise errors.ConfigError(f"--config: {path} has no get_config(variant=...)")
+    return module
+
+
+def _call_get_config(path: pathlib.Path, variant: str) -> ExperimentConfig:
+    module = _load_module(path)
+    if not variant:
+        return module.get_config()
+    errors.check_choice("--config variant", variant, tuple(_variants(module)))
+    return module.get_config(variant=variant)
+
+
+def _variants(module: types.ModuleType) -> Iterable[str]:
+    """Names that a config file declares in its VARIANTS; without it, none."""
+    return getattr(module, "VARIANTS", ())
+
+
+def _override(config: Any, keys: list[str], text: str, *, prefix: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    key, *rest = keys
+    name = prefix + key
+    if key not in hints:
+        near = errors.nearest(key, tuple(hints))
+        if not near:
+            near = _nearest_anywhere(key)
+        raise errors.ConfigError(f"unknown config field {name!r}{near}")
+    kind = hints[key]
+    if dataclasses.is_dataclass(kind):
+        if not rest:
+            fields = ", ".join(field.name for field in dataclasses.fields(kind))
+            raise errors.ConfigError(f"{name}: a group; set one of {name}.[{fields}]")
+        value = _override(getattr(config, key), rest, text, prefix=f"{name}.")
+    elif rest:
+        raise errors.ConfigError(f"unknown config field {'.'.join([name, *rest])!r}")
+    else:
+        value = _parse(name, kind, text)
+    return dataclasses.replace(config, **{key: value})
+
+
+def _nearest_anywhere(key: str) -> str:
+    names = list(_flatten(to_dict(ExperimentConfig())))
+    same = [name for name in names if name.rpartition(".")[2] == key]
+    return f"; did you mean {same[0]!r}?" if same else ""
+
+
+def _parse(name: str, kind: Any, text: str) -> Any:
+    """The value that `text` stands for in a field of type `kind`."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        try:
+            if option is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[
+                    text.lower()
+                ]
+            if option is int:
+                number = float(text) if "e" in text.lower() else int(text)
+                if number == int(number):
+                    return int(number)
+            if option is float:
+                return float(text)
+            if option is str:
+                return text
+            if typing.get_origin(option) is tuple:
+                return _parse_tuple(text)
+        except (KeyError, ValueError, OverflowError):
+            continue
+    wanted = " or ".join(
+        "none" if option is type(None) else getattr(option, "__name__", str(option))
+        for option in options
+    )
+    raise errors.ConfigError(f"{name}: {text!r} is not a value of type {wanted}")
+
+
+def _parse_tuple(text: str) -> tuple[str, ...]:
+    if text.startswith(("(", "[")):
+        try:
+            return tuple(str(item) for item in ast.literal_eval(text))
+        except (SyntaxError, TypeError) as error:
+            raise ValueError(text) from error
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _field_help() -> str:
+    defaults = _flatten(to_dict(ExperimentConfig()))
+    lines = [f"  --config.{name}={value}" for name, value in defaults.items()]
+    return "Fields, with the defaults that a config file starts from:\n" + "\n".join(
+        lines
+    )
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line to standard error and exits with code 2, for bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,346 @@
+"""From `data.*` to batches: prepared once, then read at any step in constant time."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from sct_jax import errors
+from sct_jax.data import cache, sources, tokens
+from sct_jax.data import tokenizer as tokenizer_lib
+
+# A tokenizer learns little from more text; of a larger corpus it is shown every k-th
+# piece. 100 MB take about 20 seconds on 2 cores.
+_TRAINER_BYTES = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into batches.
+
+    Attributes:
+        source: "stdlib" (the Python standard library's own source), "tfds:<name>" of a
+            prepared dataset, or a path or glob of text or JSON-lines files.
+        batch_size: sequences per optimizer step, over all devices and micro-batches.
+        seq_len: tokens per sequence.
+        num_microbatches: parts that a step's batch is computed in, one after the other.
+        tokenizer: path of a tokenizer.json; None trains one of the model's vocabulary.
+        cache_dir: for tokenizers and tokens; None is `sct_jax` in the user's cache
+            folder (XDG_CACHE_HOME or ~/.cache).
+        text_field: the key of the text in TFDS examples and JSON lines.
+        cross_document_attention: attend to earlier documents of the same window.
+    """
+
+    source: str = "stdlib"
+    batch_size: int = 32
+    seq_len: int = 256
+    num_microbatches: int = 1
+    tokenizer: str | None = None
+    cache_dir: str | None = None
+    text_field: str = "text"
+    cross_document_attention: bool = False
+
+    def validate(self) -> None:
+        """Every field can be used, as far as that shows without reading any data.
+
+        Raises:
+            ConfigError: one cannot.
+        """
+        for name in ("batch_size", "seq_len", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise errors.ConfigError(
+                    f"data.{name}: must be at least 1, not {getattr(self, name)}"
+                )
+        if self.batch_size % self.num_microbatches:
+            raise errors.ConfigError(
+                f"data.num_microbatches: {self.num_microbatches} does not divide "
+                f"data.batch_size {self.batch_size}"
+            )
+        for name in ("source", "text_field", "tokenizer", "cache_dir"):
+            if getattr(self, name) == "":
+                raise errors.ConfigError(f"data.{name}: must not be empty")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """A tokenized corpus.
+
+    Attributes:
+        tokenizer: what it is tokenized with.
+        train: (tokens,) ids of the training documents, each after a document mark.
+        validation: (tokens,) likewise.
+        documents: how many there are, in both splits.
+        bytes: of their UTF-8 text, in both splits.
+        hash: SHA-256 of their text, the same on every machine.
+    """
+
+    tokenizer: tokenizer_lib.Tokenizer
+    train: np.memmap
+    validation: np.memmap
+    documents: int
+    bytes: int
+    hash: str
+
+
+def prepare(
+    config: DataConfig, *, vocab_size: int, log: Callable[[str], None] = print
+) -> Corpus:
+    """The corpus is tokenized on disk: found in the cache, or made now and kept.
+
+    What is found without reading the text is described at `sources.Source`: unchanged
+    names, sizes and times of files count as unchanged text. Where they differ the text
+    is hashed, and tokens of the same text and tokenizer are still used.
+
+    Args:
+        config: which corpus and tokenizer.
+        vocab_size: the model's; a tokenizer trained here gets exactly that many tokens
+            if the text has enough pairs to merge.
+        log: receives a few lines: progress, counts of files, documents, bytes and
+            tokens, what was skipped, and the hash.
+
+    Raises:
+        ConfigError: naming the field that cannot be used.
+    """
+    config.validate()
+    root = _cache_dir(config)
+    given = None
+    if config.tokenizer is not None:
+        given = tokenizer_lib.Tokenizer.load(os.path.expanduser(config.tokenizer))
+        _check_vocab_size(given, vocab_size, path=config.tokenizer)
+    recipe = given.hash if given else f"trained {vocab_size}"
+
+    source = _open(config, root)
+    lookup = os.path.join(root, "lookup", _key(source.fingerprint, recipe))
+    folder = _read_lookup(lookup)
+    metadata = tokens.read_metadata(folder) if folder else None
+    if not folder or metadata is None:
+        log(f"data: reading {source.name}")
+        source, summary = sources.scan(source)
+        folder = os.path.join(root, _key(summary.hash, recipe))
+
+        def build(partial: str) -> None:
+            tokenizer = given or _train(source, summary, vocab_size=vocab_size, log=log)
+            total = sum(summary.bytes.values())
+            log(f"data: encoding {total:,} bytes, once; kept in {folder}")
+            tokens.build(partial, source, summary=summary, tokenizer=tokenizer)
+            if _open(config, root).fingerprint != source.fingerprint:
+                raise errors.ConfigError(
+                    f"data.source: files of {source.name!r} changed while they were "
+                    "read; run again when they are at rest"
+                )
+
+        cache.folder(
+            folder,
+            build=build,
+            is_complete=lambda path: tokens.read_metadata(path) is not None,
+        )
+        cache.write_text(lookup, os.path.basename(folder))
+        metadata = tokens.read_metadata(folder)
+        if metadata is None:
+            raise errors.ConfigError(
+                f"data.cache_dir: {folder!r} was changed as soon as it was written"
+            )
+    tokenizer, splits = tokens.load(folder, metadata=metadata)
+    log(_describe(source.name, tokenizer, metadata))
+    return Corpus(
+        tokenizer=tokenizer,
+        train=splits["train"],
+        validation=splits["validation"],
+        documents=sum(metadata["documents"].values()),
+        bytes=sum(metadata["bytes"].values()),
+        hash=metadata["hash"],
+    )
+
+
+def _cache_dir(config: DataConfig) -> str:
+    if config.cache_dir is not None:
+        return os.path.abspath(os.path.expanduser(config.cache_dir))
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(os.path.abspath(user), "sct_jax")
+
+
+def _open(config: DataConfig, root: str) -> sources.Source:
+    return sources.open_source(
+        config.source, text_field=config.text_field, cache_dir=root
+    )
+
+
+def _key(*parts: str) -> str:
+    text = json.dumps([tokens.FORMAT, *parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read_lookup(path: str) -> str | None:
+    """The folder of tokens that the file at `path` names, which may not exist."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            name = file.read()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return os.path.join(os.path.dirname(os.path.dirname(path)), os.path.basename(name))
+
+
+def _check_vocab_size(
+    tokenizer: tokenizer_lib.Tokenizer, vocab_size: int, *, path: str
+) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise errors.ConfigError(
+            f"data.tokenizer: {path!r} has token ids up to {tokenizer.vocab_size - 1}, "
+            f"beyond model.vocab_size {vocab_size}; raise that to at least "
+            f"{tokenizer.vocab_size}"
+        )
+
+
+def _train(
+    source: sources.Source,
+    summary: sources.Summary,
+    *,
+    vocab_size: int,
+    log: Callable[[str], None],
+) -> tokenizer_lib.Tokenizer:
+    every = -(-summary.bytes["train"] // _TRAINER_BYTES)
+    part = f"1/{every} of " if every > 1 else ""
+    log(
+        f"data: training a tokenizer of {vocab_size:,} tokens, once, on "
+        f"{part}{summary.bytes['train']:,} bytes"
+    )
+    return tokenizer_lib.Tokenizer.train(
+        tokens.sample(source, every=every), vocab_size=vocab_size
+    )
+
+
+def _describe(
+    name: str, tokenizer: tokenizer_lib.Tokenizer, metadata: dict[str, Any]
+) -> str:
+    files = f"{metadata['files']:,} files, " if metadata["files"] else ""
+    skipped = sources.describe_skipped(metadata["skipped"])
+    return (
+        f"data: {name}: {files}{sum(metadata['documents'].values()):,} documents, "
+        f"{sum(metadata['bytes'].values()):,} bytes, "
+        f"{f'skipped {skipped}, ' if skipped else ''}"
+        f"hash {metadata['hash'][:16]}; {metadata['tokens']['train']:,} tokens to "
+        f"train on, {metadata['tokens']['validation']:,} to validate, a vocabulary of "
+        f"{tokenizer.vocab_size:,}"
+    )
+
+
+def train_batches(
+    corpus: Corpus,
+    config: DataConfig,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches, shuffled anew each epoch; the first is that of `start_step`.
+
+    The windows of step k are number k batch_size to (k + 1) batch_size of one endless
+    order that `seed` decides. So any step is reached at once, and the rows of all
+    processes, in order of process, are the same for any number of processes.
+
+    A batch has `inputs`, `targets` and `segment_ids`, each (batch_size / process_count,
+    seq_len) int32; see `eval_batches` for the last.
+
+    Raises:
+        ConfigError: the training windows do not fill one batch; `process_count` does
+            not divide `data.batch_size`; the seed is not in [0, 2^32).
+    """
+    if not 0 <= seed < 1 << 32:
+        raise errors.ConfigError(f"seed: must be in [0, 2^32), not {seed}")
+    rows = _rows_per_process(config, process_count)
+    windows = _windows(corpus.train, config, split="training")
+    dataset = (
+        grain.MapDataset.source(windows)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(rows, drop_remainder=True)
+        # Batches of `rows` in turn belong to process 0, 1, ...
+        .slice(slice(start_step * process_count + process_index, None, process_count))
+        .map(lambda window_rows: _batch(window_rows, corpus, config))
+    )
+    # Threads, since forked workers deadlock beside JAX; one is enough to read memory.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+    corpus: Corpus,
+    config: DataConfig,
+    *,
+    num_batches: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[dict[str, np.ndarray]]:
+    """The first `num_batches` batches of the validation text, in its order.
+
+    Fewer if it is shorter. `segment_ids` number the documents within a window from 1;
+    all are 1 where `data.cross_document_attention`.
+
+    Raises:
+        ConfigError: the validation windows do not fill one batch; `process_count` does
+            not divide `data.batch_size`.
+    """
+    rows = _rows_per_process(config, process_count)
+    windows = _windows(corpus.validation, config, split="validation")
+    batches = []
+    for step in range(min(num_batches, len(windows) // config.batch_size)):
+        first = step * config.batch_size + process_index * rows
+        window_rows = np.stack([windows[first + row] for row in range(rows)])
+        batches.append(_batch(window_rows, corpus, config))
+    return batches
+
+
+def _rows_per_process(config: DataConfig, process_count: int) -> int:
+    if config.batch_size % process_count:
+        raise errors.ConfigError(
+            f"data.batch_size: {config.batch_size} cannot be divided among "
+            f"{process_count} processes"
+        )
+    return config.batch_size // process_count
+
+
+def _windows(
+    split_tokens: np.ndarray, config: DataConfig, *, split: str
+) -> tokens.Windows:
+    windows = tokens.Windows(split_tokens, config.seq_len)
+    if len(windows) < config.batch_size:
+        raise errors.ConfigError(
+            f"data.batch_size: {config.batch_size} sequences of data.seq_len "
+            f"{config.seq_len} are more than the {len(windows)} that the {split} split "
+            f"of {config.source!r} has ({len(split_tokens):,} tokens); lower either or "
+            "name more text in data.source"
+        )
+    return windows
+
+
+def _batch(
+    window_rows: np.ndarray, corpus: Corpus, config: DataConfig
+) -> dict[str, np.ndarray]:
+    """The batch of windows (rows, seq_len + 1)."""
+    largest = int(window_rows.max())
+    if largest >= corpus.tokenizer.vocab_size:
+        # An embedding would clamp it silently.
+        raise errors.ConfigError(
+            f"data.cache_dir: the cached tokens hold id {largest}, beyond the "
+            f"vocabulary of {corpus.tokenizer.vocab_size}: the file is damaged, "
+            f"remove it ({getattr(corpus.train, 'filename', '')})"
+        )
+    ids = window_rows.astype(np.int32)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    if config.cross_document_attention:
+        segment_ids = np.ones_like(inputs)
+    else:
+        is_mark = (inputs == corpus.tokenizer.document_mark).astype(np.int32)
+        segment_ids = np.cumsum(is_mark, axis=1, dtype=np.int32) + 1 - is_mark[:, :1]
+    return {
+        "inputs": np.ascontiguousarray(inputs),
+        "targets": np.ascontiguousarray(targets),
+        "segment_ids": segment_ids,
+    }

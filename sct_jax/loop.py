@@ -1,0 +1,551 @@
+"""The host loop: from a configuration to a trained model in a folder."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sct_jax import (
+    accounting,
+    checkpoint,
+    data,
+    errors,
+    metrics,
+    model,
+    sharding,
+    train_state,
+    train_step,
+)
+from sct_jax import config as config_lib
+
+FINISHED = 0
+INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+_SAMPLE_TOKENS = 96
+
+
+class Interrupted(Exception):
+    """A signal arrived while there was no state to save."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"interrupted before the first step, exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class LoadedRun(NamedTuple):
+    """A run read back from its workdir."""
+
+    config: config_lib.ExperimentConfig
+    params: model.Params
+    tokenizer: data.Tokenizer
+
+
+class _Setup(NamedTuple):
+    """What a run is made of before there is any state."""
+
+    config: config_lib.ExperimentConfig
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    state: train_state.TrainState  # abstract, with shardings
+
+
+def train(
+    config: config_lib.ExperimentConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    dry_run: bool = False,
+    console: rich.console.Console | None = None,
+) -> int:
+    """Returns the exit code once the run in `workdir` is finished or interrupted.
+
+    Resumes from the newest checkpoint of the workdir. SIGINT and SIGTERM save and
+    return 130 and 143; a second signal ends the process at once.
+
+    Args:
+      config: the run.
+      workdir: where checkpoints, metrics.jsonl, config.json, summary.json and the
+        tokenizer go.
+      dry_run: print the start table, write summary.json, and return 0. Allocates
+        nothing and needs no corpus.
+      console: where to print; standard output if None.
+
+    Raises:
+      ConfigError: naming the field, for whatever the user has to change; before
+        anything is compiled.
+    """
+    console = console or rich.console.Console()
+    workdir = pathlib.Path(workdir)
+    setup = _set_up(config)
+    _make_folder(workdir)
+    summary = accounting.summary(config.model, setup.tx, seq_len=config.data.seq_len)
+    _write_json(workdir / "summary.json", summary)
+    _print_start(console, setup, summary)
+    if dry_run:
+        return FINISHED
+    with _Signals() as signals, _claimed(workdir, config):
+        try:
+            return _train(setup, workdir, console, signals)
+        except Interrupted as interrupted:
+            console.print("interrupted before the first step; nothing to save")
+            return interrupted.exit_code
+
+
+def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
+    """Returns configuration, parameters and tokenizer of a run, for use elsewhere.
+
+    Parameters come from the newest whole checkpoint, on the first device.
+
+    Raises:
+      ConfigError: where the workdir holds no run with a checkpoint.
+    """
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    errors.check("workdir", path.is_file(), f"{workdir} holds no run (no config.json)")
+    config = config_lib.from_dict(json.loads(path.read_text()))
+    mesh = sharding.MeshConfig().build(1)
+    tx = config.optimizer.build(config.num_steps, decay_mask=model.decay_mask)
+    checkpointer = checkpoint.Checkpointer(
+        workdir / "checkpoints", keep=config.checkpoint.keep
+    )
+    restored = checkpointer.restore(train_state.abstract(config.model, tx), mesh)
+    checkpointer.close()
+    if restored is None:
+        raise errors.ConfigError(f"workdir: {workdir} has no checkpoint yet")
+    tokenizer = data.Tokenizer.load(str(workdir / "tokenizer.json"))
+    return LoadedRun(config, restored[0].params, tokenizer)
+
+
+def generate(
+    params: model.Params,
+    config: model.ModelConfig,
+    prompt: Int[Array, " P"],
+    *,
+    key: PRNGKeyArray,
+    num_tokens: int = _SAMPLE_TOKENS,
+    temperature: float = 0.8,
+) -> Int[Array, " N"]:
+    """Returns the prompt continued to `num_tokens` tokens, sampled one by one.
+
+    A plain loop without a cache, for a look at a model: each token costs a forward pass
+    over the whole buffer.
+    """
+    start = prompt.shape[0]
+    buffer = jnp.zeros(num_tokens, jnp.int32).at[:start].set(prompt)
+
+    def extend(position, buffer):
+        scores = model.forward(params, buffer[None], config)[0, position - 1]
+        token = jax.random.categorical(
+            jax.random.fold_in(key, position), scores / temperature
+        )
+        return buffer.at[position].set(token.astype(jnp.int32))
+
+    return jax.lax.fori_loop(start, num_tokens, extend, buffer)
+
+
+def _set_up(config: config_lib.ExperimentConfig) -> _Setup:
+    config.validate()
+    mesh = config.mesh.build()
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = config.data.batch_size // config.data.num_microbatches
+    errors.check(
+        "data.batch_size",
+        share % shards == 0,
+        f"{config.data.batch_size} in {config.data.num_microbatches} micro-batches is "
+        f"not divisible by mesh.data x mesh.fsdp = {shards}",
+    )
+    tx = config.optimizer.build(config.num_steps, decay_mask=model.decay_mask)
+    state = train_state.abstract(config.model, tx)
+    state = sharding.abstract(state, sharding.shardings(state, mesh))
+    return _Setup(config, mesh, tx, state)
+
+
+def _train(
+    setup: _Setup,
+    workdir: pathlib.Path,
+    console: rich.console.Console,
+    signals: "_Signals",
+) -> int:
+    config, mesh = setup.config, setup.mesh
+    checkpointer = checkpoint.Checkpointer(
+        workdir / "checkpoints", keep=config.checkpoint.keep
+    )
+    with contextlib.closing(checkpointer):
+        if checkpointer.latest_step() == config.num_steps:
+            console.print(
+                f"finished: {config.num_steps} steps are done, see {workdir}",
+                highlight=False,
+            )
+            return FINISHED
+        corpus = data.prepare(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            log=lambda text: console.print(text, highlight=False, markup=False),
+        )
+        corpus.tokenizer.save(str(workdir / "tokenizer.json"))
+        evaluate = _make_evaluation(setup, corpus)
+        state, start_step = _start_state(setup, checkpointer, corpus, console)
+        batches = data.train_batches(
+            corpus,
+            config.data,
+            seed=config.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        run = _Run(
+            setup,
+            checkpointer,
+            metrics.open_sinks(workdir, resume_step=start_step),
+            metrics.Progress(
+                console, start_step=start_step, num_steps=config.num_steps
+            ),
+            evaluate,
+            corpus.hash,
+        )
+        with contextlib.closing(run):
+            state, exit_code = run.steps(state, start_step, batches, signals)
+        if exit_code == FINISHED:
+            _print_end(console, setup, workdir, state, corpus)
+    return exit_code
+
+
+def _start_state(
+    setup: _Setup,
+    checkpointer: checkpoint.Checkpointer,
+    corpus: data.Corpus,
+    console: rich.console.Console,
+) -> tuple[train_state.TrainState, int]:
+    """The newest checkpoint, or a new state."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        restored = checkpointer.restore(setup.state, setup.mesh)
+    for warning in caught:
+        console.print(f"warning: {warning.message}", highlight=False, markup=False)
+    if restored is None:
+        shardings = jax.tree.map(lambda x: x.sharding, setup.state)
+        initialise = jax.jit(
+            lambda key: train_state.init(key, setup.config.model, setup.tx),
+            out_shardings=shardings,
+        )
+        return initialise(jax.random.key(setup.config.seed)), 0
+    state, record = restored
+    errors.check(
+        "data",
+        record["corpus"] == corpus.hash,
+        f"the run was trained on a corpus with hash {record['corpus'][:16]}, "
+        f"{setup.config.data.source!r} now has {corpus.hash[:16]}",
+    )
+    console.print(f"resumed at step {record['step']}", highlight=False)
+    return state, record["step"]
+
+
+class _Run:
+    """The steps of one process, and what each leaves behind.
+
+    A logged step is fetched from the device only after the next one is dispatched, so
+    the device never waits for the host; a checkpoint or an evaluation fetches first.
+    """
+
+    def __init__(self, setup, checkpointer, sinks, progress, evaluate, corpus_hash):
+        self._setup: _Setup = setup
+        self._checkpointer: checkpoint.Checkpointer = checkpointer
+        self._sinks: metrics.Sinks = sinks
+        self._progress: metrics.Progress = progress
+        self._evaluate: Callable[[model.Params], metrics.Row] = evaluate
+        self._corpus_hash: str = corpus_hash
+        config = setup.config
+        self._learning_rate = config.optimizer.learning_rate(config.num_steps)
+        self._tokens_per_step = config.data.batch_size * config.data.seq_len
+        self._pending: tuple[int, train_step.Metrics] | None = None
+        self._logged_step = 0
+        self._logged_time = 0.0
+
+    def close(self) -> None:
+        self._progress.close()
+        self._sinks.close()
+
+    def steps(
+        self,
+        state: train_state.TrainState,
+        start_step: int,
+        batches: Iterator[dict[str, np.ndarray]],
+        signals: "_Signals",
+    ) -> tuple[train_state.TrainState, int]:
+        """The state after the last step, or after the one that a signal ended at."""
+        config, mesh = self._setup.config, self._setup.mesh
+        compiled = self._compile()
+        signals.defer()
+        self._logged_step, self._logged_time = start_step, time.monotonic()
+        for step in range(start_step + 1, config.num_steps + 1):
+            last = step == config.num_steps
+            logged = last or step == 1 or step % config.log_every == 0
+            batch = _to_devices(next(batches), mesh)
+            state, values = compiled(state, batch, jnp.asarray(logged))
+            self._log_pending()
+            self._progress.advance(step)
+            if logged:
+                self._pending = (step, values)
+            interrupted = signals.exit_code
+            if last or step % config.eval.every == 0:
+                self._log_pending()
+                self._log_evaluation(step, state.params)
+            if last or interrupted or step % config.checkpoint.every == 0:
+                self._log_pending()
+                self._save(step, state)
+            if interrupted and not last:
+                self._checkpointer.wait()
+                self._progress.print(
+                    f"interrupted: saved at step {step}; the same command goes on"
+                )
+                return state, interrupted
+        self._checkpointer.wait()
+        return state, FINISHED
+
+    def _compile(self) -> Any:
+        setup = self._setup
+        config = setup.config
+        shape = (config.data.batch_size, config.data.seq_len)
+        rows = NamedSharding(setup.mesh, sharding.BATCH)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+            for name in ("inputs", "targets", "segment_ids")
+        }
+        step = jax.jit(
+            train_step.make_train_step(
+                config.model, setup.tx, num_microbatches=config.data.num_microbatches
+            ),
+            donate_argnums=0,
+            out_shardings=(jax.tree.map(lambda x: x.sharding, setup.state), None),
+        )
+        began = time.monotonic()
+        compiled = step.lower(setup.state, batch, jnp.array(True)).compile()
+        self._progress.print(f"compiled in {time.monotonic() - began:.1f} s")
+        return compiled
+
+    def _log_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, values = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in values.items()}
+        now = time.monotonic()
+        count = self._tokens_per_step * (step - self._logged_step)
+        row = {
+            "step": step,
+            "train/loss": values.pop("loss"),
+            "learning_rate": float(self._learning_rate(step - 1)),
+            "tokens": self._tokens_per_step * step,
+            "tokens_per_second": count / max(now - self._logged_time, 1e-9),
+            **values,
+        }
+        self._logged_step, self._logged_time = step, now
+        self._sinks.write(row)
+        self._progress.show(row)
+
+    def _log_evaluation(self, step: int, params: model.Params) -> None:
+        began = time.monotonic()
+        row = self._evaluate(params)
+        self._sinks.write({"step": step, **row})
+        self._progress.print(
+            f"step {step}: held-out loss {row['eval/loss']:.4f} nats per token, "
+            f"perplexity {row['eval/perplexity']:.2f}, "
+            f"{row['eval/bits_per_byte']:.4f} bits per byte"
+        )
+        # Evaluation is not training time.
+        self._logged_time += time.monotonic() - began
+
+    def _save(self, step: int, state: train_state.TrainState) -> None:
+        self._sinks.flush()
+        self._checkpointer.save(
+            step,
+            state,
+            record={
+                "config": config_lib.to_dict(self._setup.config),
+                "data_position": step * self._setup.config.data.batch_size,
+                "corpus": self._corpus_hash,
+            },
+        )
+
+
+def _make_evaluation(
+    setup: _Setup, corpus: data.Corpus
+) -> Callable[[model.Params], metrics.Row]:
+    """From parameters to the held-out loss of the same text every time."""
+    batches = data.eval_batches(
+        corpus,
+        setup.config.data,
+        num_batches=setup.config.eval.num_batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    lengths = corpus.tokenizer.byte_lengths()
+    num_bytes = sum(int(lengths[batch["targets"]].sum()) for batch in batches)
+    num_bytes = int(np.sum(multihost_utils.process_allgather(np.array(num_bytes))))
+    num_tokens = sum(b["targets"].size for b in batches) * jax.process_count()
+    eval_step = jax.jit(train_step.make_eval_step(setup.config.model))
+    placed = [_to_devices(batch, setup.mesh) for batch in batches]
+
+    def evaluate(params: model.Params) -> metrics.Row:
+        losses = [eval_step(params, batch) for batch in placed]
+        loss = float(np.mean([float(value) for value in losses]))
+        return {
+            "eval/loss": loss,
+            # A diverged run is a row too, not an overflow.
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/bits_per_byte": loss * num_tokens / num_bytes / math.log(2),
+        }
+
+    return evaluate
+
+
+def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> train_step.Batch:
+    rows = NamedSharding(mesh, sharding.BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(rows, array)
+        for name, array in batch.items()
+    }
+
+
+class _Signals:
+    """SIGINT and SIGTERM as a request that the loop answers between two steps.
+
+    Before `defer`, when there is nothing to save, a signal raises Interrupted. A second
+    one always ends the process at once.
+    """
+
+    def __init__(self):
+        self.exit_code = 0
+        self._deferred = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in INTERRUPTED:
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From here on a signal waits for the end of the step."""
+        self._deferred = True
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        del frame
+        code = INTERRUPTED[signal.Signals(number)]
+        if self.exit_code:
+            os._exit(code)
+        self.exit_code = code
+        if not self._deferred:
+            raise Interrupted(code)
+
+
+@contextlib.contextmanager
+def _claimed(
+    workdir: pathlib.Path, config: config_lib.ExperimentConfig
+) -> Iterator[None]:
+    """Holds the workdir for this process, and for this configuration.
+
+    The lock dies with the process, so a killed run leaves none behind.
+    """
+    if jax.process_index():
+        yield
+        return
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"workdir: another process is training in {workdir}"
+            ) from error
+        path = workdir / "config.json"
+        if path.exists():
+            old = config_lib.from_dict(json.loads(path.read_text()))
+            found = config_lib.differences(old, config)
+            errors.check(
+                "workdir",
+                not found,
+                f"{workdir} holds a run with another configuration; use another "
+                "--workdir, or undo:\n  " + "\n  ".join(found),
+            )
+        else:
+            _write_json(path, config_lib.to_dict(config))
+        yield
+
+
+def _make_folder(workdir: pathlib.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise errors.ConfigError(
+            f"workdir: cannot write to {workdir}: {error.strerror}"
+        ) from error
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    if jax.process_index() == 0:
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.replace(path)
+
+
+def _print_start(
+    console: rich.console.Console, setup: _Setup, summary: dict[str, Any]
+) -> None:
+    config = setup.config
+    devices = jax.devices()
+    console.print(
+        metrics.start_table(
+            summary,
+            devices=f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+            mesh=setup.mesh.shape,
+            tokens_per_step=config.data.batch_size * config.data.seq_len,
+            num_steps=config.num_steps,
+        )
+    )
+    for note in config.model.clamped_ratios():
+        console.print(f"note: {note}", highlight=False)
+
+
+def _print_end(
+    console: rich.console.Console,
+    setup: _Setup,
+    workdir: pathlib.Path,
+    state: train_state.TrainState,
+    corpus: data.Corpus,
+) -> None:
+    config = setup.config.model
+    sample = jax.jit(generate, static_argnums=1)(
+        state.params,
+        config,
+        jnp.array([corpus.tokenizer.document_mark], jnp.int32),
+        key=jax.random.key(setup.config.seed),
+    )
+    text = corpus.tokenizer.decode(np.asarray(sample).tolist())
+    say = lambda line: console.print(line, highlight=False, markup=False)
+    say("sample:")
+    say(text)
+    say(f"finished: {setup.config.num_steps} steps; everything lies in {workdir}")

@@ -1,0 +1,446 @@
+"""The decoder-only transformer (SmolLM2 / Llama) as pure functions of plain pytrees.
+
+Axes, here and everywhere: B batch, L query length, M key length, D d_model, F d_ff,
+H heads, G kv heads, K head_dim, V vocab, R rank, I fan_in, O fan_out.
+
+Parameters: {"embedding": (V, D), "layers": ..., "final_norm": (D,), "head": (D, V)},
+where `layers` is one block with stacked leaves (*, num_layers first) or a tuple of
+blocks, "head" is absent when tied, and any matrix may be a factor tuple.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from sct_jax import errors, spectral
+
+Params = dict[str, Any]
+
+BLOCK_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+MATRICES = (*BLOCK_MATRICES, "embedding", "head")
+MLP = ("gate", "up", "down")
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixRanks:
+    """Rank of single matrices, in the place of `model.rank`."""
+
+    q: int | None = None
+    k: int | None = None
+    v: int | None = None
+    o: int | None = None
+    gate: int | None = None
+    up: int | None = None
+    down: int | None = None
+    embedding: int | None = None
+    head: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixRankRatios:
+    """Rank of single matrices as a share of fan_in, clamped to 1..min(I, O)."""
+
+    q: float | None = None
+    k: float | None = None
+    v: float | None = None
+    o: float | None = None
+    gate: float | None = None
+    up: float | None = None
+    down: float | None = None
+    embedding: float | None = None
+    head: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the model.
+
+    Attributes:
+      d_model: D, width of the residual stream.
+      d_ff: F, width of the SwiGLU.
+      num_layers: number of blocks.
+      num_heads: H, query heads.
+      num_kv_heads: G, key and value heads; divides num_heads.
+      vocab_size: V.
+      rank: R of every spectral matrix that `ranks` and `rank_ratios` leave out.
+      spectral: names of the matrices that are factors, of `MATRICES`.
+      ranks: ranks of single matrices.
+      rank_ratios: ranks of single matrices as shares of their fan_in.
+      tie_embeddings: whether the head is the transposed embedding.
+      rope_theta: base of the rotary embedding.
+      norm_eps: epsilon of RMSNorm.
+      rescale_init: whether s is stretched to the Frobenius norm of the dense init.
+      compute_dtype: of activations and of the cast parameters.
+      scan_layers: whether layers are stacked and scanned, or a tuple and unrolled.
+      remat: what the backward pass recomputes: "none", "dots" (all but the results of
+        matrix products) or "full" (each block from its input).
+    """
+
+    d_model: int = 576
+    d_ff: int = 1536
+    num_layers: int = 30
+    num_heads: int = 9
+    num_kv_heads: int = 3
+    vocab_size: int = 49152
+    rank: int = 128
+    spectral: tuple[str, ...] = MLP
+    ranks: MatrixRanks = MatrixRanks()
+    rank_ratios: MatrixRankRatios = MatrixRankRatios()
+    tie_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    rescale_init: bool = False
+    compute_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
+
+    @property
+    def head_dim(self) -> int:
+        """K."""
+        return self.d_model // self.num_heads
+
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """Returns (fan_in, fan_out) of every matrix; "head" only where untied."""
+        d, f, g = self.d_model, self.d_ff, self.num_kv_heads * self.head_dim
+        shapes = {
+            "q": (d, d),
+            "k": (d, g),
+            "v": (d, g),
+            "o": (d, d),
+            "gate": (d, f),
+            "up": (d, f),
+            "down": (f, d),
+            "embedding": (self.vocab_size, d),
+        }
+        return shapes if self.tie_embeddings else shapes | {"head": (d, self.vocab_size)}
+
+    def matrix_rank(self, name: str) -> int | None:
+        """Returns the rank of a matrix, None where it is dense."""
+        if name not in self.spectral:
+            return None
+        explicit = getattr(self.ranks, name)
+        ratio = getattr(self.rank_ratios, name)
+        if explicit is None and ratio is not None:
+            shape = self.matrix_shapes()[name]
+            return max(1, min(int(ratio * shape[0]), *shape))
+        return self.rank if explicit is None else explicit
+
+    def clamped_ratios(self) -> list[str]:
+        """Returns a sentence for every rank ratio that min(I, O) cuts short."""
+        notes = []
+        for name in self.spectral:
+            ratio, shape = getattr(self.rank_ratios, name), self.matrix_shapes()[name]
+            explicit = getattr(self.ranks, name)
+            if explicit is None and ratio is not None:
+                wanted, rank = int(ratio * shape[0]), self.matrix_rank(name)
+                if wanted != rank:
+                    notes.append(
+                        f"model.rank_ratios.{name}: {ratio} of fan_in {shape[0]} is "
+                        f"rank {wanted}, clamped to {rank}"
+                    )
+        return notes
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field, for a shape that is no model."""
+        for field in ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads"):
+            value = getattr(self, field)
+            errors.check(f"model.{field}", value >= 1, f"{value} must be at least 1")
+        errors.check(
+            "model.vocab_size",
+            self.vocab_size >= 2,
+            f"{self.vocab_size} must be at least 2",
+        )
+        errors.check(
+            "model.num_heads",
+            self.d_model % self.num_heads == 0,
+            f"{self.num_heads} heads do not divide model.d_model = {self.d_model}",
+        )
+        errors.check(
+            "model.num_heads",
+            self.head_dim % 2 == 0,
+            f"head_dim = {self.head_dim} must be even for rotary embeddings",
+        )
+        errors.check(
+            "model.num_kv_heads",
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.num_kv_heads} kv heads do not divide model.num_heads = "
+            f"{self.num_heads}",
+        )
+        errors.check_choice("model.remat", self.remat, REMAT)
+        errors.check_choice(
+            "model.compute_dtype", self.compute_dtype, ("float32", "bfloat16")
+        )
+        for name in self.spectral:
+            errors.check_choice("model.spectral", name, MATRICES)
+        errors.check(
+            "model.spectral",
+            "head" not in self.spectral or not self.tie_embeddings,
+            "'head' is the embedding while model.tie_embeddings is true",
+        )
+        errors.check(
+            "model.spectral",
+            len(set(self.spectral)) == len(self.spectral),
+            "a matrix is named twice",
+        )
+        for name in MATRICES:
+            self._validate_rank(name)
+
+    def _validate_rank(self, name: str) -> None:
+        explicit = getattr(self.ranks, name)
+        ratio = getattr(self.rank_ratios, name)
+        given = [
+            f"model.{field}.{name}"
+            for field, value in (("ranks", explicit), ("rank_ratios", ratio))
+            if value is not None
+        ]
+        errors.check(given[-1] if given else "", len(given) < 2, "give one of the two")
+        if name not in self.spectral:
+            message = f"{name!r} is not in model.spectral"
+            errors.check(given[0] if given else "", not given, message)
+            return
+        if ratio is not None:
+            errors.check(given[0], ratio > 0, f"{ratio} must be positive")
+            return
+        rank, shape = self.matrix_rank(name), self.matrix_shapes()[name]
+        errors.check(
+            given[0] if given else "model.rank",
+            rank is not None and 1 <= rank <= min(shape),
+            f"rank {rank} of matrix {name!r} is not in 1..{min(shape)}, its shape is "
+            f"{shape[0]} x {shape[1]}",
+        )
+
+
+def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
+    """Returns random parameters in float32, factors on the Stiefel manifold.
+
+    Matrices are N(0, 1 / fan_in), or its spectrum (`spectral.init`); o and down are
+    divided by sqrt(2 num_layers), the embedding is N(0, 1 / d_model). The tuple and the
+    stacked layout hold the same numbers.
+    """
+    key_embedding, key_head, key_layers = jax.random.split(key, 3)
+    params: Params = {
+        # Rows are read one at a time, so the scale that counts is that of a row.
+        "embedding": _draw_matrix(
+            key_embedding,
+            config,
+            "embedding",
+            scale=math.sqrt(config.vocab_size / config.d_model),
+        ),
+        "layers": draw_block(key_layers, config, layers=(config.num_layers,)),
+        "final_norm": jnp.ones(config.d_model),
+    }
+    if not config.tie_embeddings:
+        params["head"] = _draw_matrix(key_head, config, "head")
+    params = spectral.retract(params)
+    return params if config.scan_layers else unstack_layers(params)
+
+
+def draw_block(
+    key: PRNGKeyArray, config: ModelConfig, *, layers: tuple[int, ...] = ()
+) -> Params:
+    """Returns the parameters of one block, or a stack, before `spectral.retract`."""
+    block: Params = {
+        "attention_norm": jnp.ones((*layers, config.d_model)),
+        "mlp_norm": jnp.ones((*layers, config.d_model)),
+    }
+    for index, name in enumerate(BLOCK_MATRICES):
+        scale = 1 / math.sqrt(2 * config.num_layers) if name in ("o", "down") else 1.0
+        block[name] = _draw_matrix(
+            jax.random.fold_in(key, index), config, name, layers=layers, scale=scale
+        )
+    return block
+
+
+def _draw_matrix(key, config, name, *, layers=(), scale=1.0):
+    fan_in, fan_out = config.matrix_shapes()[name]
+    rank = config.matrix_rank(name)
+    if rank is None:
+        std = scale / math.sqrt(fan_in)
+        return std * jax.random.normal(key, (*layers, fan_in, fan_out))
+    return spectral.draw(
+        key,
+        fan_in,
+        fan_out,
+        rank,
+        layers=layers,
+        scale=scale,
+        rescale=config.rescale_init,
+    )
+
+
+def unstack_layers(tree: Any) -> Any:
+    """Returns the tree with every stacked "layers" entry as a tuple of blocks.
+
+    Works on parameters and on any state that mirrors them (Adam's moments).
+    """
+
+    def unstack(node):
+        if not _has_layers(node) or isinstance(node["layers"], tuple):
+            return node
+        leaves, treedef = jax.tree.flatten(node["layers"])
+        blocks = tuple(
+            jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves])
+            for i in range(leaves[0].shape[0])
+        )
+        return node | {"layers": blocks}
+
+    return jax.tree.map(unstack, tree, is_leaf=_has_layers)
+
+
+def stack_layers(tree: Any) -> Any:
+    """Returns the tree with every "layers" tuple stacked: undoes `unstack_layers`.
+
+    Raises:
+      ValueError: where the layers differ in shape (ranks of their own).
+    """
+
+    def stack(node):
+        if not _has_layers(node) or not isinstance(node["layers"], tuple):
+            return node
+        return node | {
+            "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *node["layers"])
+        }
+
+    return jax.tree.map(stack, tree, is_leaf=_has_layers)
+
+
+def _has_layers(node: Any) -> bool:
+    return isinstance(node, dict) and "layers" in node
+
+
+def decay_mask(params: Params) -> Any:
+    """Returns which leaves weight decay acts on: s, a, b and dense matrices.
+
+    By name, as a stacked norm scale has two axes like a matrix.
+    """
+
+    # In a block v is a matrix by dict key, in a factor tuple a field by attribute.
+    def decays(path, _):
+        if isinstance(path[-1], jax.tree_util.GetAttrKey):
+            return path[-1].name not in ("u", "v")
+        return not str(path[-1].key).endswith("_norm")
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def forward(
+    params: Params,
+    tokens_BL: Int[Array, "B L"],
+    config: ModelConfig,
+    *,
+    segment_ids: Int[Array, "B L"] | None = None,
+) -> Float[Array, "B L V"]:
+    """Returns the logits of the next token at every position, in float32.
+
+    Args:
+      params: as from `init`, in either layout.
+      tokens_BL: token ids.
+      config: shape of the model.
+      segment_ids: document of each position; attention does not cross documents.
+    """
+    dtype = jnp.dtype(config.compute_dtype)
+    rope = rotary_table(tokens_BL.shape[1], config)
+    mask = None if segment_ids is None else _same_segment(segment_ids)
+    x_BLD = spectral.lookup(tokens_BL, params["embedding"]).astype(dtype)
+    apply = _rematerialised(functools.partial(block, config=config), config.remat)
+    if isinstance(params["layers"], tuple):
+        for layer in params["layers"]:
+            x_BLD = apply(layer, x_BLD, rope, mask)
+    else:
+        x_BLD, _ = jax.lax.scan(
+            lambda x, layer: (apply(layer, x, rope, mask), None),
+            x_BLD,
+            params["layers"],
+        )
+    return logits(params, x_BLD, config)
+
+
+def logits(
+    params: Params, x_BLD: Float[Array, "B L D"], config: ModelConfig
+) -> Float[Array, "B L V"]:
+    """Returns the head's scores of the final residual stream, in float32."""
+    x_BLD = rms_norm(x_BLD, params["final_norm"], config.norm_eps)
+    head = params.get("head")
+    if head is None:
+        head = spectral.transpose(params["embedding"])
+    return spectral.linear(x_BLD, head).astype(jnp.float32)
+
+
+def block(
+    params: Params,
+    x_BLD: Float[Array, "B L D"],
+    rope: tuple[Float[Array, "L K2"], Float[Array, "L K2"]],
+    mask: Bool[Array, "B 1 L M"] | None,
+    *,
+    config: ModelConfig,
+) -> Float[Array, "B L D"]:
+    """Returns the residual stream after one layer: causal attention, then SwiGLU."""
+    batch, length, _ = x_BLD.shape
+    heads = lambda y, n: y.reshape(batch, length, n, config.head_dim)
+    h_BLD = rms_norm(x_BLD, params["attention_norm"], config.norm_eps)
+    q_BLHK = heads(spectral.linear(h_BLD, params["q"]), config.num_heads)
+    k_BMGK = heads(spectral.linear(h_BLD, params["k"]), config.num_kv_heads)
+    v_BMGK = heads(spectral.linear(h_BLD, params["v"]), config.num_kv_heads)
+    attended_BLHK = jax.nn.dot_product_attention(
+        rotate(q_BLHK, rope), rotate(k_BMGK, rope), v_BMGK, mask=mask, is_causal=True
+    )
+    x_BLD = x_BLD + spectral.linear(
+        attended_BLHK.reshape(batch, length, config.d_model), params["o"]
+    )
+    h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
+    gate_BLF = jax.nn.silu(spectral.linear(h_BLD, params["gate"]))
+    up_BLF = spectral.linear(h_BLD, params["up"])
+    return x_BLD + spectral.linear(gate_BLF * up_BLF, params["down"])
+
+
+def rms_norm(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+    """Returns x over its root mean square, times scale; float32 inside."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+
+
+def rotary_table(
+    length: int, config: ModelConfig
+) -> tuple[Float[Array, "L K2"], Float[Array, "L K2"]]:
+    """Returns cosines and sines of position times frequency.
+
+    References:
+      Su et al., RoFormer, arXiv 2104.09864, 2021, eq. 15
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x_BLHK: Float[Array, "B L H K"],
+    rope: tuple[Float[Array, "L K2"], Float[Array, "L K2"]],
+) -> Float[Array, "B L H K"]:
+    """Returns x with each pair (x_i, x_{i + K/2}) turned, as in Llama checkpoints."""
+    cos, sin = (table[None, :, None, :] for table in rope)
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x_BLHK.dtype)
+
+
+def _same_segment(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B 1 L M"]:
+    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+
+
+def _rematerialised(apply, remat: str):
+    if remat == "full":
+        return jax.checkpoint(apply)
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(apply, policy=policy)
+    return apply

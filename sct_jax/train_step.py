@@ -1,0 +1,100 @@
+"""One optimizer step and one evaluation step, as pure functions of the state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from sct_jax import losses, model, spectral, train_state
+
+Batch = dict[str, Int[Array, "B L"]]
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[
+    [train_state.TrainState, Batch, Bool[Array, ""]],
+    tuple[train_state.TrainState, Metrics],
+]
+
+
+def loss_fn(
+    params: model.Params, batch: Batch, config: model.ModelConfig
+) -> Float[Array, ""]:
+    """Returns the mean next-token loss of a batch, in nats per token."""
+    logits = model.forward(
+        params, batch["inputs"], config, segment_ids=batch.get("segment_ids")
+    )
+    return losses.next_token_cross_entropy(logits, batch["targets"])
+
+
+def make_train_step(
+    config: model.ModelConfig,
+    tx: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+) -> TrainStep:
+    """Returns `train_step(state, batch, diagnose) -> (state, metrics)`, to be jitted.
+
+    Gradients of `num_microbatches` equal shares of the batch are averaged by a scan;
+    factors are orthonormal throughout, as the retraction belongs to the update. Metrics
+    are `loss` and `grad_norm` (before clipping) and, where there are factors and
+    `diagnose` is true, `orthonormality_error` and `composite_update_norm` of the applied
+    update (0 where it is false: they are not computed).
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def value_and_grad(params, batch):
+        return jax.value_and_grad(loss_fn)(params, batch, config)
+
+    def accumulate(params, batch):
+        if num_microbatches == 1:
+            return value_and_grad(params, batch)
+        # Each device keeps its rows: micro-batch i takes every n-th of them.
+        shares = jax.tree.map(
+            lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1),
+            batch,
+        )
+
+        def add(total, share):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, share)), None
+
+        zeros = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zeros, shares)
+        return jax.tree.map(lambda x: x / num_microbatches, total)
+
+    def train_step(state, batch, diagnose):
+        loss, grads = accumulate(state.params, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics |= _diagnostics(state.params, params, diagnose)
+        new_state = train_state.TrainState(
+            step=state.step + 1, params=params, opt_state=opt_state
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    config: model.ModelConfig,
+) -> Callable[[model.Params, Batch], Float[Array, ""]]:
+    """Returns `eval_step(params, batch) -> loss` in nats per token, to be jitted."""
+    return lambda params, batch: loss_fn(params, batch, config)
+
+
+def _diagnostics(old: Any, new: Any, diagnose: Bool[Array, ""]) -> Metrics:
+    if not any(map(spectral.is_factors, jax.tree.leaves(old, is_leaf=spectral.is_factors))):
+        return {}
+
+    def compute():
+        return {
+            "orthonormality_error": spectral.orthonormality_error(new),
+            "composite_update_norm": spectral.max_composite_update_norm(old, new),
+        }
+
+    def skip():
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
+
+    return jax.lax.cond(diagnose, compute, skip)
