@@ -1,0 +1,30 @@
+"""Pre-training of language models whose weights are low rank for good, in JAX.
+
+The light layers: factors, geometry, transformations, chains and the model. They load
+neither data nor checkpoint libraries.
+"""
+
+from sct_jax import (
+    losses,
+    model,
+    optimizers,
+    orthogonalize,
+    sharding,
+    spectral,
+    stiefel,
+    transforms,
+)
+from sct_jax.spectral import LowRankFactors, SpectralFactors
+
+__all__ = [
+    "LowRankFactors",
+    "SpectralFactors",
+    "losses",
+    "model",
+    "optimizers",
+    "orthogonalize",
+    "sharding",
+    "spectral",
+    "stiefel",
+    "transforms",
+]

@@ -41,9 +41,7 @@ def block_parameters(config: model.ModelConfig) -> int:
 
 def parameters(config: model.ModelConfig) -> int:
     """Returns the number of stored parameters of the whole model."""
-    return count(
-        jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
-    )
+    return count(jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0)))
 
 
 def matrix_flops(config: model.ModelConfig, name: str) -> int:

@@ -29,7 +29,7 @@ STEPS = ("whole",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved: `every` so many steps (and at the end), `keep` newest."""
+    """When the state is saved: `every` so many steps and at the end; `keep` newest."""
 
     every: int = 1000
     keep: int = 2

@@ -21,7 +21,7 @@ import optax
 import rich.console
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from sct_jax import (
     accounting,
@@ -183,7 +183,7 @@ def _train(
     console: rich.console.Console,
     signals: "_Signals",
 ) -> int:
-    config, mesh = setup.config, setup.mesh
+    config = setup.config
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.checkpoint.keep
     )
@@ -520,7 +520,7 @@ def _print_start(
     console.print(
         metrics.start_table(
             summary,
-            devices=f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+            devices=f"{len(devices)} x {devices[0].device_kind}",
             mesh=setup.mesh.shape,
             tokens_per_step=config.data.batch_size * config.data.seq_len,
             num_steps=config.num_steps,

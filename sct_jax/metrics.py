@@ -115,7 +115,8 @@ class Sinks:
                 call(sink)
             except Exception as error:
                 warnings.warn(
-                    f"{type(sink).__name__} failed and is dropped: {error}", stacklevel=3
+                    f"{type(sink).__name__} failed and is dropped: {error}",
+                    stacklevel=3,
                 )
                 self._others.remove(sink)
 
@@ -165,7 +166,8 @@ def start_table(
             for name, size in sizes.items()
         },
         "FLOPs per token": f"{summary['flops_per_token']:,}",
-        "tokens": f"{tokens_per_step:,} per step, {tokens_per_step * num_steps:,} in all",
+        "tokens per step": f"{tokens_per_step:,}",
+        "tokens in all": f"{tokens_per_step * num_steps:,}",
         "devices": devices,
         "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
     }
@@ -226,8 +228,7 @@ class Progress:
             rate = (now - self._began) / max(step - self._start_step, 1)
             eta = round(rate * (self._num_steps - step))
             self.print(
-                f"step {step}/{self._num_steps}  {text}  "
-                f"ETA {eta // 60}:{eta % 60:02d}"
+                f"step {step}/{self._num_steps}  {text}  ETA {eta // 60}:{eta % 60:02d}"
             )
 
     def print(self, text: str) -> None:

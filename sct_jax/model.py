@@ -118,7 +118,9 @@ class ModelConfig:
             "down": (f, d),
             "embedding": (self.vocab_size, d),
         }
-        return shapes if self.tie_embeddings else shapes | {"head": (d, self.vocab_size)}
+        return (
+            shapes if self.tie_embeddings else shapes | {"head": (d, self.vocab_size)}
+        )
 
     def matrix_rank(self, name: str) -> int | None:
         """Returns the rank of a matrix, None where it is dense."""

@@ -170,7 +170,9 @@ class OptimizerConfig:
             errors.check(f"optimizer.{field}", 0 <= value < 1, f"{value} not in [0, 1)")
         for field in ("final_rate_ratio", "decay_ratio"):
             value = getattr(self, field)
-            errors.check(f"optimizer.{field}", 0 <= value <= 1, f"{value} not in [0, 1]")
+            errors.check(
+                f"optimizer.{field}", 0 <= value <= 1, f"{value} not in [0, 1]"
+            )
         errors.check(
             "optimizer.warmup_steps",
             self.warmup_steps >= 0,
@@ -187,7 +189,9 @@ class OptimizerConfig:
         peak, last = self.peak_learning_rate, num_steps - self.warmup_steps
         floor = peak * self.final_rate_ratio
         if self.schedule == "cosine":
-            main = optax.cosine_decay_schedule(peak, max(last, 1), self.final_rate_ratio)
+            main = optax.cosine_decay_schedule(
+                peak, max(last, 1), self.final_rate_ratio
+            )
         elif self.schedule == "wsd":
             decay = max(round(self.decay_ratio * num_steps), 1)
             main = optax.join_schedules(

@@ -20,6 +20,7 @@ from sct_jax import orthogonalize, stiefel
 
 T = TypeVar("T")  # any pytree
 
+
 class SpectralFactors(NamedTuple):
     """W = u @ diag(s) @ v.T with orthonormal columns in u and v.
 
@@ -67,13 +68,16 @@ def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
       x: activations; their dtype is the compute dtype.
       w: a dense array (I, O) or factors without layer axes.
     """
-    if is_factors(w):
-        w = jax.tree.map(lambda p: p.astype(x.dtype), w)
+    w = jax.tree.map(lambda p: p.astype(x.dtype), w)
+    # One axis of rows: for gradients over two, XLA on CPU transposes the activations.
+    rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, SpectralFactors):
-        return ((x @ w.u) * w.s) @ w.v.T
-    if isinstance(w, LowRankFactors):
-        return (x @ w.a) @ w.b.T
-    return x @ w.astype(x.dtype)
+        y = ((rows @ w.u) * w.s) @ w.v.T
+    elif isinstance(w, LowRankFactors):
+        y = (rows @ w.a) @ w.b.T
+    else:
+        y = rows @ w
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
@@ -185,8 +189,8 @@ def init(
 ) -> SpectralFactors:
     """Returns factors spread as the top-R SVD of a Gaussian init N(0, scale^2 / I).
 
-    The singular vectors of a Gaussian matrix are uniform and independent of its singular
-    values, so u and v are drawn from the Haar distribution and s stands at the
+    The singular vectors of a Gaussian matrix are uniform, and independent of its
+    singular values, so u and v are drawn from the Haar distribution and s stands at the
     quantiles of the Marchenko-Pastur law: nothing dense is drawn or decomposed.
 
     `Deviation:` the SCT reference starts from s = 1, which is 8-16 times too small for
@@ -293,8 +297,8 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     u and v too. Requires that `old` is orthonormal (to 1e-5; the error is of that
     relative size).
 
-    LowRankFactors: W' - W = [a' - a, a] [b', b' - b].T, exact in real arithmetic, with a
-    floor of about sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
+    LowRankFactors: W' - W = [a' - a, a] [b', b' - b].T, exact in real arithmetic, with
+    a floor of about sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
 
     Raises:
       TypeError: for factors of different kinds, or arrays.
@@ -409,4 +413,3 @@ def small_space_product(
         return jnp.concatenate([k[..., :rank, :], lower], axis=-2)
 
     return orthogonalize.matmul(weigh(g_u, k), weigh(g_v, orthogonalize.transpose(k)))
-

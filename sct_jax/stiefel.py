@@ -208,7 +208,7 @@ def _retract_guarded(
     as_right_factor: Callable[[Array], Array],
     finish: Callable[[list[Array]], list[Array]],
 ) -> T:
-    """x times a function of its Gram matrix, or the guard's answer where that fails.
+    """X times a function of its Gram matrix, or the guard's answer where that fails.
 
     `inverse_factor` works on stacks of Gram matrices; `as_right_factor` turns its
     result into the z of x z; `finish` turns the guard's QR factors into the answer.

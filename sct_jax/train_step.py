@@ -37,10 +37,11 @@ def make_train_step(
     """Returns `train_step(state, batch, diagnose) -> (state, metrics)`, to be jitted.
 
     Gradients of `num_microbatches` equal shares of the batch are averaged by a scan;
-    factors are orthonormal throughout, as the retraction belongs to the update. Metrics
-    are `loss` and `grad_norm` (before clipping) and, where there are factors and
-    `diagnose` is true, `orthonormality_error` and `composite_update_norm` of the applied
-    update (0 where it is false: they are not computed).
+    factors are orthonormal throughout, as the retraction belongs to the update.
+
+    Metrics are `loss` and `grad_norm` (before clipping) and, where there are factors,
+    `orthonormality_error` and `composite_update_norm` of the applied update. Those two
+    are computed where `diagnose` is true, and 0 elsewhere.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -85,7 +86,9 @@ def make_eval_step(
 
 
 def _diagnostics(old: Any, new: Any, diagnose: Bool[Array, ""]) -> Metrics:
-    if not any(map(spectral.is_factors, jax.tree.leaves(old, is_leaf=spectral.is_factors))):
+    if not any(
+        map(spectral.is_factors, jax.tree.leaves(old, is_leaf=spectral.is_factors))
+    ):
         return {}
 
     def compute():

@@ -18,8 +18,8 @@ from sct_jax import orthogonalize, spectral, stiefel
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
-# With eight squarings the norm used to clip lies above the true one by at most 0.6 % for
-# ranks up to 256; the promise is 1 %.
+# With eight squarings the norm used to clip lies above the true one by at most 0.6 %
+# for ranks up to 256; the promise is 1 %.
 _SQUARINGS = 8
 _MAX_ROUNDS = 12
 
