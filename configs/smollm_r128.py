@@ -44,9 +44,9 @@ def _smollm(
             spectral=model.MLP,
             rope_theta=rope_theta,
             compute_dtype="bfloat16",
-            remat="dots",
+            remat="full",
         ),
-        data=data.DataConfig(batch_size=64, seq_len=2048, num_microbatches=4),
+        data=data.DataConfig(batch_size=16, seq_len=2048),
         optimizer=optimizers.OptimizerConfig(
             peak_learning_rate=1e-3,
             schedule="wsd",

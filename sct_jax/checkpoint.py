@@ -9,12 +9,12 @@ import pathlib
 import warnings
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from sct_jax import errors, model, sharding, train_state
 
@@ -161,7 +161,7 @@ def _as_dict(state: train_state.TrainState) -> dict[str, Any]:
 
 def _jit_unstack(state: train_state.TrainState) -> Callable:
     by_name = jax.eval_shape(model.unstack_layers, state)
-    mesh = state.step.sharding.mesh
+    mesh = cast(NamedSharding, state.step.sharding).mesh
     return jax.jit(
         model.unstack_layers, out_shardings=sharding.shardings(by_name, mesh)
     )

@@ -170,7 +170,7 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     found = []
     for name in sorted(flat_old.keys() | flat_new.keys()):
         before, after = flat_old.get(name), flat_new.get(name)
-        grows = name == "num_steps" and after >= before
+        grows = name == "num_steps" and new.num_steps >= old.num_steps
         if before != after and name not in RESUMABLE and not grows:
             found.append(f"{name}: {before!r} in the workdir, {after!r} asked for")
     return found

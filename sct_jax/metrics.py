@@ -73,7 +73,7 @@ class TensorBoard:
         """Adds a scalar per key."""
         for key, value in row.items():
             if key != "step":
-                self._writer.add_scalar(key, value, row["step"])
+                self._writer.add_scalar(key, value, int(row["step"]))
 
     def flush(self) -> None:
         """Writes pending events."""

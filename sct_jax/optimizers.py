@@ -26,7 +26,7 @@ def sct(
     dense_rate: transforms.ScalarOrSchedule = 1.0,
     moment_dtype: jax.typing.DTypeLike = jnp.float32,
     base_width: int | None = None,
-    decay_mask: Callable[[optax.Params], Any] | None = None,
+    decay_mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Spectral Compact Training: AdamW on u, s and v, then the Stiefel retraction.
 
@@ -215,7 +215,7 @@ class OptimizerConfig:
         self,
         num_steps: int,
         *,
-        decay_mask: Callable[[optax.Params], Any] | None = None,
+        decay_mask: Callable[[Any], Any] | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """Returns the transformation for a run of `num_steps` updates."""
         tx = _CHAINS[self.name](self, self.learning_rate(num_steps), decay_mask)

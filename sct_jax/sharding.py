@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sct_jax import errors
 
@@ -109,7 +109,7 @@ def partition_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
     raise ValueError(f"no sharding rule covers {name!r} of shape {shape}")
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the sharding of every leaf of a tree of arrays or abstract arrays.
 
     Raises:

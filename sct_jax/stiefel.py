@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
 
 from sct_jax import orthogonalize
 
@@ -247,42 +247,47 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
 
     A column that depends on the earlier ones with relative residual r comes out of a
     shifted pass with residual r / shift, so two passes reach what float32 can tell from
-    zero. What is still dependent after them carries no information and is replaced.
+    zero. What is still dependent after them carries no information and is replaced;
+    two further passes and one without shift follow.
     """
     eps = jnp.finfo(jnp.float32).eps
+    replacing, last = 2, 5
 
-    def passes(xs: list[Array], shifts: float) -> tuple[list[Array], list[Array]]:
+    def one_pass(index: Array, xs: list[Array]) -> list[Array]:
         xs = [_scale_columns(x) for x in xs]
         grams = [orthogonalize.gram(x) for x in xs]
-        shifted = [
-            g + shifts * g.shape[-1] * eps * jnp.eye(g.shape[-1], dtype=g.dtype)
-            for g in grams
-        ]
+        shift = jnp.where(index == last, 0.0, 4 * eps)
         inverses = orthogonalize.map_stacked(
-            orthogonalize.inverse_cholesky, shifted, fill=1.0
+            orthogonalize.inverse_cholesky,
+            [
+                g + (shift * g.shape[-1]) * jnp.eye(g.shape[-1], dtype=g.dtype)
+                for g in grams
+            ],
+            fill=1.0,
         )
-        xs = [
-            orthogonalize.matmul(x, orthogonalize.transpose(l))
+        return [
+            # The diagonal of L^-1 is 1 over what a column has beyond the earlier ones.
+            jnp.where(
+                index == replacing,
+                _replace_columns(x, 1 / jnp.diagonal(l, axis1=-2, axis2=-1) < 0.03),
+                orthogonalize.matmul(x, orthogonalize.transpose(l)),
+            )
             for x, l in zip(xs, inverses, strict=True)
         ]
-        # The diagonal of L^-1 is 1 over what a column has beyond the earlier ones.
-        residuals = [1 / jnp.diagonal(l, axis1=-2, axis2=-1) for l in inverses]
-        return xs, residuals
-
-    def replace(x: Array, null: Array) -> Array:
-        fresh = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
-        fresh = fresh / jnp.linalg.norm(fresh, axis=-2, keepdims=True)
-        return jnp.where(null[..., None, :], fresh, x)
 
     xs = [_scale_columns(x) for x in xs]
-    xs = [replace(x, jnp.max(jnp.abs(x), axis=-2) == 0) for x in xs]
-    for _ in range(2):
-        xs, _ = passes(xs, 4.0)
-    _, residuals = passes(xs, 4.0)
-    xs = [replace(x, r < 0.03) for x, r in zip(xs, residuals, strict=True)]
-    for _ in range(2):
-        xs, _ = passes(xs, 4.0)
-    return passes(xs, 0.0)[0]
+    xs = [_replace_columns(x, jnp.max(jnp.abs(x), axis=-2) == 0) for x in xs]
+    # A loop, not six copies: the guard hardly ever runs but is always compiled.
+    return jax.lax.fori_loop(0, last + 1, one_pass, xs)
+
+
+def _replace_columns(
+    x: Float[Array, "*L n R"], null: Bool[Array, "*L R"]
+) -> Float[Array, "*L n R"]:
+    """Fixed pseudo-random unit columns in the place of null ones."""
+    fresh = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
+    fresh = fresh / jnp.linalg.norm(fresh, axis=-2, keepdims=True)
+    return jnp.where(null[..., None, :], fresh, x)
 
 
 def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:

@@ -29,6 +29,10 @@ class CountState(NamedTuple):
 
     count: Int[Array, ""]
 
+    def next(self) -> "CountState":
+        """Returns the state after one more update; the largest integer is kept."""
+        return CountState(jnp.asarray(optax.safe_increment(self.count)))
+
 
 def _init_count(params: optax.Params) -> CountState:
     del params
@@ -80,7 +84,7 @@ def scale_components(
             return (update * rate_dense).astype(update.dtype)
 
         updates = jax.tree.map(scale, updates, is_leaf=spectral.is_factors)
-        return updates, CountState(optax.safe_increment(state.count))
+        return updates, state.next()
 
     return optax.GradientTransformationExtraArgs(_init_count, update_fn)
 
@@ -132,10 +136,10 @@ def retract_to_stiefel(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _require(params, "retract_to_stiefel")
+        params = _require(params, "retract_to_stiefel")
         factors, rebuild = _select_spectral(updates, params)
         if not factors:
-            return updates, CountState(optax.safe_increment(state.count))
+            return updates, state.next()
         moved = [(p.u + d.u, p.v + d.v) for p, d in factors]
         retraction = functools.partial(stiefel.retract, method=method)
         if every == 1 and tolerance is None:
@@ -154,7 +158,7 @@ def retract_to_stiefel(
                 for (p, d), (u, v) in zip(factors, retracted, strict=True)
             ]
         )
-        return updates, CountState(optax.safe_increment(state.count))
+        return updates, state.next()
 
     return optax.GradientTransformationExtraArgs(_init_count, update_fn)
 
@@ -204,9 +208,9 @@ def clip_by_composite_spectral_norm(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _require(params, "clip_by_composite_spectral_norm")
+        params = _require(params, "clip_by_composite_spectral_norm")
         factors, rebuild = _select_spectral(updates, params)
-        new_state = CountState(optax.safe_increment(state.count))
+        new_state = state.next()
         if not factors:
             return updates, new_state
         bound = jnp.asarray(_value(max_norm, state.count), jnp.float32)
@@ -223,9 +227,10 @@ def clip_by_composite_spectral_norm(
     return optax.GradientTransformationExtraArgs(_init_count, update_fn)
 
 
-def _require(params: optax.Params | None, name: str) -> None:
+def _require(params: optax.Params | None, name: str) -> optax.Params:
     if params is None:
         raise ValueError(f"{name} needs params: call tx.update(updates, state, params)")
+    return params
 
 
 def _select_spectral(
