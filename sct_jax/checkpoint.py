@@ -61,9 +61,7 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         self._manager.wait_until_finished()
-        if self._unstack is None:
-            self._unstack = _jit_unstack(state)
-        tree = _as_dict(self._unstack(state))
+        tree = _as_dict(self._by_name(state))
         record = record | {"step": step, "checksums": _checksums(tree)}
         self._manager.save(
             step,
@@ -71,6 +69,15 @@ class Checkpointer:
                 state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
             ),
         )
+
+    def _by_name(self, state: train_state.TrainState) -> train_state.TrainState:
+        """The state with layers by name; orbax takes its own copy of host arrays."""
+        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
+            # Views: a second copy of a large state may not fit in memory.
+            return model.unstack_layers(jax.tree.map(np.asarray, state))
+        if self._unstack is None:
+            self._unstack = _jit_unstack(state)
+        return self._unstack(state)
 
     def restore(
         self, abstract: train_state.TrainState, mesh: Mesh
@@ -171,7 +178,7 @@ def _checksums(tree: Any) -> dict[str, int]:
     """CRC-32 of every leaf that this process can see whole."""
     sums = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if leaf.is_fully_addressable:
+        if isinstance(leaf, np.ndarray | np.generic) or leaf.is_fully_addressable:
             array = np.ascontiguousarray(leaf)
             sums[sharding.path_name(path)] = zlib.crc32(array.view(np.uint8).data)
     return sums
