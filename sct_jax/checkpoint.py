@@ -5,6 +5,7 @@ layout opens it) and a JSON record: the step, the position in the data, the
 configuration, and a checksum of every leaf, which orbax itself does not keep.
 """
 
+import logging
 import pathlib
 import warnings
 import zlib
@@ -22,24 +23,33 @@ from sct_jax import errors, model, sharding, train_state
 class Checkpointer:
     """Saves asynchronously, and restores the newest checkpoint that is whole.
 
-    Step N means N applied updates. One process writes at a time.
+    Step N means N applied updates. One process writes at a time; with `read_only`
+    nothing in the folder is touched, so that a run in progress can be looked at.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int):
+    def __init__(self, directory: pathlib.Path, *, keep: int, read_only: bool = False):
         self._directory = directory.absolute()
         self._keep = keep
+        self._read_only = read_only
         self._manager = self._open()
         self._unstack: Callable | None = None
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True
         )
+        if not self._read_only:
+            return ocp.CheckpointManager(self._directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, save_interval_steps=0, create=False, read_only=True
+        )
+        logger = logging.getLogger("absl")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # orbax warns that what is read-only is so
+        try:
+            return ocp.CheckpointManager(self._directory, options=options)
+        finally:
+            logger.setLevel(level)
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint folder, None without any."""
@@ -84,8 +94,8 @@ class Checkpointer:
     ) -> tuple[train_state.TrainState, dict[str, Any]] | None:
         """Returns the newest whole checkpoint and its record; None where there is none.
 
-        A damaged one is reported, set aside as `damaged-<step>` and the next older one
-        is tried.
+        A damaged one is reported, set aside as `damaged-<step>` unless `read_only`, and
+        the next older one is tried.
 
         Args:
           abstract: shapes and dtypes of the state, in the layout to return.
@@ -99,6 +109,8 @@ class Checkpointer:
         for step in steps:
             try:
                 return self._restore_step(step, abstract, mesh)
+            except MemoryError:
+                raise  # says nothing about the checkpoint
             except Exception as error:
                 reason = str(error).strip().split("\n")[0]
                 warnings.warn(
@@ -110,8 +122,8 @@ class Checkpointer:
         errors.check(
             "workdir",
             not steps,
-            f"no checkpoint in {self._directory} can be read; they are set aside as "
-            "damaged-<step>. Choose another workdir to start afresh",
+            f"no checkpoint in {self._directory} can be read (what is damaged is set "
+            "aside as damaged-<step>). Choose another workdir to start afresh",
         )
         return None
 
@@ -137,6 +149,8 @@ class Checkpointer:
         return state, record
 
     def _set_aside(self, step: int) -> None:
+        if self._read_only:
+            return
         self._manager.close()
         folder = self._directory / str(step)
         if folder.exists() and jax.process_index() == 0:

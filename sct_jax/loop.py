@@ -42,8 +42,11 @@ INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 _SAMPLE_TOKENS = 96
 
 
-class Interrupted(Exception):
-    """A signal arrived while there was no state to save."""
+class Interrupted(KeyboardInterrupt):
+    """A signal arrived while there was no state to save.
+
+    No `Exception`: a handler of errors must not take it for one.
+    """
 
     def __init__(self, exit_code: int):
         super().__init__(f"interrupted before the first step, exit code {exit_code}")
@@ -123,10 +126,10 @@ def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
     mesh = sharding.MeshConfig().build(1)
     tx = config.optimizer.build(config.num_steps, decay_mask=model.decay_mask)
     checkpointer = checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=config.checkpoint.keep
+        workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True
     )
-    restored = checkpointer.restore(train_state.abstract(config.model, tx), mesh)
-    checkpointer.close()
+    with contextlib.closing(checkpointer):
+        restored = checkpointer.restore(train_state.abstract(config.model, tx), mesh)
     if restored is None:
         raise errors.ConfigError(f"workdir: {workdir} has no checkpoint yet")
     tokenizer = data.Tokenizer.load(str(workdir / "tokenizer.json"))
