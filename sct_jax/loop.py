@@ -39,7 +39,9 @@ from sct_jax import config as config_lib
 FINISHED = 0
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
+# The closing sample: at most so long, and shorter for a model that is slow here.
 _SAMPLE_TOKENS = 96
+_SAMPLE_FLOPS = 1e12
 
 
 class Interrupted(KeyboardInterrupt):
@@ -107,7 +109,7 @@ def train(
         try:
             return _train(setup, workdir, console, signals)
         except Interrupted as interrupted:
-            console.print("interrupted before the first step; nothing to save")
+            metrics.say(console, "interrupted before the first step; nothing to save")
             return interrupted.exit_code
 
 
@@ -192,15 +194,14 @@ def _train(
     )
     with contextlib.closing(checkpointer):
         if checkpointer.latest_step() == config.num_steps:
-            console.print(
-                f"finished: {config.num_steps} steps are done, see {workdir}",
-                highlight=False,
+            metrics.say(
+                console, f"finished: {config.num_steps} steps are done, see {workdir}"
             )
             return FINISHED
         corpus = data.prepare(
             config.data,
             vocab_size=config.model.vocab_size,
-            log=lambda text: console.print(text, highlight=False, markup=False),
+            log=lambda text: metrics.say(console, text),
         )
         corpus.tokenizer.save(str(workdir / "tokenizer.json"))
         evaluate = _make_evaluation(setup, corpus)
@@ -241,7 +242,7 @@ def _start_state(
         warnings.simplefilter("always", UserWarning)
         restored = checkpointer.restore(setup.state, setup.mesh)
     for warning in caught:
-        console.print(f"warning: {warning.message}", highlight=False, markup=False)
+        metrics.say(console, f"warning: {warning.message}")
     if restored is None:
         shardings = jax.tree.map(lambda x: x.sharding, setup.state)
         initialise = jax.jit(
@@ -256,7 +257,7 @@ def _start_state(
         f"the run was trained on a corpus with hash {record['corpus'][:16]}, "
         f"{setup.config.data.source!r} now has {corpus.hash[:16]}",
     )
-    console.print(f"resumed at step {record['step']}", highlight=False)
+    metrics.say(console, f"resumed at step {record['step']}")
     return state, record["step"]
 
 
@@ -296,6 +297,7 @@ class _Run:
         config, mesh = self._setup.config, self._setup.mesh
         compiled = self._compile()
         signals.defer()
+        self._progress.begin()
         self._logged_step, self._logged_time = start_step, time.monotonic()
         for step in range(start_step + 1, config.num_steps + 1):
             last = step == config.num_steps
@@ -530,7 +532,7 @@ def _print_start(
         )
     )
     for note in config.model.clamped_ratios():
-        console.print(f"note: {note}", highlight=False)
+        metrics.say(console, f"note: {note}")
 
 
 def _print_end(
@@ -541,14 +543,17 @@ def _print_end(
     corpus: data.Corpus,
 ) -> None:
     config = setup.config.model
-    sample = jax.jit(generate, static_argnums=1)(
+    per_token = accounting.flops_per_token(config, seq_len=_SAMPLE_TOKENS) / 3
+    length = max(16, min(_SAMPLE_TOKENS, int((_SAMPLE_FLOPS / per_token) ** 0.5)))
+    sample = jax.jit(generate, static_argnums=1, static_argnames="num_tokens")(
         state.params,
         config,
         jnp.array([corpus.tokenizer.document_mark], jnp.int32),
         key=jax.random.key(setup.config.seed),
+        num_tokens=length,
     )
     text = corpus.tokenizer.decode(np.asarray(sample).tolist())
-    say = lambda line: console.print(line, highlight=False, markup=False)
-    say("sample:")
-    say(text)
-    say(f"finished: {setup.config.num_steps} steps; everything lies in {workdir}")
+    metrics.say(console, f"sample:\n{text}")
+    metrics.say(
+        console, f"finished: {setup.config.num_steps} steps; all of it is in {workdir}"
+    )

@@ -182,6 +182,11 @@ def _human(size: float) -> str:
     return f"{size / 1000**power:.3g} {units[power]}"
 
 
+def say(console: rich.console.Console, text: str) -> None:
+    """Prints a line as it is: no markup, no wrapping at the console's width."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Progress:
     """A live bar on a terminal, plain lines elsewhere: loss, rate, tokens/s, ETA."""
 
@@ -206,6 +211,10 @@ class Progress:
             self._task = self._bar.add_task(
                 "compiling", total=num_steps, completed=start_step
             )
+
+    def begin(self) -> None:
+        """Starts the clock of the ETA: compilation is over."""
+        self._began = time.monotonic()
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""
@@ -233,7 +242,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
