@@ -1,0 +1,86 @@
+"""Every file in configs/, with each of its variants."""
+
+import importlib
+import inspect
+import pathlib
+
+import jax
+import pytest
+
+from sct_jax import accounting, config, model, sharding, train_state
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "__init__")
+
+
+def variants(path):
+    module = importlib.import_module(f"configs.{path.stem}")
+    return getattr(module, "VARIANTS", ())
+
+
+SPECS = [
+    spec
+    for path in FILES
+    for spec in [str(path), *(f"{path}:{name}" for name in variants(path))]
+]
+each_spec = pytest.mark.parametrize(
+    "spec", SPECS, ids=[pathlib.Path(spec).name for spec in SPECS]
+)
+
+
+def test_there_are_configs():
+    assert f"{FOLDER / 'smollm_r128.py'}:tiny" in SPECS
+
+
+@each_spec
+def test_a_config_loads_and_its_state_has_a_place(spec):
+    experiment = config.load(spec)  # validates
+    tx = experiment.optimizer.build(experiment.num_steps, decay_mask=model.decay_mask)
+    state = train_state.abstract(experiment.model, tx)
+    # Shapes alone: the largest of these has billions of bytes.
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    for sizes in ({}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = sharding.MeshConfig(**sizes).build()
+        assert len(jax.tree.leaves(sharding.shardings(state, mesh))) == len(leaves)
+    assert config.from_dict(config.to_dict(experiment)) == experiment
+
+
+@each_spec
+def test_a_config_trains_for_as_long_as_its_schedule(spec):
+    experiment = config.load(spec)
+    rate = experiment.optimizer.learning_rate(experiment.num_steps)
+    peak = experiment.optimizer.peak_learning_rate
+    steps = range(0, experiment.num_steps, max(experiment.num_steps // 200, 1))
+    rates = [float(rate(step)) for step in steps]
+    assert 0 < rates[0] <= max(rates) <= peak * (1 + 1e-6)
+    assert max(rates) == pytest.approx(peak)
+    assert experiment.optimizer.warmup_steps < experiment.num_steps
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_config_file_says_what_it_is(path):
+    module = importlib.import_module(f"configs.{path.stem}")
+    text = inspect.getdoc(module) or ""
+    assert f"--config=configs/{path.name}" in text
+    assert all(name in text for name in variants(path))
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters"),
+    [("1.7b", 597_797_888), ("", 597_797_888)],
+)
+def test_smollm_r128_has_the_parameters_of_the_paper(variant, parameters):
+    spec = str(FOLDER / "smollm_r128.py") + (f":{variant}" if variant else "")
+    shape = config.load(spec).model
+    assert accounting.parameters(shape) == parameters
+    assert accounting.parameters(accounting.dense_config(shape)) == 1_711_376_384
+
+
+@pytest.mark.parametrize(
+    ("variant", "dense"), [("135m", 134_515_008), ("360m", 361_821_120)]
+)
+def test_smaller_smollms_have_the_shapes_of_the_published_ones(variant, dense):
+    # Parameters of HuggingFaceTB/SmolLM2-135M and -360M.
+    shape = config.load(f"{FOLDER / 'smollm_r128.py'}:{variant}").model
+    assert accounting.parameters(accounting.dense_config(shape)) == dense

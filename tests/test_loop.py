@@ -1,0 +1,500 @@
+import dataclasses
+import fcntl
+import gc
+import io
+import json
+import math
+import random
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from sct_jax import accounting, data, errors, loop, metrics, model, optimizers
+from sct_jax import config as config_lib
+from sct_jax import train_step as train_step_lib
+
+# A read that fails leaves orbax's other reads of that checkpoint unawaited.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+MARK = "<|endoftext|>"
+BATCH, LENGTH = 8, 16
+TRAIN_KEYS = {
+    "step",
+    "train/loss",
+    "learning_rate",
+    "tokens",
+    "tokens_per_second",
+    "grad_norm",
+    "orthonormality_error",
+    "composite_update_norm",
+}
+EVAL_KEYS = {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte"}
+
+
+def write_corpus(folder, *, files=100):
+    """ASCII, so that bytes are characters."""
+    folder.mkdir()
+    for number in range(files):
+        rng = random.Random(number)
+        syllables = ["ka", "to", "mi", "ren", "lu", "\n", "sha"]
+        words = ["".join(rng.choices(syllables, k=3)) for _ in range(100)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return str(folder / "*.txt")
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    root = tmp_path_factory.mktemp("text")
+    return config_lib.ExperimentConfig(
+        num_steps=8,
+        log_every=2,
+        model=model.ModelConfig(
+            d_model=32,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            vocab_size=300,
+            rank=4,
+            spectral=("gate", "up", "down"),
+        ),
+        data=data.DataConfig(
+            source=write_corpus(root / "corpus"),
+            cache_dir=str(root / "cache"),
+            batch_size=BATCH,
+            seq_len=LENGTH,
+        ),
+        optimizer=optimizers.OptimizerConfig(
+            peak_learning_rate=0.02,
+            schedule="constant",
+            warmup_steps=2,
+            max_update_norm=0.5,
+        ),
+        checkpoint=config_lib.CheckpointConfig(every=3, keep=10),
+        eval=config_lib.EvalConfig(every=4, num_batches=2),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device_and_a_compilation_cache(tmp_path_factory):
+    """Runs of one configuration compile once; eight devices are test_sharding's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        old = jax.config.jax_compilation_cache_dir
+        jax.config.update(
+            "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled"))
+        )
+        yield
+        jax.config.update("jax_compilation_cache_dir", old)
+        # What orbax leaves of failed reads is complained of here, not elsewhere.
+        gc.collect()
+
+
+def train(config, workdir, **options):
+    """Exit code, and what was printed."""
+    console = rich.console.Console(file=io.StringIO(), width=200, color_system=None)
+    code = loop.train(config, workdir, console=console, **options)
+    return code, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+    """A finished run, not to be changed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "workdir"
+    code, text = train(experiment, workdir)
+    assert code == 0
+    return workdir, text
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(finished[0], tmp_path / "workdir")
+    return tmp_path / "workdir"
+
+
+def rows(workdir):
+    return metrics.read_rows(workdir / "metrics.jsonl")
+
+
+def timeless(rows):
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
+
+
+def forget_after(workdir, step):
+    for folder in (workdir / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > step:
+            shutil.rmtree(folder)
+
+
+def assert_same_params(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def snapshot(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+# --- A run from start to end.
+
+
+def test_a_run_prints_what_it_is_and_what_came_out(experiment, finished):
+    workdir, text = finished
+    assert f"{accounting.parameters(experiment.model):,}" in text
+    assert "step 8: held-out loss" in text
+    assert "sample:" in text
+    assert text.rstrip().splitlines()[-1].startswith("finished: 8 steps")
+    assert str(workdir) in text
+
+
+def test_logged_rows(experiment, finished):
+    logged = [r for r in rows(finished[0]) if "train/loss" in r]
+    assert [r["step"] for r in logged] == [1, 2, 4, 6, 8]
+    for r in logged:
+        assert set(r) == TRAIN_KEYS
+        assert r["tokens"] == r["step"] * BATCH * LENGTH
+        assert 0 < r["tokens_per_second"] < math.inf
+        assert 0 < r["grad_norm"] < math.inf
+        # The rate of the update that the row is of: half the peak, then the peak.
+        assert r["learning_rate"] == pytest.approx(0.01 if r["step"] == 1 else 0.02)
+        assert 0 < r["orthonormality_error"] < 1e-5
+        assert 0 < r["composite_update_norm"] <= 0.505
+    # A fresh model knows nothing: about log(300) nats.
+    assert 4.5 < logged[0]["train/loss"] < 7
+    assert logged[-1]["train/loss"] < logged[0]["train/loss"]
+
+
+def test_evaluation_rows(experiment, finished):
+    workdir = finished[0]
+    evaluated = [r for r in rows(workdir) if "eval/loss" in r]
+    assert [r["step"] for r in evaluated] == [4, 8]
+    assert all(set(r) == EVAL_KEYS for r in evaluated)
+    config, params, tokenizer = loop.load_run(workdir)
+    corpus = data.prepare(config.data, vocab_size=300, log=lambda line: None)
+    batches = data.eval_batches(corpus, config.data, num_batches=2)
+    step = jax.jit(train_step_lib.make_eval_step(config.model))
+    losses = [step(params, jax.tree.map(jnp.asarray, batch)) for batch in batches]
+    last = evaluated[-1]
+    assert last["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/loss"]))
+    # Bytes of the text that was predicted; a document mark is none.
+    targets = [ids for batch in batches for ids in batch["targets"]]
+    text = "".join(tokenizer.decode(ids) for ids in targets).replace(MARK, "")
+    nats = last["eval/loss"] * sum(ids.size for ids in targets)
+    bits = nats / math.log(2) / len(text)
+    assert last["eval/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_files_of_a_run(experiment, finished):
+    workdir = finished[0]
+    written = json.loads((workdir / "config.json").read_text())
+    assert config_lib.from_dict(written) == experiment
+    summary = json.loads((workdir / "summary.json").read_text())
+    tx = experiment.optimizer.build(experiment.num_steps)
+    assert summary == accounting.summary(experiment.model, tx, seq_len=LENGTH)
+    kept = {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert kept == {"3", "6", "8"}
+    assert {path.name for path in workdir.iterdir()} <= {
+        ".lock",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tensorboard",
+        "tokenizer.json",
+    }
+
+
+def test_a_run_can_be_loaded(experiment, finished):
+    config, params, tokenizer = loop.load_run(finished[0])
+    assert config == experiment
+    assert tokenizer.decode(tokenizer.encode("katomi renlu")) == "katomi renlu"
+    ids = jnp.array([tokenizer.encode("katomi renlu")], jnp.int32)
+    logits = model.forward(params, ids, config.model)
+    assert logits.shape == (1, ids.shape[1], 300)
+    assert np.isfinite(logits).all()
+    assert {x.sharding.num_devices for x in jax.tree.leaves(params)} == {1}
+
+
+def test_loading_a_run_changes_nothing_in_its_folder(workdir):
+    # A notebook looks on while another process trains, and saves.
+    half = workdir / "checkpoints" / "9.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "x").write_text("being written")
+    before = snapshot(workdir)
+    loop.load_run(workdir)
+    assert snapshot(workdir) == before
+
+
+def test_there_is_no_run_to_load(tmp_path, workdir):
+    with pytest.raises(errors.ConfigError, match=r"^workdir: .*config\.json"):
+        loop.load_run(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(errors.ConfigError, match=r"^workdir: .*no checkpoint"):
+        loop.load_run(workdir)
+
+
+# --- The same command again.
+
+
+def test_a_finished_run_says_so(experiment, workdir):
+    before = snapshot(workdir)
+    code, text = train(experiment, workdir)
+    assert code == 0
+    assert "finished: 8 steps are done" in text
+    assert snapshot(workdir) == before
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(experiment, finished, workdir):
+    forget_after(workdir, 3)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "train/lo')  # as a kill leaves it
+    code, text = train(experiment, workdir)
+    assert code == 0
+    assert "resumed at step 3" in text
+    assert timeless(rows(workdir)) == timeless(rows(finished[0]))
+    assert_same_params(loop.load_run(workdir).params, loop.load_run(finished[0]).params)
+
+
+def test_a_run_can_be_made_longer_and_logged_otherwise(experiment, finished, workdir):
+    longer = dataclasses.replace(experiment, num_steps=11, log_every=1)
+    code, text = train(longer, workdir)
+    assert code == 0
+    assert "resumed at step 8" in text
+    before, after = rows(finished[0]), rows(workdir)
+    assert after[: len(before)] == before
+    new = [(r["step"], "eval/loss" in r) for r in after[len(before) :]]
+    assert new == [(9, False), (10, False), (11, False), (11, True)]
+    # It is finished with 11 steps, and with the 8 of the first command too.
+    for config in (longer, experiment):
+        before = snapshot(workdir)
+        code, text = train(config, workdir)
+        assert code == 0
+        assert "finished" in text
+        assert "compiled" not in text
+        assert snapshot(workdir) == before
+
+
+def test_a_damaged_checkpoint_is_reported_and_trained_again(
+    experiment, finished, workdir
+):
+    forget_after(workdir, 6)
+    folder = workdir / "checkpoints" / "6"
+    largest = max(
+        (path for path in folder.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    largest.write_bytes(raw)
+    code, text = train(experiment, workdir)
+    assert code == 0
+    assert "warning: checkpoint 6 cannot be used" in text
+    assert "resumed at step 3" in text
+    assert timeless(rows(workdir)) == timeless(rows(finished[0]))
+
+
+def test_an_empty_last_checkpoint_does_not_finish_a_run(experiment, finished, workdir):
+    forget_after(workdir, 6)
+    (workdir / "checkpoints" / "8").mkdir()
+    code, text = train(experiment, workdir)
+    assert code == 0
+    assert "resumed at step 6" in text
+    assert_same_params(loop.load_run(workdir).params, loop.load_run(finished[0]).params)
+
+
+# --- What is refused, before anything is compiled.
+
+
+def refusal(config, workdir, **options) -> str:
+    with pytest.raises(errors.ConfigError) as caught:
+        train(config, workdir, **options)
+    return str(caught.value)
+
+
+def test_another_configuration_is_refused_with_each_difference(experiment, workdir):
+    other = dataclasses.replace(
+        experiment,
+        seed=5,
+        num_steps=7,
+        log_every=1,
+        model=dataclasses.replace(experiment.model, rank=3),
+    )
+    message = refusal(other, workdir)
+    assert message.startswith("workdir: ")
+    for difference in ("seed: 0 in", "model.rank: 4 in", "num_steps: 8 in"):
+        assert difference in message
+    assert "log_every" not in message
+
+
+def test_a_refused_workdir_stays_as_it_was(experiment, workdir):
+    before = snapshot(workdir)
+    other = dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, rank=3)
+    )
+    refusal(other, workdir)
+    assert snapshot(workdir) == before
+
+
+def test_a_second_trainer_is_refused(experiment, workdir):
+    before = snapshot(workdir)
+    with (workdir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = refusal(experiment, workdir)
+    assert message.startswith("workdir: another process")
+    assert snapshot(workdir) == before
+    # The lock dies with its holder.
+    assert train(experiment, workdir)[0] == 0
+
+
+def test_another_corpus_is_refused(experiment, workdir, tmp_path):
+    forget_after(workdir, 3)
+    folder = tmp_path / "other"
+    source = write_corpus(folder)
+    (folder / "0.txt").write_text("other text " * 100)
+    config = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, source=source)
+    )
+    # The same name now holds other text.
+    values = config_lib.to_dict(config)
+    (workdir / "config.json").write_text(json.dumps(values))
+    assert refusal(config, workdir).startswith("data")
+
+
+def test_checkpoints_without_their_config_are_not_trained_on_with_another(
+    experiment, workdir
+):
+    forget_after(workdir, 6)
+    (workdir / "config.json").unlink()
+    other = dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, rank=3)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refusal(other, workdir)
+    # The right one still goes on from where the run was.
+    _, text = train(experiment, workdir)
+    assert "resumed at step 6" in text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"num_steps": 8'])
+def test_a_damaged_config_json_is_refused(experiment, workdir, content):
+    (workdir / "config.json").write_text(content)
+    assert "config.json" in refusal(experiment, workdir)
+
+
+def test_a_typo_in_the_source_does_not_claim_the_workdir(experiment, tmp_path):
+    wrong = dataclasses.replace(
+        experiment,
+        data=dataclasses.replace(experiment.data, source=str(tmp_path / "typo/*.txt")),
+    )
+    assert refusal(wrong, tmp_path / "run").startswith("data.source: ")
+    # The corrected command is the first that this folder is of; a dry run asks least.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_train", lambda *_: 0)
+        code, _ = train(experiment, tmp_path / "run")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "field"),
+    [
+        ("data", {"batch_size": 12, "num_microbatches": 5}, "data.num_microbatches"),
+        ("data", {"source": "nowhere/*.txt"}, "data.source"),
+        ("mesh", {"data": 3}, "mesh"),
+        ("mesh", {"fsdp": 2}, "mesh"),
+        ("model", {"vocab_size": 200}, "model.vocab_size"),
+        ("data", {"batch_size": 100_000}, "data.batch_size"),
+        ("eval", {"every": 0}, "eval.every"),
+    ],
+    ids=str,
+)
+def test_bad_input_names_the_field(experiment, tmp_path, group, changes, field):
+    part = dataclasses.replace(getattr(experiment, group), **changes)
+    config = dataclasses.replace(experiment, **{group: part})
+    assert refusal(config, tmp_path / "run").startswith(f"{field}: ")
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(experiment, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 8)
+        config = dataclasses.replace(
+            experiment, data=dataclasses.replace(experiment.data, num_microbatches=2)
+        )
+        assert refusal(config, tmp_path / "run").startswith("data.batch_size: ")
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(experiment, tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert refusal(experiment, workdir).startswith("workdir: ")
+
+
+# --- Dry run, generation.
+
+
+def test_a_dry_run_needs_no_corpus_and_writes_the_summary(experiment, tmp_path):
+    config = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, source="nowhere/*")
+    )
+    code, text = train(config, tmp_path / "run", dry_run=True)
+    assert code == 0
+    parameters = accounting.parameters(config.model)
+    assert f"{parameters:,}" in text
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["summary.json"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["parameters"] == parameters
+
+
+def test_a_workdir_of_any_name_is_printed_as_it_is(experiment, finished, tmp_path):
+    workdir = tmp_path / "[run] a[/b]"
+    shutil.copytree(finished[0], workdir)
+    code, text = train(experiment, workdir)
+    assert code == 0
+    assert str(workdir) in text
+
+
+def test_generation_is_deterministic_and_keeps_the_prompt(finished):
+    config, params, _ = loop.load_run(finished[0])
+    generate = jax.jit(
+        lambda prompt, key: loop.generate(
+            params, config.model, prompt, key=key, num_tokens=12
+        )
+    )
+    prompt = jnp.array([5, 250, 7], jnp.int32)
+    first = generate(prompt, jax.random.key(0))
+    assert first.shape == (12,)
+    assert first[:3].tolist() == [5, 250, 7]
+    assert ((first >= 0) & (first < 300)).all()
+    assert first.tolist() == generate(prompt, jax.random.key(0)).tolist()
+    assert first.tolist() != generate(prompt, jax.random.key(1)).tolist()
+
+
+def test_cold_generation_takes_the_likeliest_token(finished):
+    config, params, _ = loop.load_run(finished[0])
+    prompt = jnp.array([5, 250, 7], jnp.int32)
+    sample = loop.generate(
+        params,
+        config.model,
+        prompt,
+        key=jax.random.key(0),
+        num_tokens=8,
+        temperature=1e-6,
+    )
+    # The model is causal: one pass over the result shows every choice.
+    logits = model.forward(params, sample[None], config.model)[0]
+    assert sample[3:].tolist() == jnp.argmax(logits[2:-1], axis=-1).tolist()

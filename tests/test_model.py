@@ -1,0 +1,569 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sct_jax import errors, model, spectral
+
+EPS = float(np.finfo(np.float32).eps)
+ALL = model.BLOCK_MATRICES
+SMALL = model.ModelConfig(
+    d_model=32,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=64,
+    rank=4,
+    spectral=ALL,
+)
+BATCH, LENGTH = 2, 12
+
+
+def vary(**changes) -> model.ModelConfig:
+    config = dataclasses.replace(SMALL, **changes)
+    config.validate()
+    return config
+
+
+@functools.cache
+def init(config: model.ModelConfig) -> model.Params:
+    """Parameters of the shapes of `model.init`, which takes seconds to compile."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    rng = np.random.default_rng(1)
+
+    def draw(path, x):
+        name = str(getattr(path[-1], "name", None) or path[-1].key)
+        if name.endswith("_norm"):  # of 1 they would hide a scale that is left out
+            value = np.broadcast_to(np.linspace(0.5, 1.5, x.shape[-1]), x.shape)
+        elif name == "s":
+            value = np.broadcast_to(np.linspace(1.5, -0.5, x.shape[-1]), x.shape)
+        elif isinstance(path[-1], jax.tree_util.GetAttrKey):
+            value = np.linalg.qr(rng.normal(size=x.shape)).Q
+        else:
+            value = rng.normal(size=x.shape) / np.sqrt(x.shape[-2])
+        return jnp.asarray(value, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def draw_tokens(config=SMALL) -> jax.Array:
+    rng = np.random.default_rng(0)
+    return jnp.asarray(
+        rng.integers(config.vocab_size, size=(BATCH, LENGTH), dtype=np.int32)
+    )
+
+
+def draw_segments() -> jax.Array:
+    return jnp.array([[1] * 5 + [2] * 7, [1] * 1 + [2] * 3 + [3] * 8], jnp.int32)
+
+
+def assert_close(actual, expected, *, tolerance: float) -> None:
+    """Every leaf agrees to `tolerance` times the largest entry of the expected one."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        want = np.asarray(want, np.float64)
+        scale = max(np.abs(want).max(), 1e-30)
+        np.testing.assert_array_less(np.abs(got - want).max(), tolerance * scale)
+
+
+# --- The Llama decoder in float64, written from its formulas.
+
+
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def dense(w) -> np.ndarray:
+    """W in float64, without the rounding of `spectral.to_dense`."""
+    if spectral.is_factors(w):
+        u, s, v = float64(w)
+        return u @ np.diag(s) @ v.T
+    return np.asarray(w, np.float64)
+
+
+def reference_rms_norm(x, scale, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * np.asarray(scale)
+
+
+def reference_rotate(x, position, theta):
+    """Each pair (x_i, x_{i + K/2}) as a complex number, turned by an angle."""
+    half = len(x) // 2
+    angle = position * theta ** (-2.0 * np.arange(half) / len(x))
+    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag])
+
+
+def reference_attention(q, k, v, config, segments):
+    """Attention of one sequence: q (L, H, K), k and v (L, G, K), head by head."""
+    length, heads, size = q.shape
+    out = np.zeros_like(q)
+    for head in range(heads):
+        shared = head // (heads // config.num_kv_heads)
+        keys = [
+            reference_rotate(k[m, shared], m, config.rope_theta) for m in range(length)
+        ]
+        for t in range(length):
+            query = reference_rotate(q[t, head], t, config.rope_theta)
+            seen = [m for m in range(t + 1) if segments[m] == segments[t]]
+            scores = np.array([query @ keys[m] for m in seen]) / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights / weights.sum() @ v[seen, shared]
+    return out
+
+
+def reference_forward(params, tokens, config, segment_ids=None):
+    embedding = dense(params["embedding"])
+    head = dense(params["head"]) if "head" in params else embedding.T
+    tokens = np.asarray(tokens)
+    if segment_ids is None:
+        segment_ids = np.ones_like(tokens)
+    results = []
+    for ids, segments in zip(tokens, segment_ids, strict=True):
+        x = embedding[ids]
+        for layer in model.unstack_layers(params)["layers"]:
+            h = reference_rms_norm(x, layer["attention_norm"], config.norm_eps)
+            q, k, v = (
+                (h @ dense(layer[name])).reshape(len(ids), -1, config.head_dim)
+                for name in "qkv"
+            )
+            attended = reference_attention(q, k, v, config, segments)
+            x = x + attended.reshape(len(ids), -1) @ dense(layer["o"])
+            h = reference_rms_norm(x, layer["mlp_norm"], config.norm_eps)
+            gate = h @ dense(layer["gate"])
+            silu = gate / (1 + np.exp(-gate))
+            x = x + (silu * (h @ dense(layer["up"]))) @ dense(layer["down"])
+        x = reference_rms_norm(x, params["final_norm"], config.norm_eps)
+        results.append(x @ head)
+    return np.stack(results)
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(vary(), id="spectral, grouped heads, tied"),
+        pytest.param(
+            vary(spectral=(), num_kv_heads=4, tie_embeddings=False, scan_layers=False),
+            id="dense, all heads, untied, unrolled",
+        ),
+        pytest.param(
+            vary(spectral=("embedding", "v", "up"), num_kv_heads=1, rope_theta=100.0),
+            id="spectral embedding, one kv head, tied",
+        ),
+        pytest.param(
+            vary(
+                spectral=("embedding", "head", "q"),
+                tie_embeddings=False,
+                norm_eps=0.1,
+                ranks=model.MatrixRanks(head=7),
+            ),
+            id="spectral embedding and head",
+        ),
+    ],
+)
+def test_forward_is_the_llama_decoder(config, segmented):
+    params, tokens = init(config), draw_tokens()
+    segments = draw_segments() if segmented else None
+    logits = jax.jit(model.forward, static_argnums=2)(
+        params, tokens, config, segment_ids=segments
+    )
+    expected = reference_forward(params, tokens, config, segments)
+    assert logits.dtype == jnp.float32
+    # A few roundings per matrix product of a sum over at most d_ff terms.
+    tolerance = 4 * EPS * np.sqrt(config.d_ff) * config.num_layers
+    assert_close(logits, expected, tolerance=tolerance)
+
+
+def test_rms_norm_computes_in_float32():
+    # The square of 300 overflows float16's range and loses bits in bfloat16.
+    x = (jnp.arange(1, 33) * 10.0).astype(jnp.bfloat16)
+    scale = jnp.linspace(0.5, 2, 32)
+    expected = reference_rms_norm(np.asarray(x, np.float64), scale, 1e-5)
+    actual = model.rms_norm(x, scale, 1e-5)
+    assert actual.dtype == jnp.bfloat16
+    # Nothing but the last rounding to 8 bits.
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float64), expected, rtol=2**-8, atol=0
+    )
+
+
+def test_rotation_depends_on_distance_alone():
+    config = vary(d_model=64, num_heads=1, num_kv_heads=1)
+    rope = model.rotary_table(40, config)
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 64)).astype(np.float32)
+    everywhere = lambda x: jnp.broadcast_to(x, (1, 40, 1, 64))
+    turned_q = np.asarray(model.rotate(everywhere(q), rope))[0, :, 0]
+    turned_k = np.asarray(model.rotate(everywhere(k), rope))[0, :, 0]
+    scores = turned_q.astype(np.float64) @ turned_k.T
+    # Angles of up to 40 radians are exact to 40 eps; 32 pairs of them add up.
+    tolerance = 40 * EPS * np.linalg.norm(q) * np.linalg.norm(k)
+    for distance in (0, 1, 7):
+        same = np.diagonal(scores, offset=-distance)
+        assert np.ptp(same) < tolerance
+    assert abs(scores[1, 0] - scores[0, 0]) > 100 * tolerance
+
+
+# --- Causality.
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "documents"])
+def test_no_gradient_from_the_future_or_from_other_documents(segmented):
+    config = vary(tie_embeddings=False)
+    params = init(config)
+    # Position j reads row j of the embedding and nothing else does.
+    tokens = jnp.arange(LENGTH, dtype=jnp.int32)[None]
+    segments = draw_segments()[1:] if segmented else None
+    weights = np.random.default_rng(0).normal(size=config.vocab_size)
+
+    def scores(embedding):
+        logits = model.forward(
+            params | {"embedding": embedding}, tokens, config, segment_ids=segments
+        )
+        return logits[0] @ weights.astype(np.float32)
+
+    jacobian = jax.jit(jax.jacrev(scores))(params["embedding"])
+    flow = np.abs(jacobian).max(-1)[:, :LENGTH]  # (position of logits, of the input)
+    sees = np.tril(np.ones((LENGTH, LENGTH), bool))
+    if segmented:
+        sees &= segments[0][:, None] == segments[0][None, :]
+    assert (flow[~sees] == 0).all()
+    assert (flow[sees] > 0).all()
+
+
+# --- Layouts, rematerialisation, precision.
+
+
+@functools.cache
+def value_and_grads(config: model.ModelConfig):
+    params = init(dataclasses.replace(SMALL, spectral=config.spectral))
+    if not config.scan_layers:
+        params = model.unstack_layers(params)
+    weights = np.random.default_rng(3).normal(
+        size=(BATCH, LENGTH, config.vocab_size)
+    ) / np.sqrt(config.vocab_size)
+
+    def scalar(params):
+        logits = model.forward(params, draw_tokens(), config)
+        return jnp.sum(jnp.square(logits) * weights.astype(np.float32)), logits
+
+    (_, logits), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(params)
+    return logits, grads
+
+
+# Two orders of the same sums; gradients sum over tokens and d_ff.
+ROUNDING = 16 * EPS * np.sqrt(BATCH * LENGTH * SMALL.d_ff)
+
+
+def test_scanned_layers_equal_unrolled_ones():
+    logits, grads = value_and_grads(SMALL)
+    unrolled_logits, unrolled_grads = value_and_grads(vary(scan_layers=False))
+    assert_close(unrolled_logits, logits, tolerance=ROUNDING)
+    assert_close(unrolled_grads, model.unstack_layers(grads), tolerance=ROUNDING)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(remat):
+    _, grads = value_and_grads(SMALL)
+    _, recomputed = value_and_grads(vary(remat=remat))
+    assert_close(recomputed, grads, tolerance=ROUNDING)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_rematerialisation_saves_less(scan_layers):
+    def saved(remat):
+        config = vary(remat=remat, scan_layers=scan_layers)
+        loss = lambda params: model.forward(params, draw_tokens(), config).sum()
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+        _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    assert saved("full") < saved("dots") < saved("none")
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    config = vary(compute_dtype="bfloat16")
+    params = init(config)
+    logits, grads = value_and_grads(config)
+    exact_logits, exact_grads = value_and_grads(SMALL)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert logits.dtype == jnp.float32
+    # 8 bits of mantissa, and as many roundings as in float32.
+    assert_close(logits, exact_logits, tolerance=4 * 2**-8 * np.sqrt(SMALL.num_layers))
+    difference = np.abs(logits - exact_logits).max() / np.abs(exact_logits).max()
+    assert difference > 2**-12
+    assert jax.tree.structure(grads) == jax.tree.structure(exact_grads)
+
+
+def dots(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(value, "eqns"):
+                yield from dots(getattr(value, "jaxpr", value))
+
+
+def test_products_of_bfloat16_compute_read_bfloat16():
+    config = vary(compute_dtype="bfloat16")
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    jaxpr = jax.make_jaxpr(lambda p: model.forward(p, draw_tokens(), config))(params)
+    found = [eqn.invars[1].aval for eqn in dots(jaxpr.jaxpr)]
+    # Seven factor pairs, the scores, the weighted values and the head.
+    assert len(found) == 17
+    weights = [aval for aval in found if aval.ndim == 2]
+    assert len(weights) == 15
+    assert {aval.dtype for aval in weights} == {jnp.dtype("bfloat16")}
+
+
+# --- Layouts of the tree.
+
+
+def test_unstacking_and_stacking_are_inverse():
+    params = init(SMALL)
+    state = optax.adam(1e-3).init(params)
+    for tree in (params, state):
+        apart = model.unstack_layers(tree)
+        together = model.stack_layers(apart)
+        assert jax.tree.structure(together) == jax.tree.structure(tree)
+        jax.tree.map(np.testing.assert_array_equal, together, tree)
+    blocks = model.unstack_layers(params)["layers"]
+    assert isinstance(blocks, tuple) and len(blocks) == SMALL.num_layers
+    for i, block in enumerate(blocks):
+        assert block["q"].u.shape == (SMALL.d_model, SMALL.rank)
+        np.testing.assert_array_equal(block["down"].v, params["layers"]["down"].v[i])
+    moments = optax.tree.get(model.unstack_layers(state), "mu")
+    assert jax.tree.structure(moments) == jax.tree.structure(
+        model.unstack_layers(params)
+    )
+    # Each of them leaves its own result as it is.
+    assert model.stack_layers(params)["layers"] is params["layers"]
+    apart = model.unstack_layers(params)
+    assert model.unstack_layers(apart)["layers"] is apart["layers"]
+
+
+def test_layers_of_different_rank_cannot_be_stacked():
+    params = model.unstack_layers(init(SMALL))
+    first, second = params["layers"]
+    second = second | {"q": jax.tree.map(lambda x: x[..., :2], second["q"])}
+    with pytest.raises(ValueError):
+        model.stack_layers(params | {"layers": (first, second)})
+
+
+def test_both_layouts_start_from_the_same_numbers():
+    # Dense ones: the retraction of factors comes before the layers are taken apart.
+    config = vary(spectral=(), tie_embeddings=False)
+    key = jax.random.key(7)
+    stacked = model.init(key, config)
+    apart = model.init(key, dataclasses.replace(config, scan_layers=False))
+    jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stacked), apart)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["stacked", "apart"])
+def test_decay_acts_on_singular_values_and_dense_matrices(scan_layers):
+    config = vary(
+        spectral=("q", "gate", "head"), tie_embeddings=False, scan_layers=scan_layers
+    )
+    mask = model.decay_mask(init(config))
+    factors = spectral.SpectralFactors(u=False, s=True, v=False)
+    block = {
+        "attention_norm": False,
+        "mlp_norm": False,
+        "q": factors,
+        "k": True,
+        "v": True,
+        "o": True,
+        "gate": factors,
+        "up": True,
+        "down": True,
+    }
+    assert mask == {
+        "embedding": True,
+        "final_norm": False,
+        "head": factors,
+        "layers": block if scan_layers else (block, block),
+    }
+
+
+def test_decay_acts_on_both_free_factors():
+    params = model.unstack_layers(init(SMALL))
+    weights = spectral.LowRankFactors(a=jnp.ones((4, 2)), b=jnp.ones((3, 2)))
+    mask = model.decay_mask(
+        {"layers": ({"q": weights, "v": params["layers"][0]["v"]},)}
+    )
+    assert mask["layers"][0]["q"] == spectral.LowRankFactors(a=True, b=True)
+
+
+# --- Initialisation.
+
+
+def test_dense_initialisation_has_the_scale_of_its_fan_in():
+    config = model.ModelConfig(
+        d_model=128,
+        d_ff=320,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=512,
+        spectral=(),
+        tie_embeddings=False,
+    )
+    params = model.init(jax.random.key(0), config)
+    residual = 1 / np.sqrt(2 * config.num_layers)
+    expected = {
+        "q": 1 / np.sqrt(128),
+        "k": 1 / np.sqrt(128),
+        "v": 1 / np.sqrt(128),
+        "o": residual / np.sqrt(128),
+        "gate": 1 / np.sqrt(128),
+        "up": 1 / np.sqrt(128),
+        "down": residual / np.sqrt(320),
+    }
+    layers = params["layers"]
+    for name, std in expected.items():
+        for layer in layers[name]:
+            # Six standard errors of a standard deviation.
+            assert abs(np.std(layer) / std - 1) < 6 / np.sqrt(2 * layer.size), name
+            assert abs(np.mean(layer)) < 6 * std / np.sqrt(layer.size), name
+    for weight, std in (("embedding", 128**-0.5), ("head", 128**-0.5)):
+        size = params[weight].size
+        assert abs(np.std(params[weight]) / std - 1) < 6 / np.sqrt(2 * size)
+    for scale in (
+        params["final_norm"],
+        layers["attention_norm"],
+        layers["mlp_norm"],
+    ):
+        assert (scale == 1).all()
+
+
+def test_spectral_initialisation_has_the_spectrum_of_the_dense_one():
+    config = model.ModelConfig(
+        d_model=128,
+        d_ff=320,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        vocab_size=256,
+        rank=32,
+        spectral=(*ALL, "embedding"),
+    )
+    params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), config)
+    rng = np.random.default_rng(0)
+    factors = params["layers"] | {"embedding": params["embedding"]}
+    residual = 1 / np.sqrt(2 * config.num_layers)
+    for name, (fan_in, fan_out) in config.matrix_shapes().items():
+        # A row of the embedding has d_model entries, and is what is looked up.
+        std = 1 / np.sqrt(128 if name == "embedding" else fan_in)
+        std *= residual if name in ("o", "down") else 1
+        draw = std * rng.normal(size=(fan_in, fan_out))
+        values = np.linalg.svd(draw, compute_uv=False)[:32]
+        for s in np.atleast_2d(factors[name].s):
+            # Values of one draw fluctuate by O(1 / min(I, O)).
+            np.testing.assert_allclose(s, values, rtol=0.05, err_msg=name)
+    # A sum of 320 squares rounds like a random walk.
+    assert spectral.orthonormality_error(params) < EPS * np.sqrt(320)
+    # Layers are drawn independently: random subspaces of dimension 32 in 128.
+    u = np.asarray(params["layers"]["q"].u)
+    assert np.abs(u[0].T @ u[1]).max() < 6 / np.sqrt(128)
+    gate, up = params["layers"]["gate"].u[0], params["layers"]["up"].u[0]
+    assert np.abs(gate.T @ up).max() < 6 / np.sqrt(128)
+
+
+def test_rescaled_initialisation_has_the_norm_of_the_dense_one():
+    config = vary(rescale_init=True)
+    block = model.draw_block(jax.random.key(0), config, layers=(2,))
+    # ||W||_F^2 of an (I, O) matrix of N(0, 1 / I) is O; o and down over 2 num_layers.
+    for name in ALL:
+        fan_out = config.matrix_shapes()[name][1]
+        squares = np.sum(np.square(block[name].s, dtype=np.float64), -1)
+        shrunk = 2 * config.num_layers if name in ("o", "down") else 1
+        np.testing.assert_allclose(squares, fan_out / shrunk, rtol=16 * EPS)
+
+
+# --- Ranks and checks.
+
+
+def test_ranks_of_single_matrices():
+    config = vary(
+        rank=5,
+        ranks=model.MatrixRanks(q=3),
+        rank_ratios=model.MatrixRankRatios(down=0.25, gate=100.0, k=0.001),
+    )
+    ranks = {name: config.matrix_rank(name) for name in model.MATRICES}
+    assert ranks == {
+        "q": 3,
+        "k": 1,
+        "v": 5,
+        "o": 5,
+        "gate": 32,  # clamped to min(32, 48)
+        "up": 5,
+        "down": 12,  # a quarter of fan_in 48
+        "embedding": None,
+        "head": None,
+    }
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    assert params["layers"]["q"].s.shape == (2, 3)
+    assert params["layers"]["down"].u.shape == (2, 48, 12)
+    notes = config.clamped_ratios()
+    assert len(notes) == 2
+    assert any("model.rank_ratios.gate" in note and "32" in note for note in notes)
+    assert any("model.rank_ratios.k" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"d_model": 0}, "model.d_model"),
+        ({"d_ff": -1}, "model.d_ff"),
+        ({"num_layers": 0}, "model.num_layers"),
+        ({"num_heads": 0}, "model.num_heads"),
+        ({"num_kv_heads": 0}, "model.num_kv_heads"),
+        ({"vocab_size": 1}, "model.vocab_size"),
+        ({"num_heads": 5}, "model.num_heads"),
+        ({"num_heads": 32, "num_kv_heads": 1}, "model.num_heads"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads"),
+        ({"num_kv_heads": 8}, "model.num_kv_heads"),
+        ({"remat": "all"}, "model.remat"),
+        ({"compute_dtype": "float16"}, "model.compute_dtype"),
+        ({"spectral": ("q", "mlp")}, "model.spectral"),
+        ({"spectral": ("q", "q")}, "model.spectral"),
+        ({"spectral": ("head",)}, "model.spectral"),
+        ({"rank": 0}, "model.rank"),
+        ({"rank": 33}, "model.rank"),
+        ({"rank": -4}, "model.rank"),
+        ({"ranks": model.MatrixRanks(k=17)}, "model.ranks.k"),
+        ({"ranks": model.MatrixRanks(q=0)}, "model.ranks.q"),
+        ({"ranks": model.MatrixRanks(embedding=4)}, "model.ranks.embedding"),
+        ({"rank_ratios": model.MatrixRankRatios(q=0.0)}, "model.rank_ratios.q"),
+        ({"rank_ratios": model.MatrixRankRatios(head=0.5)}, "model.rank_ratios.head"),
+        (
+            {
+                "ranks": model.MatrixRanks(up=2),
+                "rank_ratios": model.MatrixRankRatios(up=0.5),
+            },
+            "model.rank_ratios.up",
+        ),
+        ({"norm_eps": -1.0}, "model.norm_eps"),
+        ({"rope_theta": 0.0}, "model.rope_theta"),
+    ],
+    ids=str,
+)
+def test_a_shape_that_is_no_model_is_refused_by_field(changes, field):
+    with pytest.raises(errors.ConfigError, match=f"^{field}: "):
+        dataclasses.replace(SMALL, **changes).validate()
+
+
+def test_a_rank_beyond_the_matrix_names_matrix_and_shape():
+    with pytest.raises(errors.ConfigError, match=r"'k'.*1\.\.16.*32 x 16"):
+        dataclasses.replace(SMALL, rank=17).validate()

@@ -1,0 +1,138 @@
+"""No array of the shape of a weight exists in forward, backward or update."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+import reference
+
+from sct_jax import model, optimizers, train_state, train_step
+
+BATCH, LENGTH = 3, 7
+# No two sizes that a matrix or an activation can have are alike.
+SPECTRAL = model.ModelConfig(
+    d_model=40,
+    d_ff=56,
+    num_layers=2,
+    num_heads=10,
+    num_kv_heads=2,
+    vocab_size=97,
+    rank=5,
+    spectral=(*model.BLOCK_MATRICES, "embedding", "head"),
+    tie_embeddings=False,
+)
+CONFIGS = {
+    "scanned": SPECTRAL,
+    "unrolled": dataclasses.replace(SPECTRAL, scan_layers=False),
+    "tied": dataclasses.replace(
+        SPECTRAL,
+        tie_embeddings=True,
+        spectral=(*model.BLOCK_MATRICES, "embedding"),
+    ),
+    "rematerialised": dataclasses.replace(SPECTRAL, remat="full"),
+    "bfloat16": dataclasses.replace(SPECTRAL, compute_dtype="bfloat16"),
+}
+
+
+def batch():
+    tokens = jnp.ones((BATCH, LENGTH), jnp.int32)
+    return {"inputs": tokens, "targets": tokens, "segment_ids": tokens}
+
+
+def forward(config):
+    params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+    fn = lambda params: train_step.loss_fn(params, batch(), config)
+    return jax.make_jaxpr(fn)(params)
+
+
+def backward(config):
+    params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+    fn = jax.value_and_grad(lambda p: train_step.loss_fn(p, batch(), config))
+    return jax.make_jaxpr(fn)(params)
+
+
+def step(config, num_microbatches=1, **changes):
+    optimizer = {"max_update_norm": 0.1, "weight_decay": 0.1, "grad_clip": 1.0}
+    tx = optimizers.OptimizerConfig(**(optimizer | changes)).build(10)
+    params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+    opt_state = jax.eval_shape(tx.init, params)
+    train = train_step.make_train_step(config, tx, num_microbatches=num_microbatches)
+
+    def fn(params, opt_state):
+        state = train_state.TrainState(
+            step=jnp.zeros([], jnp.int32), params=params, opt_state=opt_state
+        )
+        return train(state, batch(), jnp.array(True))
+
+    return jax.make_jaxpr(fn)(params, opt_state)
+
+
+def initialisation(config):
+    return jax.make_jaxpr(lambda key: model.init(key, config))(jax.random.key(0))
+
+
+def shapes(jaxpr):
+    """Shapes of every intermediate result."""
+    found = set()
+    for equation in reference.equations(jaxpr):
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            found.add(tuple(shape))
+    return found
+
+
+def dense_shapes(config, jaxpr):
+    """The results that could hold a weight, a transposed one or a stack of them."""
+    forbidden = set()
+    for fan_in, fan_out in config.matrix_shapes().values():
+        forbidden |= {(fan_in, fan_out), (fan_out, fan_in)}
+    return {shape for shape in shapes(jaxpr) if shape[-2:] in forbidden}
+
+
+def test_no_activation_has_the_shape_of_a_weight():
+    """Else the walk would prove nothing: sizes are all of different pairs."""
+    d, f = SPECTRAL.d_model, SPECTRAL.d_ff
+    g = SPECTRAL.num_kv_heads * SPECTRAL.head_dim
+    rows = {BATCH * LENGTH, LENGTH, BATCH, SPECTRAL.num_heads, SPECTRAL.num_kv_heads}
+    sizes = {d, f, g, SPECTRAL.vocab_size}
+    assert len(sizes) == 4
+    assert not rows & sizes
+    assert not {SPECTRAL.rank, 2 * SPECTRAL.rank} & sizes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("trace", [forward, backward, step, initialisation])
+def test_no_intermediate_has_the_shape_of_a_weight(trace, name):
+    config = CONFIGS[name]
+    assert not dense_shapes(config, trace(config))
+
+
+@pytest.mark.parametrize("retraction", ["qr", "polar"])
+def test_nor_with_another_retraction(retraction):
+    assert not dense_shapes(SPECTRAL, step(SPECTRAL, retraction=retraction))
+
+
+def test_nor_with_micro_batches():
+    assert not dense_shapes(SPECTRAL, step(SPECTRAL, num_microbatches=3))
+
+
+@pytest.mark.parametrize("matrix", model.MATRICES)
+@pytest.mark.parametrize("trace", [backward, step])
+def test_the_walk_finds_the_gradient_of_a_single_dense_matrix(trace, matrix):
+    rest = tuple(name for name in SPECTRAL.spectral if name != matrix)
+    config = dataclasses.replace(SPECTRAL, spectral=rest)
+    fan_in, fan_out = config.matrix_shapes()[matrix]
+    found = {shape[-2:] for shape in dense_shapes(config, trace(config))}
+    assert (fan_in, fan_out) in found
+
+
+def test_the_walk_looks_into_scans_and_conditions():
+    def fn(x):
+        def body(carry, _):
+            inner = lambda: jnp.sum(jnp.outer(x, carry))
+            return jax.lax.cond(jnp.sum(x) > 0, inner, lambda: 0.0) + carry, None
+
+        return jax.lax.scan(body, jnp.ones(56), None, length=3)[0]
+
+    assert (40, 56) in shapes(jax.make_jaxpr(fn)(jnp.ones(40)))

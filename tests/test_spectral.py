@@ -1,0 +1,516 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from sct_jax import spectral
+
+EPS = float(np.finfo(np.float32).eps)
+ORTHONORMAL = 4e-6
+HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+FAN_IN, FAN_OUT, RANK = 12, 9, 4
+
+composite_update_norm = jax.jit(spectral.composite_update_norm)
+
+
+def orthonormal(*shape, seed=0):
+    return reference.signed_qr(np.random.default_rng(seed).normal(size=shape))
+
+
+def factors64(layers=(), s=(2.0, 1.5, 0.7, 0.1), seed=0):
+    """(u, s, v) in float64."""
+    rank = len(s)
+    return (
+        orthonormal(*layers, FAN_IN, rank, seed=seed),
+        np.broadcast_to(np.asarray(s, np.float64), (*layers, rank)).copy(),
+        orthonormal(*layers, FAN_OUT, rank, seed=seed + 1),
+    )
+
+
+def factors(layers=(), **kwargs):
+    return as_factors(factors64(layers, **kwargs))
+
+
+def as_factors(usv):
+    return spectral.SpectralFactors(*(jnp.asarray(x, jnp.float32) for x in usv))
+
+
+def weights(layers=()):
+    """One weight of every kind, with its dense float64 form."""
+    w = factors(layers)
+    dense = reference.dense(*w)
+    root = np.sqrt(reference.float64(w.s))[..., None, :]
+    a, b = (jnp.asarray(x * root, jnp.float32) for x in (w.u, w.v))
+    return {
+        "spectral": (w, dense),
+        "low_rank": (spectral.LowRankFactors(a, b), dense),
+        "dense": (jnp.asarray(dense, jnp.float32), dense),
+    }
+
+
+KINDS = ("spectral", "low_rank", "dense")
+
+
+# --- forward ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_is_the_product_with_the_dense_matrix(kind, batch):
+    w, dense = weights()[kind]
+    x = np.random.default_rng(3).normal(size=(*batch, FAN_IN)).astype(np.float32)
+    found = spectral.linear(jnp.asarray(x), w)
+    assert found.shape == (*batch, FAN_OUT)
+    # Two sums of 12 and 4 terms of size up to ||x|| max|s|.
+    atol = 4 * EPS * np.sqrt(FAN_IN) * np.linalg.norm(x, axis=-1).max() * 2
+    np.testing.assert_allclose(found, reference.float64(x) @ dense, atol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_computes_in_the_dtype_of_x_and_keeps_float32_factors(kind):
+    w, dense = weights()[kind]
+    x = jax.random.normal(jax.random.key(0), (5, FAN_IN)).astype(jnp.bfloat16)
+    found = spectral.linear(x, w)
+    assert found.dtype == jnp.bfloat16
+    expected = reference.float64(x.astype(jnp.float32)) @ dense
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    atol = eps * np.sqrt(FAN_IN) * np.max(np.linalg.norm(expected, axis=-1))
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=atol)
+    grads = jax.grad(lambda w: spectral.linear(x, w).astype(jnp.float32).sum())(w)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert {p.dtype for p in jax.tree.leaves(w)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_linear_match_those_through_the_dense_matrix(kind):
+    w, dense = weights()[kind]
+    rng = np.random.default_rng(4)
+    x, y_bar = rng.normal(size=(5, FAN_IN)), rng.normal(size=(5, FAN_OUT))
+    _, pullback = jax.vjp(spectral.linear, jnp.asarray(x, jnp.float32), w)
+    x_bar, w_bar = pullback(jnp.asarray(y_bar, jnp.float32))
+    g = x.T @ y_bar  # the gradient of the dense matrix
+    w = reference.float64(w)
+    if kind == "spectral":
+        expected = (
+            g @ w.v * w.s,
+            np.sum(w.u * (g @ w.v), axis=0),
+            g.T @ w.u * w.s,
+        )
+    elif kind == "low_rank":
+        expected = (g @ w.b, g.T @ w.a)
+    else:
+        expected = (g,)
+    atol = 8 * EPS * np.sqrt(FAN_IN) * np.linalg.norm(g) * 2
+    for found, wanted in zip(jax.tree.leaves(w_bar), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=atol)
+    np.testing.assert_allclose(x_bar, y_bar @ dense.T, atol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_maps_over_layers(kind):
+    w, dense = weights((3,))[kind]
+    x = np.random.default_rng(3).normal(size=(3, 5, FAN_IN)).astype(np.float32)
+    found = jax.vmap(spectral.linear)(jnp.asarray(x), w)
+    atol = 8 * EPS * np.sqrt(FAN_IN) * np.linalg.norm(x, axis=-1).max()
+    np.testing.assert_allclose(found, reference.float64(x) @ dense, atol=atol)
+
+
+@pytest.mark.parametrize("ids", [2, [0, 11, 3], [[1, 1], [5, 0], [2, 7]]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lookup_returns_rows(kind, ids):
+    w, dense = weights()[kind]
+    found = spectral.lookup(jnp.asarray(ids), w)
+    atol = 4 * EPS * np.sqrt(RANK) * 2
+    np.testing.assert_allclose(found, dense[np.asarray(ids)], atol=atol)
+
+
+@pytest.mark.parametrize("layers", [(), (2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_dense_and_transpose(kind, layers):
+    w, dense = weights(layers)[kind]
+    atol = 4 * EPS * np.sqrt(RANK) * 2
+    np.testing.assert_allclose(spectral.to_dense(w), dense, atol=atol)
+    turned = spectral.to_dense(spectral.transpose(w))
+    np.testing.assert_allclose(turned, dense.swapaxes(-1, -2), atol=atol)
+    assert type(spectral.transpose(w)) is type(w) or kind == "dense"
+
+
+def test_to_low_rank_keeps_the_product_and_splits_s_evenly():
+    w = factors((2,), s=(2.0, -1.5, 0.0, 0.1))
+    low = spectral.to_low_rank(w)
+    atol = 4 * EPS * np.sqrt(RANK) * 2
+    found = np.asarray(low.a) @ np.asarray(low.b).swapaxes(-1, -2)
+    np.testing.assert_allclose(found, reference.dense(*w), atol=atol)
+    sizes = [np.linalg.norm(x, axis=-2) for x in low]
+    np.testing.assert_allclose(sizes[0], sizes[1], rtol=8 * EPS)
+
+
+# --- factor tuples ---------------------------------------------------------------
+
+
+def test_factors_are_named_tuples_and_pytree_nodes():
+    w = factors()
+    u, s, v = w
+    assert (u is w.u, s is w.s, v is w.v) == (True, True, True)
+    assert w._replace(s=s * 2).s[0] == 2 * s[0]
+    doubled = jax.tree.map(lambda x: 2 * x, w)
+    assert isinstance(doubled, spectral.SpectralFactors)
+    a, b = spectral.LowRankFactors(u, v)
+    assert (a is u, b is v) == (True, True)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(w)]
+    assert [jax.tree_util.keystr(path) for path in paths] == [".u", ".s", ".v"]
+
+
+def test_is_factors_makes_a_weight_one_leaf():
+    low = spectral.LowRankFactors(jnp.ones((3, 2)), jnp.ones((4, 2)))
+    tree = {"w": factors(), "low": low, "dense": jnp.ones(3), "pair": (1.0, 2.0)}
+    leaves = jax.tree.leaves(tree, is_leaf=spectral.is_factors)
+    assert sum(map(spectral.is_factors, leaves)) == 2
+    assert sum(map(spectral.is_spectral, leaves)) == 1
+    assert len(leaves) == 5
+    seen = jax.tree.map(
+        lambda p, q: type(p) is type(q), tree, tree, is_leaf=spectral.is_factors
+    )
+    assert seen == {"w": True, "low": True, "dense": True, "pair": (True, True)}
+
+
+# --- from_dense and energy -------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(), (2, 3)])
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_from_dense_loses_exactly_the_tail(layers, rank):
+    w = np.random.default_rng(0).normal(size=(*layers, FAN_IN, FAN_OUT))
+    found = spectral.from_dense(jnp.asarray(w, jnp.float32), rank=rank)
+    assert found.u.shape == (*layers, FAN_IN, rank)
+    assert found.v.shape == (*layers, FAN_OUT, rank)
+    sigma = np.linalg.svd(w, compute_uv=False)
+    atol = 16 * EPS * sigma.max()
+    np.testing.assert_allclose(found.s, sigma[..., :rank], atol=atol)
+    rest = np.linalg.norm(w - reference.dense(*found), axis=(-2, -1))
+    tail = np.sqrt(np.sum(sigma[..., rank:] ** 2, axis=-1))
+    np.testing.assert_allclose(rest, tail, atol=atol * np.sqrt(FAN_OUT))
+    assert reference.orthonormality_error(found.u) < ORTHONORMAL
+    assert reference.orthonormality_error(found.v) < ORTHONORMAL
+
+
+def test_from_dense_keeps_everything_by_default():
+    w = np.random.default_rng(0).normal(size=(FAN_OUT, FAN_IN)).astype(np.float32)
+    found = spectral.from_dense(jnp.asarray(w))
+    assert found.s.shape == (FAN_OUT,)
+    atol = 16 * EPS * np.linalg.norm(w, 2)
+    np.testing.assert_allclose(reference.dense(*found), w, atol=atol)
+
+
+def test_from_dense_keeps_the_energy_that_the_neediest_layer_needs():
+    u, _, v = factors64((2,))
+    s = np.array([[3.0, 1.0, 0.1, 0.1], [1.0, 1.0, 1.0, 0.1]])
+    w = jnp.asarray(reference.dense(u, s, v), jnp.float32)
+    # 9.0 of 10.02 in the first layer, 3.0 of 3.01 in the second.
+    assert spectral.from_dense(w[0], energy=0.89).s.shape == (1,)
+    assert spectral.from_dense(w[0], energy=0.95).s.shape == (2,)
+    assert spectral.from_dense(w, energy=0.95).s.shape == (2, 3)
+    assert spectral.from_dense(w[0], energy=1.0).s.shape[-1] >= 4
+
+
+def test_from_dense_of_bfloat16_gives_float32_factors():
+    w = jax.random.normal(jax.random.key(0), (FAN_IN, FAN_OUT)).astype(jnp.bfloat16)
+    found = spectral.from_dense(w, rank=FAN_OUT)
+    assert {x.dtype for x in found} == {jnp.dtype("float32")}
+    exact = reference.float64(w.astype(jnp.float32))
+    atol = 16 * EPS * np.linalg.norm(exact, 2)
+    np.testing.assert_allclose(reference.dense(*found), exact, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 2, "energy": 0.5}, "rank or energy, not both"),
+        ({"rank": 0}, "rank 0 is not in 1..4"),
+        ({"rank": 5}, "rank 5 is not in 1..4"),
+        ({"rank": -1}, "rank -1 is not in 1..4"),
+        ({"energy": 0.0}, "share in .0, 1., got 0.0"),
+        ({"energy": 1.01}, "share in .0, 1., got 1.01"),
+        ({"energy": float("nan")}, "share in .0, 1., got nan"),
+    ],
+)
+def test_from_dense_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        spectral.from_dense(jnp.ones((6, 4)), **arguments)
+
+
+def energy_rank_by_hand(s, energy):
+    squares = np.sort(np.asarray(s, np.float64) ** 2)[::-1]
+    for k in range(1, len(squares) + 1):
+        if np.sum(squares[:k]) >= energy * np.sum(squares):
+            return k
+    return len(squares)
+
+
+@pytest.mark.parametrize(
+    "s", [(4.0, 2.0, 1.0, 0.5), (-1.0, 0.5, 4.0, -2.0), (0.0, 3.0, 0.0, -3.0)]
+)
+@pytest.mark.parametrize("energy", [0.1, 0.5, 0.76, 0.9, 0.95, 0.99, 1.0])
+def test_energy_rank_of_unsorted_values_of_either_sign(s, energy):
+    found = jax.jit(spectral.energy_rank)(jnp.asarray(s), energy)
+    assert found == energy_rank_by_hand(s, energy)
+    assert found.dtype == jnp.int32
+
+
+def test_energy_rank_is_reached_exactly_at_a_threshold():
+    # Shares of s^2 in exact binary numbers.
+    equal = jnp.asarray([2.0, -2.0, 2.0, 2.0])
+    for k in range(1, 5):
+        assert spectral.energy_rank(equal, k / 4) == k
+        assert spectral.energy_rank(equal, k / 4 - 0.01) == k
+    assert spectral.energy_rank(equal, 0.51) == 3
+
+
+def test_energy_rank_of_all_energy_is_reached_in_spite_of_rounding():
+    s = jnp.asarray([1.0, 1e-4, 1e-5, 0.0])
+    assert spectral.energy_rank(s, 1.0) <= 4
+    s = jax.random.normal(jax.random.key(0), (64,))
+    assert spectral.energy_rank(s, 1.0) == 64
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_energy_rank_does_not_see_the_size(size):
+    s = size * jnp.asarray([[1.0, 3.0, 2.0], [1.0, 0.0, 0.0]])
+    expected = [1, 1] if size == 0 else [2, 1]
+    np.testing.assert_array_equal(spectral.energy_rank(s, 0.9), expected)
+
+
+# --- init ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 4), (9, 12, 9), (8, 8, 8), (7, 5, 1)])
+@pytest.mark.parametrize("layers", [(), (2, 3)])
+def test_init_is_orthonormal(shape, layers):
+    w = spectral.init(jax.random.key(0), *shape, layers=layers)
+    fan_in, fan_out, rank = shape
+    assert w.u.shape == (*layers, fan_in, rank)
+    assert w.s.shape == (*layers, rank)
+    assert w.v.shape == (*layers, fan_out, rank)
+    assert reference.orthonormality_error(w.u) < ORTHONORMAL
+    assert reference.orthonormality_error(w.v) < ORTHONORMAL
+    assert np.all(np.diff(w.s) < 0)
+    assert np.all(np.asarray(w.s) > 0)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 256), (80, 80)])
+def test_init_has_the_singular_values_of_a_gaussian_matrix(shape):
+    w = spectral.init(jax.random.key(0), *shape, 16)
+    expected = reference.gaussian_singular_values(*shape, draws=20)[:16]
+    # Quantiles leave out fluctuations of O(1 / min(I, O)) and the Tracy-Widom shift of
+    # the edge, min(I, O)^(-2/3).
+    np.testing.assert_allclose(w.s, expected, rtol=min(shape) ** (-2 / 3))
+    np.testing.assert_allclose(w.s[4:], expected[4:], rtol=1.5 / min(shape))
+
+
+def test_init_has_the_frobenius_norm_of_a_gaussian_matrix():
+    w = spectral.init(jax.random.key(0), 96, 64, 64)
+    # E ||W||^2 = O; the sum over quantiles is a midpoint rule with 64 points.
+    np.testing.assert_allclose(np.linalg.norm(w.s), np.sqrt(64), rtol=1 / 64)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_init_can_be_rescaled_to_the_dense_frobenius_norm(scale):
+    w = spectral.init(jax.random.key(0), 12, 20, 3, scale=scale, rescale=True)
+    expected = scale * np.sqrt(20)
+    np.testing.assert_allclose(np.linalg.norm(w.s), expected, rtol=4 * EPS)
+    plain = spectral.init(jax.random.key(0), 12, 20, 3)
+    ratio = np.asarray(w.s) / np.asarray(plain.s)
+    np.testing.assert_allclose(ratio, ratio[0], rtol=4 * EPS)
+
+
+def test_init_scales_only_s():
+    one = spectral.init(jax.random.key(0), 12, 9, 4)
+    half = spectral.init(jax.random.key(0), 12, 9, 4, scale=0.5)
+    np.testing.assert_array_equal(half.u, one.u)
+    np.testing.assert_array_equal(half.v, one.v)
+    np.testing.assert_array_equal(half.s, one.s / 2)
+
+
+def test_init_layers_and_keys_are_independent():
+    a = spectral.init(jax.random.key(0), 12, 12, 4, layers=(2,))
+    b = spectral.init(jax.random.key(1), 12, 12, 4, layers=(2,))
+    points = [*a.u, *a.v, *b.u, *b.v]
+    for i, x in enumerate(points):
+        for y in points[:i]:
+            assert np.max(np.abs(x - y)) > 0.1
+
+
+def test_init_in_bfloat16():
+    w = spectral.init(jax.random.key(0), 12, 9, 4, dtype=jnp.bfloat16)
+    assert {x.dtype for x in w} == {jnp.dtype("bfloat16")}
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert reference.orthonormality_error(w.u.astype(jnp.float32)) < eps
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10])
+@pytest.mark.parametrize("function", [spectral.init, spectral.draw])
+def test_init_refuses_a_rank_that_does_not_fit(function, rank):
+    with pytest.raises(ValueError, match=rf"rank {rank} is not in 1..9 for \(12, 9\)"):
+        function(jax.random.key(0), 12, 9, rank)
+
+
+def test_draw_then_retract_is_init():
+    drawn = spectral.draw(jax.random.key(0), 12, 9, 4, layers=(2,))
+    w = spectral.init(jax.random.key(0), 12, 9, 4, layers=(2,))
+    np.testing.assert_array_equal(drawn.s, w.s)
+    condition = np.linalg.cond(drawn.u).max()
+    expected = reference.signed_qr(drawn.u)
+    np.testing.assert_allclose(w.u, expected, atol=4 * EPS * condition * 2)
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr", "polar"])
+def test_retract_changes_the_spectral_factors_of_a_tree_alone(method):
+    w = jax.tree.map(lambda x: x * 1.5, factors())
+    low = spectral.LowRankFactors(jnp.ones((3, 2)), jnp.ones((4, 2)))
+    tree = {"w": w, "rest": [low, jnp.ones((3, 3))], "none": None}
+    found = spectral.retract(tree, method=method)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    np.testing.assert_array_equal(found["w"].s, w.s)
+    for x, y in ((found["w"].u, w.u), (found["w"].v, w.v)):
+        expected = reference.RETRACTIONS[method](y)
+        np.testing.assert_allclose(x, expected, atol=8 * EPS * np.sqrt(RANK))
+    jax.tree.map(np.testing.assert_array_equal, found["rest"], tree["rest"])
+
+
+# --- the norm of the composite update --------------------------------------------
+
+
+def absolute_floor(s):
+    return 16 * EPS * np.max(np.abs(s)) * np.sqrt(np.shape(s)[-1])
+
+
+def check_norm(old, new, rtol=1e-5):
+    """Against the dense difference of the very float32 factors."""
+    found = composite_update_norm(old, new)
+    expected = reference.composite_update_norm(old, new)
+    atol = absolute_floor(np.stack([old.s, new.s]))
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("layers", [(), (2, 3)])
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+def test_composite_update_norm_at_every_size_of_update(layers, size):
+    rng = np.random.default_rng(7)
+    old = factors64(layers)
+    moved = [x + size * rng.normal(size=x.shape) for x in old]
+    new = (reference.signed_qr(moved[0]), moved[1], reference.signed_qr(moved[2]))
+    check_norm(as_factors(old), as_factors(new))
+
+
+@pytest.mark.parametrize("part", ["u", "s", "v"])
+def test_composite_update_norm_sees_every_component(part):
+    old = factors()
+    x = getattr(old, part)
+    noise = jax.random.normal(jax.random.key(0), x.shape)
+    check_norm(old, old._replace(**{part: x + 0.1 * noise}))
+
+
+def test_composite_update_norm_needs_no_orthonormal_new_factors():
+    old = factors()
+    check_norm(old, jax.tree.map(lambda x: x + 0.3 * jnp.ones_like(x), old))
+
+
+def test_composite_update_norm_of_unlike_signs_and_zeros():
+    old = factors(s=(2.0, -1.5, 0.0, -0.1))
+    check_norm(old, old._replace(s=-old.s))
+    check_norm(old, factors(s=(0.0, 0.0, 0.0, 0.0), seed=5))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+def test_co_rotation_of_nearly_equal_singular_values_moves_w_little(spread):
+    s = 1 + spread * np.array([3.0, 1.0, -1.0, -3.0])
+    u, s, v = factors64(s=s)
+    turn = orthonormal(RANK, RANK, seed=9)
+    check_norm(as_factors((u, s, v)), as_factors((u @ turn, s, v @ turn)))
+
+
+def test_identical_factors_are_at_distance_zero_to_rounding():
+    w = factors((3,))
+    found = composite_update_norm(w, w)
+    assert np.all(np.asarray(found) <= absolute_floor(w.s))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("layers", [(), (3,)])
+def test_composite_update_norm_of_low_rank_factors(layers, size):
+    old = weights(layers)["low_rank"][0]
+    rng = np.random.default_rng(7)
+    new = jax.tree.map(
+        lambda x: x + jnp.asarray(size * rng.normal(size=x.shape), jnp.float32), old
+    )
+    before, after = (
+        reference.float64(w.a) @ reference.float64(w.b).swapaxes(-1, -2)
+        for w in (old, new)
+    )
+    expected = reference.spectral_norm(after - before)
+    found = composite_update_norm(old, new)
+    # Squares of the singular values are taken: half of the digits at worst.
+    atol = np.sqrt(EPS) * size * np.sqrt(2)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
+    np.testing.assert_array_equal(composite_update_norm(old, old), np.zeros(layers))
+
+
+def test_low_rank_factors_of_very_unlike_sizes_are_balanced():
+    old = weights()["low_rank"][0]
+    new = old._replace(a=old.a * 1.01)
+    uneven = [w._replace(a=w.a * 1e6, b=w.b * 1e-6) for w in (old, new)]
+    expected = composite_update_norm(old, new)
+    np.testing.assert_allclose(composite_update_norm(*uneven), expected, rtol=1e-3)
+
+
+def test_composite_update_norm_refuses_factors_of_two_kinds():
+    w = factors()
+    with pytest.raises(TypeError, match="got SpectralFactors and LowRankFactors"):
+        spectral.composite_update_norm(w, spectral.to_low_rank(w))
+
+
+def test_composite_update_norm_refuses_arrays():
+    x = jnp.ones((3, 3))
+    with pytest.raises(TypeError, match="compares two SpectralFactors"):
+        spectral.composite_update_norm(x, x)
+
+
+def test_the_largest_norm_and_error_of_a_tree():
+    small, large = factors(), factors((2,), seed=4)
+    low = weights()["low_rank"][0]
+    old = {"a": small, "b": {"c": large, "d": low}, "e": jnp.ones((3, 3))}
+    new = {
+        "a": small._replace(s=small.s + 0.1),
+        "b": {"c": large._replace(s=large.s - 0.3), "d": low},
+        "e": 1e6 * jnp.ones((3, 3)),
+    }
+    found = jax.jit(spectral.max_composite_update_norm)(old, new)
+    assert found.shape == ()
+    np.testing.assert_allclose(found, 0.3, rtol=1e-5)
+
+    stretched = new | {"a": small._replace(v=small.v * 1.01)}
+    found = spectral.orthonormality_error(stretched)
+    np.testing.assert_allclose(found, 1.01**2 - 1, atol=8 * EPS)
+    assert spectral.orthonormality_error(new) < ORTHONORMAL
+
+
+def test_trees_without_factors_are_at_zero():
+    tree = {"a": jnp.ones((3, 3)), "b": ()}
+    assert spectral.max_composite_update_norm(tree, tree) == 0
+    assert spectral.orthonormality_error(tree) == 0
+
+
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+def test_every_product_of_the_norm_is_of_the_highest_precision(kind):
+    w = weights((2,))[kind][0]
+    precisions = reference.matmul_precisions(spectral.composite_update_norm, w, w)
+    assert precisions
+    assert set(precisions) == {HIGHEST}
+
+
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+def test_to_dense_is_of_the_highest_precision(kind):
+    w = weights()[kind][0]
+    precisions = reference.matmul_precisions(spectral.to_dense, w)
+    assert set(precisions) == {HIGHEST}

@@ -1,0 +1,618 @@
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from hypothesis import strategies
+
+from sct_jax import spectral, stiefel, transforms
+
+EPS = float(np.finfo(np.float32).eps)
+ORTHONORMAL = 4e-6
+METHODS = ("qr", "cholesky_qr", "polar")
+HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
+# Two weights share a stack of Gram matrices, the third has a rank of its own.
+SHAPES = {"a": ((2,), 12, 9, 4), "b": ((), 9, 12, 4), "c": ((), 8, 6, 2)}
+
+
+def point(shape, seed):
+    return reference.signed_qr(np.random.default_rng(seed).normal(size=shape))
+
+
+@functools.cache
+def params64(seed=0, spread=10.0):
+    tree = {}
+    for i, (name, (layers, fan_in, fan_out, rank)) in enumerate(SHAPES.items()):
+        s = np.geomspace(2, 2 / spread, rank) * np.resize([1, -1, 1], rank)
+        tree[name] = spectral.SpectralFactors(
+            point((*layers, fan_in, rank), seed + 10 * i),
+            np.broadcast_to(s, (*layers, rank)),
+            point((*layers, fan_out, rank), seed + 10 * i + 1),
+        )
+    return tree
+
+
+def as_float32(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def params32(**kwargs):
+    return as_float32(params64(**kwargs))
+
+
+def mixed_params():
+    """Factors of both kinds and dense arrays of every number of axes."""
+    rng = np.random.default_rng(5)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    return {
+        "w": params32()["a"],
+        "low": spectral.LowRankFactors(normal(7, 3), normal(5, 3)),
+        "dense": normal(6, 5),
+        "norm": normal(6),
+    }
+
+
+def noise_like(tree, size, seed=0):
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    noise = [jnp.asarray(size * rng.normal(size=x.shape), x.dtype) for x in leaves]
+    return jax.tree.unflatten(treedef, noise)
+
+
+def assert_trees_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def run(tx, params, *updates, **extra):
+    """Updates as transformed, one after another, params fixed."""
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    results = []
+    for update in updates:
+        found, state = step(update, state, params, **extra)
+        results.append(found)
+    return results[-1] if len(results) == 1 else results
+
+
+# --- clip_by_composite_spectral_norm ---------------------------------------------
+
+
+@functools.cache
+def clip_and_apply(method):
+    """Jitted (params, updates, max_norm) -> (clipped updates, new params)."""
+
+    @jax.jit
+    def step(params, updates, max_norm):
+        clip = transforms.clip_by_composite_spectral_norm(max_norm, retraction=method)
+        clipped = run(clip, params, updates)
+        applied = run(transforms.retract_to_stiefel(method), params, clipped)
+        return clipped, optax.apply_updates(params, applied)
+
+    return step
+
+
+def adversarial_update(kind, size, p, rng):
+    """A float64 update of one weight that is hard on some part of the clip."""
+    du, ds, dv = (rng.normal(size=x.shape) for x in p)
+    layers, rank = p.s.shape[:-1], p.s.shape[-1]
+    zero = jax.tree.map(np.zeros_like, p)
+    if kind == "random":
+        d = p._replace(u=du, s=ds, v=dv)
+    elif kind == "rank one":
+        d = p._replace(u=du[..., :1] + 0 * du, s=0 * ds, v=dv[..., :1] + 0 * dv)
+    elif kind == "sign":
+        d = p._replace(u=np.sign(du), s=np.sign(ds), v=np.sign(dv))
+    elif kind == "vertical":
+        a = rng.normal(size=(*layers, rank, rank))
+        d = p._replace(u=p.u @ a, s=0 * ds, v=p.v @ a.swapaxes(-1, -2))
+    elif kind == "co-rotation":
+        a = rng.normal(size=(*layers, rank, rank))
+        a = a - a.swapaxes(-1, -2)
+        d = p._replace(u=p.u @ a, s=0 * ds, v=p.v @ a)
+    elif kind == "collapse":  # at size 1 both factors vanish
+        d = p._replace(u=-p.u, s=0 * ds, v=-p.v)
+    elif kind == "swap":  # at size 1 the first two columns become one
+        d = zero._replace(u=np.concatenate([0 * p.u[..., :-1], p.u[..., :1]], -1))
+    elif kind == "only s":
+        d = zero._replace(s=ds)
+    elif kind == "only u":
+        d = zero._replace(u=du)
+    else:
+        d = zero
+    return jax.tree.map(lambda x: size * x, d)
+
+
+KINDS = (
+    "random",
+    "rank one",
+    "sign",
+    "vertical",
+    "co-rotation",
+    "collapse",
+    "swap",
+    "only s",
+    "only u",
+    "zero",
+)
+
+
+def absolute_floor(*factors):
+    """16 eps max|s| sqrt(R), in which two float32 W of norm max|s| are one."""
+    peak = max(np.max(np.abs(w.s)) for w in factors)
+    return 16 * EPS * peak * np.sqrt(factors[0].s.shape[-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=40, database=None)
+@hypothesis.given(
+    kinds=strategies.tuples(*[strategies.sampled_from(KINDS)] * 3),
+    sizes=strategies.tuples(
+        *[strategies.sampled_from([1e-30, 1e-3, 0.03, 0.3, 1.0, 10.0, 1e4, 1e30])] * 3
+    ),
+    max_norm=strategies.sampled_from([1e-3, 1e-2, 0.1, 1.0, 100.0]),
+    seed=strategies.integers(0, 3),
+)
+def test_the_applied_update_keeps_the_bound(method, kinds, sizes, max_norm, seed):
+    rng = np.random.default_rng(seed)
+    old = params64(seed=seed)
+    wanted = {
+        name: adversarial_update(kind, size, old[name], rng)
+        for (name, kind, size) in zip(SHAPES, kinds, sizes, strict=True)
+    }
+    old, wanted = as_float32(old), as_float32(wanted)
+    clipped, new = clip_and_apply(method)(old, wanted, jnp.float32(max_norm))
+    for name in SHAPES:
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(new[name]))
+        norm = reference.composite_update_norm(old[name], new[name])
+        floor = absolute_floor(old[name], new[name])
+        assert np.all(norm <= max_norm * 1.01 + floor), name
+        # The scale is one number per layer, so the direction is kept.
+        scales = [
+            np.asarray(c)[np.asarray(d) != 0] / np.asarray(d)[np.asarray(d) != 0]
+            for c, d in zip(clipped[name], wanted[name], strict=True)
+        ]
+        assert all(np.all((s >= 0) & (s <= 1)) for s in scales), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 0.03, 0.3])
+def test_an_update_within_the_bound_is_unchanged_whatever_its_neighbours(
+    method, kind, size
+):
+    """Bitwise, while an update beside it has to be clipped hard."""
+    rng = np.random.default_rng(1)
+    old = params64()
+    wanted = {
+        "a": adversarial_update(kind, size, old["a"], rng),
+        "b": adversarial_update("collapse", 1.0, old["b"], rng),
+        "c": adversarial_update("random", 1e30, old["c"], rng),
+    }
+    old, wanted = as_float32(old), as_float32(wanted)
+    moved = jax.tree.map(lambda p, d: np.asarray(p, np.float64) + d, old, wanted)["a"]
+    retract = reference.RETRACTIONS[method]
+    target = (retract(moved.u), moved.s, retract(moved.v))
+    norm = reference.composite_update_norm(old["a"], target)
+    # Above both the float32 error of the search and the Frobenius bound's decision.
+    max_norm = 1.02 * np.max(norm) + 4 * absolute_floor(old["a"])
+    clipped, _ = clip_and_apply(method)(old, wanted, jnp.float32(max_norm))
+    assert_trees_equal(clipped["a"], wanted["a"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_clip_uses_most_of_the_bound(method):
+    old, max_norm = params32(), 0.05
+    wanted = noise_like(old, 0.1)
+    _, new = clip_and_apply(method)(old, wanted, jnp.float32(max_norm))
+    for name in SHAPES:
+        norm = reference.composite_update_norm(old[name], new[name])
+        assert np.all(norm > 0.9 * max_norm), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_are_clipped_on_their_own(method):
+    old = params32()
+    wanted = jax.tree.map(lambda x: 0.01 * x, noise_like(old, 1.0))
+    second = jnp.asarray([1.0, 20.0])
+    wanted["a"] = jax.tree.map(
+        lambda x: x * second.reshape((2,) + (1,) * (x.ndim - 1)), wanted["a"]
+    )
+    clipped, _ = clip_and_apply(method)(old, wanted, jnp.float32(0.3))
+    np.testing.assert_array_equal(clipped["a"].u[0], wanted["a"].u[0])
+    ratio = np.asarray(clipped["a"].u[1] / wanted["a"].u[1])
+    assert np.all(ratio < 0.9)
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=4 * EPS)
+    assert_trees_equal(clipped["b"], wanted["b"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["u", "s", "v"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_value_that_is_not_finite_stops_its_own_weight_only(method, part, value):
+    old, max_norm = params32(), jnp.float32(0.05)
+    wanted = noise_like(old, 0.1)
+    expected, _ = clip_and_apply(method)(old, wanted, max_norm)
+    x = getattr(wanted["b"], part)
+    bad = wanted | {"b": wanted["b"]._replace(**{part: x.at[(0,) * x.ndim].set(value)})}
+    clipped, new = clip_and_apply(method)(old, bad, max_norm)
+    assert_trees_equal(clipped["b"], jax.tree.map(jnp.zeros_like, old["b"]))
+    # The zero update beside them is the only change to the shared search.
+    for name in ("a", "c"):
+        for found, x in zip(clipped[name], expected[name], strict=True):
+            np.testing.assert_allclose(found, x, rtol=1e-3)
+    moved = reference.composite_update_norm(old["b"], new["b"])
+    assert moved <= absolute_floor(old["b"])
+
+
+def test_the_layer_beside_a_nan_still_moves():
+    old, max_norm = params32(), jnp.float32(0.05)
+    wanted = noise_like(old, 0.1)
+    wanted["a"] = wanted["a"]._replace(u=wanted["a"].u.at[0, 3, 1].set(jnp.nan))
+    clipped, _ = clip_and_apply("cholesky_qr")(old, wanted, max_norm)
+    np.testing.assert_array_equal(clipped["a"].v[0], jnp.zeros((9, 4)))
+    assert np.max(np.abs(clipped["a"].v[1])) > 0
+
+
+def test_max_norm_may_be_a_schedule():
+    old = params32()
+    wanted = noise_like(old, 0.1)
+    schedule = lambda count: jnp.where(count < 1, 0.05, 0.025)
+    tx = transforms.clip_by_composite_spectral_norm(schedule)
+    found = run(tx, old, wanted, wanted, wanted)
+    for update, max_norm in zip(found, [0.05, 0.025, 0.025], strict=True):
+        expected, _ = clip_and_apply("cholesky_qr")(old, wanted, jnp.float32(max_norm))
+        for name in SHAPES:
+            np.testing.assert_allclose(update[name].u, expected[name].u, rtol=1e-3)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0])
+def test_a_bound_that_is_not_positive_is_refused(max_norm):
+    with pytest.raises(ValueError, match="max_norm must be positive"):
+        transforms.clip_by_composite_spectral_norm(max_norm)
+
+
+def test_the_clip_refuses_an_unknown_retraction():
+    with pytest.raises(ValueError, match="unknown retraction 'svd'"):
+        transforms.clip_by_composite_spectral_norm(0.1, retraction="svd")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_product_of_the_clip_is_of_the_highest_precision(method):
+    old = params32()
+    tx = transforms.clip_by_composite_spectral_norm(0.1, retraction=method)
+    precisions = reference.matmul_precisions(lambda d: run(tx, old, d), old)
+    assert precisions
+    assert set(precisions) == {HIGHEST}
+
+
+# --- retract_to_stiefel ----------------------------------------------------------
+
+
+@functools.cache
+def retraction_update(method):
+    tx = transforms.retract_to_stiefel(method)
+    return jax.jit(lambda wanted, params: tx.update(wanted, tx.init(params), params)[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1e-3, 0.3])
+def test_params_and_updates_add_up_to_the_retraction(method, size):
+    old = params32()
+    wanted = noise_like(old, size)
+    found = retraction_update(method)(wanted, old)
+    new = optax.apply_updates(old, found)
+    for name in SHAPES:
+        moved = jax.tree.map(
+            lambda p, d: reference.float64(p) + reference.float64(d),
+            old[name],
+            wanted[name],
+        )
+        np.testing.assert_array_equal(found[name].s, wanted[name].s)
+        for x, y in ((new[name].u, moved.u), (new[name].v, moved.v)):
+            assert reference.orthonormality_error(x) < ORTHONORMAL
+            condition = np.linalg.cond(y).max()
+            expected = reference.RETRACTIONS[method](y)
+            np.testing.assert_allclose(x, expected, atol=8 * EPS * condition * 2)
+
+
+def test_bfloat16_factors_stay_bfloat16_and_near_the_manifold():
+    old = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params32())
+    found = run(transforms.retract_to_stiefel(), old, noise_like(old, 0.1))
+    new = optax.apply_updates(old, found)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+    for w in new.values():
+        # Two roundings of entries below 1: the update's and the sum's.
+        error = reference.orthonormality_error(w.u.astype(jnp.float32))
+        assert error < 2 * float(jnp.finfo(jnp.bfloat16).eps)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        transforms.retract_to_stiefel(),
+        transforms.clip_by_composite_spectral_norm(1e-3),
+    ],
+    ids=["retract", "clip"],
+)
+def test_other_leaves_pass_bitwise(tx):
+    params = mixed_params()
+    wanted = noise_like(params, 10.0)
+    found = run(tx, params, wanted)
+    for name in ("low", "dense", "norm"):
+        assert_trees_equal(found[name], wanted[name])
+    assert np.max(np.abs(found["w"].u - wanted["w"].u)) > 1e-3
+    rest = {name: params[name] for name in ("low", "dense", "norm")}
+    assert_trees_equal(run(tx, rest, rest), rest)
+
+
+def test_retraction_may_be_due_every_so_many_steps():
+    params = params32()
+    wanted = noise_like(params, 0.1)
+    found = run(transforms.retract_to_stiefel(every=3), params, *[wanted] * 6)
+    always = retraction_update("cholesky_qr")(wanted, params)
+    for step, update in enumerate(found, start=1):
+        expected = always if step % 3 == 0 else wanted
+        for name in SHAPES:
+            for x, y in zip(update[name], expected[name], strict=True):
+                np.testing.assert_allclose(x, y, atol=4 * EPS)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_retraction_may_wait_for_a_tolerance(every):
+    params, tolerance = params32(), 1e-2
+    tx = transforms.retract_to_stiefel(every=every, tolerance=tolerance)
+    small, large = noise_like(params, 1e-4), noise_like(params, 0.1)
+    found = run(tx, params, small, large, small)
+    error = lambda d: float(
+        spectral.orthonormality_error(optax.apply_updates(params, d))
+    )
+    assert error(small) < tolerance < error(large)
+    for kept in (found[0], found[2]):
+        for name in SHAPES:
+            np.testing.assert_allclose(kept[name].u, small[name].u, atol=4 * EPS)
+    assert error(found[1]) < ORTHONORMAL
+
+
+def test_lazy_retraction_never_passes_its_tolerance_over_many_steps():
+    params, tolerance = {"w": params32()["a"]}, 1e-2
+    tx = transforms.retract_to_stiefel(tolerance=tolerance)
+    state, update = tx.init(params), jax.jit(tx.update)
+    errors = []
+    for seed in range(12):
+        updates, state = update(noise_like(params, 1e-3, seed), state, params)
+        params = optax.apply_updates(params, updates)
+        errors.append(float(spectral.orthonormality_error(params)))
+    assert max(errors) <= tolerance + ORTHONORMAL
+    assert max(errors) > 10 * ORTHONORMAL  # it did wait
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "svd"}, "unknown retraction"),
+        ({"every": 0}, "every must be at least 1"),
+        ({"tolerance": 0.0}, "tolerance must be positive"),
+        ({"tolerance": -1e-3}, "tolerance must be positive"),
+    ],
+)
+def test_retract_to_stiefel_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        transforms.retract_to_stiefel(**arguments)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [transforms.retract_to_stiefel(), transforms.clip_by_composite_spectral_norm(0.1)],
+    ids=["retract_to_stiefel", "clip_by_composite_spectral_norm"],
+)
+def test_params_are_asked_for(tx):
+    params = params32()
+    with pytest.raises(ValueError, match="needs params"):
+        tx.update(params, tx.init(params))
+
+
+# --- scale_components ------------------------------------------------------------
+
+
+def test_each_component_has_a_rate_of_its_own():
+    params = mixed_params()
+    tx = transforms.scale_components(uv=2.0, s=3.0, dense=5.0)
+    found = run(tx, params, jax.tree.map(jnp.ones_like, params))
+    expected = {
+        "w": spectral.SpectralFactors(2.0, 3.0, 2.0),
+        "low": spectral.LowRankFactors(2.0, 2.0),
+        "dense": 5.0,
+        "norm": 5.0,
+    }
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, np.full(x.shape, y)),
+        found,
+        expected,
+    )
+
+
+def test_rates_may_be_schedules():
+    params = mixed_params()
+    tx = transforms.scale_components(s=lambda count: jnp.where(count < 1, 1.0, 0.5))
+    first, second = run(tx, params, params, params)
+    np.testing.assert_array_equal(first["w"].s, params["w"].s)
+    np.testing.assert_array_equal(second["w"].s, params["w"].s / 2)
+    np.testing.assert_array_equal(second["w"].u, params["w"].u)
+
+
+def test_base_width_turns_columns_alike_at_every_width():
+    params = mixed_params()
+    tx = transforms.scale_components(uv=2.0, base_width=3)
+    found = run(tx, params, jax.tree.map(jnp.ones_like, params))
+    # u has 12 rows and v has 9.
+    np.testing.assert_allclose(found["w"].u, 2 * np.sqrt(3 / 12), rtol=4 * EPS)
+    np.testing.assert_allclose(found["w"].v, 2 * np.sqrt(3 / 9), rtol=4 * EPS)
+    np.testing.assert_array_equal(found["w"].s, np.ones((2, 4)))
+    np.testing.assert_array_equal(found["low"].a, np.full((7, 3), 2.0))
+    np.testing.assert_array_equal(found["dense"], np.ones((6, 5)))
+
+
+def test_scaling_keeps_dtypes():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), mixed_params())
+    found = run(
+        transforms.scale_components(s=0.5, dense=0.5, base_width=2), params, params
+    )
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
+
+
+# --- beside the rest of optax ----------------------------------------------------
+
+
+def full_chain():
+    return optax.chain(
+        transforms.scale_components(s=0.5, base_width=8),
+        transforms.clip_by_composite_spectral_norm(0.05),
+        transforms.retract_to_stiefel(),
+    )
+
+
+def check_step(params, updates):
+    """Orthonormal, and within the bound of `full_chain`."""
+    new = optax.apply_updates(params, updates)
+    old, new = params["w"], new["w"]
+    assert reference.orthonormality_error(new.u) < ORTHONORMAL
+    assert reference.orthonormality_error(new.v) < ORTHONORMAL
+    norm = reference.composite_update_norm(old, new)
+    assert np.all(norm <= 0.05 * 1.01 + absolute_floor(old, new))
+    assert np.all(norm > 0.01)
+
+
+def test_extra_arguments_are_accepted():
+    params = mixed_params()
+    wanted, one = noise_like(params, 0.1), jnp.ones([])
+    check_step(params, run(full_chain(), params, wanted, loss=one, grad_norm=one))
+
+
+def test_inside_masked():
+    params = mixed_params()
+    wanted = noise_like(params, 0.1)
+    mask = {"w": True, "low": True, "dense": False, "norm": True}
+    updates = run(optax.masked(full_chain(), mask), params, wanted)
+    check_step(params, updates)
+    np.testing.assert_array_equal(updates["dense"], wanted["dense"])
+    # A factor tuple may be what is masked away.
+    updates = run(optax.masked(full_chain(), mask | {"w": False}), params, wanted)
+    assert_trees_equal(updates["w"], wanted["w"])
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        transforms.scale_components(s=0.5, base_width=8),
+        transforms.clip_by_composite_spectral_norm(0.05),
+        transforms.retract_to_stiefel(),
+    ],
+    ids=["scale", "clip", "retract"],
+)
+def test_inside_masked_with_a_mask_of_leaves(tx):
+    """`optax.masked` then puts its own nodes in the place of u, s and v."""
+    params = mixed_params()
+    wanted = noise_like(params, 0.1)
+    mask = jax.tree.map(lambda _: False, params)
+    assert_trees_equal(run(optax.masked(tx, mask), params, wanted), wanted)
+
+
+def test_inside_partition():
+    params = mixed_params()
+    wanted = noise_like(params, 0.1)
+    labels = {"w": "factors", "low": "rest", "dense": "rest", "norm": "rest"}
+    tx = optax.partition({"factors": full_chain(), "rest": optax.sgd(0.5)}, labels)
+    updates = run(tx, params, wanted)
+    check_step(params, updates)
+    np.testing.assert_array_equal(updates["dense"], -0.5 * wanted["dense"])
+
+
+def test_inside_multi_steps():
+    params = mixed_params()
+    tx = optax.MultiSteps(full_chain(), every_k_schedule=2)
+    first, second = (noise_like(params, 0.1, seed) for seed in (0, 1))
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides by an integer
+        kept, updates = run(tx, params, first, second)
+    assert all(np.all(x == 0) for x in jax.tree.leaves(kept))
+    check_step(params, updates)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
+    expected = run(full_chain(), params, mean)
+    for x, y in zip(updates["w"], expected["w"], strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-3 * 0.05)
+
+
+def test_inside_apply_if_finite():
+    params = mixed_params()
+    tx = optax.apply_if_finite(full_chain(), max_consecutive_errors=5)
+    good = noise_like(params, 0.1)
+    bad = good | {"dense": good["dense"] * jnp.nan}
+    first, second = run(tx, params, bad, good)
+    assert all(np.all(x == 0) for x in jax.tree.leaves(first))
+    check_step(params, second)
+
+
+def test_inside_inject_hyperparams():
+    params = params32()
+    wanted = noise_like(params, 0.1)
+
+    @optax.inject_hyperparams
+    def clipped(max_norm):
+        return optax.chain(
+            transforms.clip_by_composite_spectral_norm(max_norm),
+            transforms.retract_to_stiefel(),
+        )
+
+    tx = clipped(max_norm=0.05)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for max_norm in (0.05, 0.01):
+        state = optax.tree.set(state, max_norm=jnp.float32(max_norm))
+        updates, state = update(wanted, state, params)
+        new = optax.apply_updates(params, updates)
+        for name in SHAPES:
+            norm = reference.composite_update_norm(params[name], new[name])
+            assert np.all(norm <= max_norm * 1.01 + absolute_floor(params[name]))
+            assert np.all(norm > 0.9 * max_norm)
+
+
+def test_the_second_step_does_not_compile_again():
+    params = mixed_params()
+    tx = optax.chain(
+        transforms.scale_components(s=lambda count: jnp.where(count < 1, 1.0, 0.5)),
+        transforms.clip_by_composite_spectral_norm(0.05),
+        transforms.retract_to_stiefel(every=2, tolerance=1e-2),
+    )
+    traces = []
+
+    @jax.jit
+    def step(params, state, updates):
+        traces.append(None)
+        updates, state = tx.update(updates, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for seed in range(3):
+        params, state = step(params, state, noise_like(params, 0.1, seed))
+    assert len(traces) == 1
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+
+
+def test_counts_go_up():
+    params = mixed_params()
+    tx = full_chain()
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):
+        _, state = update(params, state, params)
+    counts = optax.tree.get_all_with_path(state, "count")
+    assert [int(count) for _, count in counts] == [2, 2, 2]
+
+
+def test_the_names_of_the_retractions_are_those_of_stiefel():
+    for method in stiefel.RETRACTION_NAMES:
+        transforms.retract_to_stiefel(method)
+    assert set(METHODS) == set(stiefel.RETRACTION_NAMES)
