@@ -2,7 +2,7 @@
 
 A checkpoint is a step folder with the state (layers by name, unstacked, so that either
 layout opens it) and a JSON record: the step, the position in the data, the
-configuration, and a checksum of every leaf, which orbax itself does not keep.
+configuration, and shape, dtype and checksum of every leaf: orbax keeps no checksums.
 """
 
 import logging
@@ -52,8 +52,14 @@ class Checkpointer:
             logger.setLevel(level)
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint folder, None without any."""
-        return self._manager.latest_step()
+        """Returns the newest step with a readable record, None without any."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self._read_record(step)
+            except Exception:
+                continue
+            return step
+        return None
 
     def save(
         self, step: int, state: train_state.TrainState, *, record: dict[str, Any]
@@ -72,7 +78,7 @@ class Checkpointer:
             return
         self._manager.wait_until_finished()
         tree = _as_dict(self._by_name(state))
-        record = record | {"step": step, "checksums": _checksums(tree)}
+        record = record | {"step": step, "leaves": _describe(tree)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -94,72 +100,81 @@ class Checkpointer:
     ) -> tuple[train_state.TrainState, dict[str, Any]] | None:
         """Returns the newest whole checkpoint and its record; None where there is none.
 
-        A damaged one is reported, set aside as `damaged-<step>` unless `read_only`, and
-        the next older one is tried.
+        A damaged one is reported and the next older one is tried; once one is found,
+        the damaged ones are set aside as `damaged-<step>`, unless `read_only`.
 
         Args:
           abstract: shapes and dtypes of the state, in the layout to return.
           mesh: where it goes.
 
         Raises:
-          ConfigError: where there are checkpoints and none can be read: nothing starts
-            from scratch over them.
+          ConfigError: where there are checkpoints and none can be read, so that nothing
+            starts from scratch over them; and where the newest readable one holds other
+            shapes. Then the folder stays as it is.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        stacked = not isinstance(abstract.params["layers"], tuple)
+        by_name = jax.eval_shape(model.unstack_layers, abstract)
+        target = sharding.abstract(by_name, sharding.shardings(by_name, mesh))
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._restore_step(step, abstract, mesh)
-            except MemoryError:
+                state, record = self._restore_step(step, target)
+            except (errors.ConfigError, MemoryError):
                 raise  # says nothing about the checkpoint
             except Exception as error:
+                damaged.append(step)
                 reason = str(error).strip().split("\n")[0]
                 warnings.warn(
                     f"checkpoint {step} cannot be used, trying an older one: "
                     f"{type(error).__name__}: {reason}",
                     stacklevel=2,
                 )
-                self._set_aside(step)
+                continue
+            self._set_aside(damaged)
+            if stacked:
+                shardings = sharding.shardings(abstract, mesh)
+                state = jax.jit(model.stack_layers, out_shardings=shardings)(state)
+            return state, record
         errors.check(
             "workdir",
-            not steps,
-            f"no checkpoint in {self._directory} can be read (what is damaged is set "
-            "aside as damaged-<step>). Choose another workdir to start afresh",
+            not damaged,
+            f"no checkpoint in {self._directory} can be read; choose another workdir "
+            "to start afresh",
         )
         return None
 
-    def _restore_step(self, step, abstract, mesh):
-        stacked = not isinstance(abstract.params["layers"], tuple)
-        # Also where layers are separate: shapes alone pass through.
-        by_name = jax.eval_shape(model.unstack_layers, abstract)
-        target = sharding.abstract(by_name, sharding.shardings(by_name, mesh))
+    def _read_record(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]
+
+    def _restore_step(
+        self, step: int, target: train_state.TrainState
+    ) -> tuple[train_state.TrainState, dict[str, Any]]:
+        record = self._read_record(step)
+        _check_shapes(target, record["leaves"], step)
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_as_dict(target)),
-                record=ocp.args.JsonRestore(),
-            ),
-        )
-        record = restored["record"]
-        _verify(restored["state"], _as_dict(target), record)
-        state = train_state.TrainState(**restored["state"])
-        if stacked:
-            state = jax.jit(
-                model.stack_layers, out_shardings=sharding.shardings(abstract, mesh)
-            )(state)
-        return state, record
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(target))),
+        )["state"]
+        for name, leaf in _describe(restored).items():
+            saved = record["leaves"][name]
+            if leaf != saved:
+                raise ValueError(f"{name} is not as it was saved: {leaf}, not {saved}")
+        return train_state.TrainState(**restored), record
 
-    def _set_aside(self, step: int) -> None:
-        if self._read_only:
+    def _set_aside(self, steps: list[int]) -> None:
+        if self._read_only or not steps:
             return
         self._manager.close()
-        folder = self._directory / str(step)
-        if folder.exists() and jax.process_index() == 0:
-            target = self._directory / f"damaged-{step}"
-            for n in range(1, 1000):
-                if not target.exists():
-                    break
-                target = self._directory / f"damaged-{step}-{n}"
-            folder.rename(target)
+        for step in steps:
+            folder = self._directory / str(step)
+            target, copies = self._directory / f"damaged-{step}", 0
+            while target.exists():
+                copies += 1
+                target = self._directory / f"damaged-{step}-{copies}"
+            if folder.exists() and jax.process_index() == 0:
+                folder.rename(target)
         self._manager = self._open()
 
     def wait(self) -> None:
@@ -188,27 +203,36 @@ def _jit_unstack(state: train_state.TrainState) -> Callable:
     )
 
 
-def _checksums(tree: Any) -> dict[str, int]:
-    """CRC-32 of every leaf that this process can see whole."""
-    sums = {}
+def _describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and CRC-32 of every leaf; no sum for what other processes hold."""
+    leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, np.ndarray | np.generic) or leaf.is_fully_addressable:
-            array = np.ascontiguousarray(leaf)
-            sums[sharding.path_name(path)] = zlib.crc32(array.view(np.uint8).data)
-    return sums
+        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        array = np.ascontiguousarray(leaf) if local else None
+        leaves[sharding.path_name(path)] = {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "crc32": None if array is None else zlib.crc32(array.view(np.uint8).data),
+        }
+    return leaves
 
 
-def _verify(tree: Any, target: Any, record: dict[str, Any]) -> None:
-    """Raises ValueError naming the first leaf that is not as it was saved."""
-    wanted = jax.tree_util.tree_leaves_with_path(target)
-    found = jax.tree.leaves(tree)
-    for (path, spec), leaf in zip(wanted, found, strict=True):
-        if (leaf.shape, leaf.dtype) != (spec.shape, spec.dtype):
-            raise ValueError(
-                f"{sharding.path_name(path)} is {leaf.dtype}{leaf.shape}, not "
-                f"{spec.dtype}{spec.shape}"
-            )
-    sums = _checksums(tree)
-    for name, value in record["checksums"].items():
-        if sums.get(name, value) != value:
-            raise ValueError(f"the bytes of {name} are not those that were saved")
+def _check_shapes(
+    target: train_state.TrainState, leaves: dict[str, dict[str, Any]], step: int
+) -> None:
+    """Raises ConfigError, listing what differs, where the run is of another shape."""
+    wanted = {
+        sharding.path_name(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(_as_dict(target))
+    }
+    saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()}
+    found = [
+        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} asked"
+        for name in sorted(wanted.keys() | saved.keys())
+        if wanted.get(name) != saved.get(name)
+    ]
+    errors.check(
+        "workdir",
+        not found,
+        f"checkpoint {step} is of another shape:\n  " + "\n  ".join(found[:20]),
+    )

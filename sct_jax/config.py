@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import os
 import pathlib
 import sys
@@ -89,7 +90,7 @@ class ExperimentConfig:
     def validate(self) -> None:
         """Raises ConfigError, naming the field, for what cannot be run anywhere."""
         errors.check("num_steps", self.num_steps >= 1, f"{self.num_steps} must be >= 1")
-        errors.check("seed", self.seed >= 0, f"{self.seed} must be >= 0")
+        errors.check("seed", 0 <= self.seed < 2**32, f"{self.seed} not in [0, 2^32)")
         errors.check("log_every", self.log_every >= 1, f"{self.log_every} must be >= 1")
         errors.check_choice("step", self.step, STEPS)
         groups = (
@@ -100,6 +101,9 @@ class ExperimentConfig:
             self.checkpoint,
             self.eval,
         )
+        for name, value in _flatten(dataclasses.asdict(self)).items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            errors.check(name, finite, f"{value} is not finite")
         for group in groups:
             group.validate()
 
@@ -157,6 +161,7 @@ def from_dict(values: Mapping[str, Any], kind: type[T] = ExperimentConfig) -> T:
     for name, value in values.items():
         errors.check_choice("config.json", name, tuple(hints))
         if dataclasses.is_dataclass(hints[name]):
+            errors.check(f"config.json {name}", isinstance(value, dict), "not a group")
             value = from_dict(value, typing.cast(type, hints[name]))
         elif isinstance(value, list):
             value = tuple(value)
@@ -270,7 +275,7 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except SyntaxError as error:
+    except (SyntaxError, ImportError, AttributeError, TypeError) as error:
         raise errors.ConfigError(f"--config: {path}: {error}") from error
     if not hasattr(module, "get_config"):
         raise errors.ConfigError(f"--config: {path} has no get_config(variant=...)")
@@ -279,10 +284,18 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
 
 def _call_get_config(path: pathlib.Path, variant: str) -> ExperimentConfig:
     module = _load_module(path)
-    if not variant:
-        return module.get_config()
-    errors.check_choice("--config variant", variant, tuple(_variants(module)))
-    return module.get_config(variant=variant)
+    if variant:
+        errors.check_choice("--config variant", variant, tuple(_variants(module)))
+    try:
+        config = module.get_config(variant=variant) if variant else module.get_config()
+    except (AttributeError, TypeError) as error:
+        raise errors.ConfigError(f"--config: {path}: {error}") from error
+    errors.check(
+        "--config",
+        isinstance(config, ExperimentConfig),
+        f"get_config of {path} returned {type(config).__name__}, no ExperimentConfig",
+    )
+    return config
 
 
 def _variants(module: types.ModuleType) -> Iterable[str]:

@@ -101,11 +101,12 @@ def train(
     setup = _set_up(config)
     _make_folder(workdir)
     summary = accounting.summary(config.model, setup.tx, seq_len=config.data.seq_len)
-    _write_json(workdir / "summary.json", summary)
     _print_start(console, setup, summary)
     if dry_run:
+        _write_json(workdir / "summary.json", summary)
         return FINISHED
     with _Signals() as signals, _claimed(workdir, config):
+        _write_json(workdir / "summary.json", summary)
         try:
             return _train(setup, workdir, console, signals)
         except Interrupted as interrupted:
@@ -122,9 +123,7 @@ def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
       ConfigError: where the workdir holds no run with a checkpoint.
     """
     workdir = pathlib.Path(workdir)
-    path = workdir / "config.json"
-    errors.check("workdir", path.is_file(), f"{workdir} holds no run (no config.json)")
-    config = config_lib.from_dict(json.loads(path.read_text()))
+    config = _read_config(workdir)
     mesh = sharding.MeshConfig().build(1)
     tx = config.optimizer.build(config.num_steps, decay_mask=model.decay_mask)
     checkpointer = checkpoint.Checkpointer(
@@ -189,23 +188,26 @@ def _train(
     signals: "_Signals",
 ) -> int:
     config = setup.config
+    if _steps_done(workdir) >= config.num_steps:
+        metrics.say(
+            console, f"finished: {config.num_steps} steps are done, see {workdir}"
+        )
+        return FINISHED
+    corpus = data.prepare(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        log=lambda text: metrics.say(console, text),
+    )
+    evaluate = _make_evaluation(setup, corpus)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.checkpoint.keep
     )
     with contextlib.closing(checkpointer):
-        if checkpointer.latest_step() == config.num_steps:
-            metrics.say(
-                console, f"finished: {config.num_steps} steps are done, see {workdir}"
-            )
-            return FINISHED
-        corpus = data.prepare(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            log=lambda text: metrics.say(console, text),
-        )
-        corpus.tokenizer.save(str(workdir / "tokenizer.json"))
-        evaluate = _make_evaluation(setup, corpus)
         state, start_step = _start_state(setup, checkpointer, corpus, console)
+        # Only a run that can go on claims the folder for its configuration.
+        if not (workdir / "config.json").exists():
+            _write_json(workdir / "config.json", config_lib.to_dict(config))
+        corpus.tokenizer.save(str(workdir / "tokenizer.json"))
         batches = data.train_batches(
             corpus,
             config.data,
@@ -251,6 +253,7 @@ def _start_state(
         )
         return initialise(jax.random.key(setup.config.seed)), 0
     state, record = restored
+    _check_same_run(config_lib.from_dict(record["config"]), setup.config, "checkpoints")
     errors.check(
         "data",
         record["corpus"] == corpus.hash,
@@ -483,19 +486,46 @@ def _claimed(
             raise errors.ConfigError(
                 f"workdir: another process is training in {workdir}"
             ) from error
-        path = workdir / "config.json"
-        if path.exists():
-            old = config_lib.from_dict(json.loads(path.read_text()))
-            found = config_lib.differences(old, config)
-            errors.check(
-                "workdir",
-                not found,
-                f"{workdir} holds a run with another configuration; use another "
-                "--workdir, or undo:\n  " + "\n  ".join(found),
-            )
-        else:
-            _write_json(path, config_lib.to_dict(config))
+        if (workdir / "config.json").exists():
+            _check_same_run(_read_config(workdir), config, str(workdir))
         yield
+
+
+def _read_config(workdir: pathlib.Path) -> config_lib.ExperimentConfig:
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise errors.ConfigError(
+            f"workdir: {workdir} holds no run (no config.json)"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise errors.ConfigError(f"workdir: {path} cannot be read: {error}") from error
+    errors.check("workdir", isinstance(values, dict), f"{path} is not a configuration")
+    return config_lib.from_dict(values)
+
+
+def _check_same_run(
+    old: config_lib.ExperimentConfig, new: config_lib.ExperimentConfig, where: str
+) -> None:
+    found = config_lib.differences(old, new)
+    errors.check(
+        "workdir",
+        not found,
+        f"{where}: a run with another configuration; use another --workdir, or undo:"
+        "\n  " + "\n  ".join(found),
+    )
+
+
+def _steps_done(workdir: pathlib.Path) -> int:
+    """The newest step on disk, 0 for a new run."""
+    if not (workdir / "checkpoints").is_dir():
+        return 0
+    checkpointer = checkpoint.Checkpointer(
+        workdir / "checkpoints", keep=1, read_only=True
+    )
+    with contextlib.closing(checkpointer):
+        return checkpointer.latest_step() or 0
 
 
 def _make_folder(workdir: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import rich.console
 import rich.progress
@@ -16,6 +16,7 @@ import rich.table
 Row = Mapping[str, int | float]
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where rows go."""
 
@@ -176,7 +177,7 @@ def start_table(
     return table
 
 
-def _human(size: float) -> str:
+def _human(size: int) -> str:
     units = ("B", "KB", "MB", "GB", "TB")
     power = min(int(math.log(max(size, 1), 1000)), len(units) - 1)
     return f"{size / 1000**power:.3g} {units[power]}"

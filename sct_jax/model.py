@@ -174,6 +174,9 @@ class ModelConfig:
             f"{self.num_kv_heads} kv heads do not divide model.num_heads = "
             f"{self.num_heads}",
         )
+        for field in ("rope_theta", "norm_eps"):
+            value = getattr(self, field)
+            errors.check(f"model.{field}", value > 0, f"{value} must be positive")
         errors.check_choice("model.remat", self.remat, REMAT)
         errors.check_choice(
             "model.compute_dtype", self.compute_dtype, ("float32", "bfloat16")

@@ -6,15 +6,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from sct_jax import model
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters and optimizer state after `step` applied updates."""
+    """Parameters and optimizer state after `step` applied updates.
 
-    step: Int[Array, ""]
+    Leaves are arrays, or what a tree map puts in their place: shapes, shardings.
+    """
+
+    step: Any
     params: Any
     opt_state: Any
 

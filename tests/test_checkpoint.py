@@ -213,7 +213,7 @@ def test_a_flipped_bit_is_found_and_the_older_checkpoint_is_used(copy):
     # The leaf by name: one of the parameters or moments.
     (warning,) = [w for w in caught if "cannot be used" in str(w.message)]
     assert any(
-        f"of {sharding.path_name(path)} are not those" in str(warning.message)
+        f" {sharding.path_name(path)} is not as it was" in str(warning.message)
         for path, _ in jax.tree_util.tree_leaves_with_path(
             {
                 "params": model.unstack_layers(draw_state(6)).params,
@@ -320,10 +320,11 @@ def test_nothing_starts_from_scratch_over_damaged_checkpoints(copy):
         flip_a_bit(copy / str(step))
     with (
         pytest.warns(UserWarning, match="cannot be used"),
-        pytest.raises(errors.ConfigError, match=r"^workdir: .*damaged"),
+        pytest.raises(errors.ConfigError, match=r"^workdir: .*another workdir"),
     ):
         restore(copy)
-    assert {p.name for p in copy.iterdir()} >= {"damaged-3", "damaged-6"}
+    # Whoever can mend them finds them where they were.
+    assert {p.name for p in copy.iterdir()} >= {"3", "6"}
 
 
 def test_nothing_starts_from_scratch_the_second_time_either(copy):
@@ -334,7 +335,10 @@ def test_nothing_starts_from_scratch_the_second_time_either(copy):
         contextlib.suppress(errors.ConfigError),
     ):
         restore(copy)
-    with pytest.raises(errors.ConfigError, match=r"^workdir: "):
+    with (
+        pytest.warns(UserWarning, match="cannot be used"),
+        pytest.raises(errors.ConfigError, match=r"^workdir: "),
+    ):
         restore(copy)
 
 

@@ -361,18 +361,16 @@ def test_a_second_trainer_is_refused(experiment, workdir):
     assert train(experiment, workdir)[0] == 0
 
 
-def test_another_corpus_is_refused(experiment, workdir, tmp_path):
+def test_another_corpus_is_refused(experiment, workdir, monkeypatch):
     forget_after(workdir, 3)
-    folder = tmp_path / "other"
-    source = write_corpus(folder)
-    (folder / "0.txt").write_text("other text " * 100)
-    config = dataclasses.replace(
-        experiment, data=dataclasses.replace(experiment.data, source=source)
-    )
-    # The same name now holds other text.
-    values = config_lib.to_dict(config)
-    (workdir / "config.json").write_text(json.dumps(values))
-    assert refusal(config, workdir).startswith("data")
+    prepare = data.prepare
+
+    def prepare_other_text(*args, **kwargs):
+        # The same name now holds other text.
+        return dataclasses.replace(prepare(*args, **kwargs), hash="0" * 64)
+
+    monkeypatch.setattr(data, "prepare", prepare_other_text)
+    assert refusal(experiment, workdir).startswith("data")
 
 
 def test_checkpoints_without_their_config_are_not_trained_on_with_another(
