@@ -46,7 +46,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation on held-out text, `every` so many steps (and at the end).
 
-    `num_batches` batches from the start of the validation split, fewer if it is short.
+    `num_batches` batches, spread over the validation split; fewer if it is short.
     """
 
     every: int = 1000

@@ -204,13 +204,20 @@ def test_each_epoch_has_every_window_once_in_an_order_of_its_own(tmp_path, batch
     assert len({tuple(order) for order in orders}) == 6
 
 
-def test_evaluation_is_in_order_and_as_long_as_asked(tmp_path):
+def test_evaluation_is_in_order_evenly_spaced_and_as_long_as_asked(tmp_path):
     corpus = numbered_corpus(tmp_path, train=range(90), validation=range(70))
     config = data.DataConfig(batch_size=2, seq_len=4)
-    batches = data.eval_batches(corpus, config, num_batches=3)
-    first = np.concatenate([batch["inputs"] for batch in batches])[:, 0]
-    assert first.tolist() == [0, 4, 8, 12, 16, 20]
-    assert len(data.eval_batches(corpus, config, num_batches=100)) == 8
+
+    def first_tokens(num_batches):
+        batches = data.eval_batches(corpus, config, num_batches=num_batches)
+        return np.concatenate([batch["inputs"] for batch in batches])[:, 0].tolist()
+
+    # 17 windows of 4 tokens; 6 of them, 16 / 6 or 17 / 6 apart.
+    assert first_tokens(3) == [0, 8, 20, 32, 44, 56]
+    everything = first_tokens(100)
+    assert len(everything) == 16
+    assert len(set(everything)) == 16
+    assert everything == sorted(everything)
 
 
 def test_a_corpus_shorter_than_a_batch_is_refused(tmp_path):

@@ -278,10 +278,12 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[dict[str, np.ndarray]]:
-    """The first `num_batches` batches of the validation text, in its order.
+    """`num_batches` batches from all over the validation text, in its order.
 
-    Fewer if it is shorter. `segment_ids` number the documents within a window from 1;
-    all are 1 where `data.cross_document_attention`.
+    Their windows are evenly spaced, so that few batches stand for all files; the same
+    ones every time. Fewer batches if the text is shorter.
+
+    `segment_ids` number the documents within a window from 1; all are 1 where `data.cross_document_attention`.
 
     Raises:
         ConfigError: the validation windows do not fill one batch; `process_count` does
@@ -289,12 +291,14 @@ def eval_batches(
     """
     rows = _rows_per_process(config, process_count)
     windows = _windows(corpus.validation, config, split="validation")
-    batches = []
-    for step in range(min(num_batches, len(windows) // config.batch_size)):
-        first = step * config.batch_size + process_index * rows
-        window_rows = np.stack([windows[first + row] for row in range(rows)])
-        batches.append(_batch(window_rows, corpus, config))
-    return batches
+    num_batches = min(num_batches, len(windows) // config.batch_size)
+    count = num_batches * config.batch_size
+    chosen = (np.arange(count) * len(windows) // count).reshape(num_batches, -1)
+    chosen = chosen[:, process_index * rows : (process_index + 1) * rows]
+    return [
+        _batch(np.stack([windows[int(i)] for i in batch]), corpus, config)
+        for batch in chosen
+    ]
 
 
 def _rows_per_process(config: DataConfig, process_count: int) -> int:
