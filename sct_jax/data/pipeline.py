@@ -283,7 +283,8 @@ def eval_batches(
     Their windows are evenly spaced, so that few batches stand for all files; the same
     ones every time. Fewer batches if the text is shorter.
 
-    `segment_ids` number the documents within a window from 1; all are 1 where `data.cross_document_attention`.
+    `segment_ids` number the documents within a window from 1; all are 1 where
+    `data.cross_document_attention`.
 
     Raises:
         ConfigError: the validation windows do not fill one batch; `process_count` does
