@@ -33,4 +33,5 @@ def next_token_cross_entropy(
         nats = nats + z_loss * jnp.square(log_z)
     if mask is None:
         return jnp.mean(nats)
-    return jnp.sum(nats * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+    total = jnp.sum(mask)
+    return jnp.sum(nats * mask) / jnp.where(total > 0, total, 1.0)

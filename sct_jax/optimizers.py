@@ -10,21 +10,24 @@ import optax
 
 from sct_jax import errors, spectral, stiefel, transforms
 
+# Not the scalar type, which is callable: `optax.inject_hyperparams` would call it.
+_FLOAT32 = jnp.dtype("float32")
+
 SCHEDULES = ("constant", "cosine", "wsd")
 
 
 def sct(
     learning_rate: transforms.ScalarOrSchedule,
     *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
     max_update_norm: transforms.ScalarOrSchedule | None = None,
     retraction: str = "cholesky_qr",
     singular_value_rate: transforms.ScalarOrSchedule = 1.0,
     dense_rate: transforms.ScalarOrSchedule = 1.0,
-    moment_dtype: jax.typing.DTypeLike = jnp.float32,
+    moment_dtype: jax.typing.DTypeLike = _FLOAT32,
     base_width: int | None = None,
     decay_mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,12 +73,12 @@ def sct(
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, Algorithm 1
     """
     parts = [optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)]
-    if weight_decay:
+    if not _is(weight_decay, 0.0):
         parts.append(
             optax.add_decayed_weights(weight_decay, mask=decay_mask or decays_by_axes)
         )
-    plain = (singular_value_rate, dense_rate, base_width) == (1.0, 1.0, None)
-    if not plain:
+    shared = _is(singular_value_rate, 1.0) and _is(dense_rate, 1.0)
+    if not shared or base_width is not None:
         parts.append(
             transforms.scale_components(
                 s=singular_value_rate, dense=dense_rate, base_width=base_width
@@ -90,6 +93,11 @@ def sct(
         )
     parts.append(transforms.retract_to_stiefel(retraction))
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def _is(value: Any, neutral: float) -> bool:
+    """Whether a setting is left at its neutral value; an array may change later."""
+    return isinstance(value, float | int) and value == neutral
 
 
 def decays_by_axes(params: optax.Params) -> Any:

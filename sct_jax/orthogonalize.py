@@ -33,6 +33,11 @@ def transpose(x: Float[Array, "*L n m"]) -> Float[Array, "*L m n"]:
     return jnp.swapaxes(x, -1, -2)
 
 
+def as_float32(x: Float[Array, "*L"]) -> Float[Array, "*L"]:
+    """Returns x, or its float32 copy where it is of lower precision."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
 def gram(
     x: Float[Array, "*L n k"], y: Float[Array, "*L n m"] | None = None
 ) -> Float[Array, "*L k m"]:
@@ -189,7 +194,7 @@ def newton_schulz(
         )
     a, b, c = coefficients
     dtype = x.dtype
-    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    x = as_float32(x)
     peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     x = x / jnp.where(peak > 0, peak, 1)  # squares of huge entries must not overflow
     norm = frobenius_norm(x)[..., None, None]

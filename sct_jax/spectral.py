@@ -166,8 +166,7 @@ def from_dense(
     full = min(w.shape[-2:])
     if rank is not None and not 1 <= rank <= full:
         raise ValueError(f"rank {rank} is not in 1..{full} for shape {w.shape}")
-    dtype = jnp.promote_types(w.dtype, jnp.float32)
-    u, s, vt = jnp.linalg.svd(w.astype(dtype), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(orthogonalize.as_float32(w), full_matrices=False)
     if energy is not None:
         rank = int(jnp.max(energy_rank(s, energy)))
     rank = rank or full

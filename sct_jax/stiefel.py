@@ -24,7 +24,7 @@ MAX_SQUARED_CONDITION = 30.0
 
 def orthonormality_error(x: Float[Array, "*L n R"]) -> Scalar:
     """Returns max |x.T @ x - I| over all entries and layers."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = orthogonalize.as_float32(x)
     g = orthogonalize.gram(x)
     return jnp.max(jnp.abs(g - jnp.eye(g.shape[-1], dtype=g.dtype)))
 
@@ -73,7 +73,7 @@ def qr_retraction(x: T) -> T:
     def one(x):
         _check_tall(x)
         dtype = x.dtype
-        q, r = jnp.linalg.qr(_scale_columns(_as_float32(x)))
+        q, r = jnp.linalg.qr(_scale_columns(orthogonalize.as_float32(x)))
         diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
         return (q * jnp.where(diagonal < 0, -1.0, 1.0)[..., None, :]).astype(dtype)
 
@@ -125,7 +125,9 @@ def polar_retraction(x: T) -> T:
         x,
         orthogonalize.inverse_sqrt,
         lambda z: z,
-        lambda qs: _polar_of_qr([_as_float32(leaf) for leaf in leaves], qs),
+        lambda qs: _polar_of_qr(
+            [orthogonalize.as_float32(leaf) for leaf in leaves], qs
+        ),
     )
 
 
@@ -190,10 +192,6 @@ def _check_tall(x: Float[Array, "*L n R"]) -> None:
         )
 
 
-def _as_float32(x: Float[Array, "*L n R"]) -> Float[Array, "*L n R"]:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _scale_columns(x: Float[Array, "*L n R"]) -> Float[Array, "*L n R"]:
     """Columns of norm 1; null columns stay null. Squares cannot overflow."""
     peak = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
@@ -218,7 +216,7 @@ def _retract_guarded(
         return x
     for array in arrays:
         _check_tall(array)
-    xs = [_as_float32(array) for array in arrays]
+    xs = [orthogonalize.as_float32(array) for array in arrays]
     grams = [orthogonalize.gram(array) for array in xs]
     inverses = orthogonalize.map_stacked(inverse_factor, grams, fill=1.0)
     trusted = jnp.array(True)

@@ -259,7 +259,7 @@ def assert_one_message(text: str, *parts: str) -> None:
         (["--config.model.ranks.k=300"], ["model.ranks.k", "300", "256 x 256"]),
         (["--config.model.spectral=q,gat"], ["model.spectral", "'gate'"]),
         (["--config.model.num_heads=3"], ["model.num_heads", "256"]),
-        (["--config.model.num_kv_heads=3"], ["model.num_kv_heads", "4"]),
+        (["--config.model.num_kv_heads=3"], ["model.num_kv_heads", "num_heads = 2"]),
         (["--config.num_steps=-5"], ["num_steps", "-5"]),
         (["--config.num_steps=0"], ["num_steps", "0"]),
         (["--config.data.batch_size=0"], ["data.batch_size", "0"]),

@@ -300,21 +300,24 @@ def test_init_is_orthonormal(shape, layers):
 
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (64, 256), (80, 80)])
 def test_init_has_the_singular_values_of_a_gaussian_matrix(shape):
-    w = spectral.init(jax.random.key(0), *shape, 16)
-    expected = reference.gaussian_singular_values(*shape, draws=20)[:16]
-    # Quantiles leave out fluctuations of O(1 / min(I, O)) and the Tracy-Widom shift of
-    # the edge, min(I, O)^(-2/3).
-    np.testing.assert_allclose(w.s, expected, rtol=min(shape) ** (-2 / 3))
-    np.testing.assert_allclose(w.s[4:], expected[4:], rtol=1.5 / min(shape))
+    size = min(shape)
+    s = np.asarray(spectral.init(jax.random.key(0), *shape, size).s)
+    expected = reference.gaussian_singular_values(*shape, draws=100)
+    error = (s - expected) / expected[0]
+    # Quantiles leave out fluctuations, O(1 / size), with a factor of .25 measured in
+    # the bulk; at the edge the Tracy-Widom shift is O(size^(-2/3)).
+    assert np.max(np.abs(error)) < size ** (-2 / 3)
+    assert np.max(np.abs(error[4:-4])) < 0.4 / size
+    # A rank off by half a place would move the mean by about .4 / size.
+    assert abs(np.mean(error[4:-4])) < 0.15 / size
 
 
 def test_init_has_the_frobenius_norm_of_a_gaussian_matrix():
     w = spectral.init(jax.random.key(0), 96, 64, 64)
-    # E ||W||^2 = O; the sum over quantiles is a midpoint rule with 64 points.
-    np.testing.assert_allclose(np.linalg.norm(w.s), np.sqrt(64), rtol=1 / 64)
+    # E ||W||^2 = O; a midpoint rule with 64 points, and an integrable edge.
+    np.testing.assert_allclose(np.sum(np.square(w.s)), 64, rtol=0.1 / 64)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_init_can_be_rescaled_to_the_dense_frobenius_norm(scale):
     w = spectral.init(jax.random.key(0), 12, 20, 3, scale=scale, rescale=True)
     expected = scale * np.sqrt(20)

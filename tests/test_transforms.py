@@ -231,11 +231,14 @@ def test_layers_are_clipped_on_their_own(method):
     assert_trees_equal(clipped["b"], wanted["b"])
 
 
+@pytest.mark.parametrize("max_norm", [0.05, 100.0])  # 100: more than W' and W have
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("part", ["u", "s", "v"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_value_that_is_not_finite_stops_its_own_weight_only(method, part, value):
-    old, max_norm = params32(), jnp.float32(0.05)
+def test_a_value_that_is_not_finite_stops_its_own_weight_only(
+    method, part, value, max_norm
+):
+    old, max_norm = params32(), jnp.float32(max_norm)
     wanted = noise_like(old, 0.1)
     expected, _ = clip_and_apply(method)(old, wanted, max_norm)
     x = getattr(wanted["b"], part)
