@@ -160,8 +160,8 @@ def check_method(method: str) -> None:
 
 
 def retraction_matrices(
-    grams: Sequence[Float[Array, "*L R R"]], *, method: str
-) -> list[Float[Array, "*L R R"]]:
+    grams: Sequence[Float[Array, "..."]], *, method: str
+) -> list[Float[Array, "..."]]:
     """Returns for each Gram matrix x.T x the matrix z for which R(x) = x z.
 
     What a retraction does, in the small space: `clip_by_composite_spectral_norm` finds
@@ -288,15 +288,19 @@ def _replace_columns(
     return jnp.where(null[..., None, :], fresh, x)
 
 
+def _peak_or_one(x: Float[Array, "*L n m"]) -> Float[Array, "*L 1 1"]:
+    peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return jnp.where(peak > 0, peak, 1)
+
+
 def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
     """Polar factors of x = q r from q: q msign(r), by the cubic on the small r."""
-    qs = list(qs)
+    xs = [x / _peak_or_one(x) for x in xs]  # sums of huge entries would overflow
     rs = [orthogonalize.gram(q, x) for q, x in zip(qs, xs, strict=True)]
 
     def sign(r: Array) -> Array:
         eye = jnp.eye(r.shape[-1], dtype=r.dtype)
-        peak = jnp.max(jnp.abs(r), axis=(-2, -1), keepdims=True)
-        r = r / jnp.where(peak > 0, peak, 1)
+        r = r / _peak_or_one(r)
         norm = orthogonalize.frobenius_norm(r)[..., None, None]
         r = r / jnp.where(norm > 0, norm, 1)
 
