@@ -86,6 +86,8 @@ def map_stacked(
       One array (*L, k, k) or (*L,) per matrix, in order.
     """
     first = operands[0]
+    if not first:
+        return []
     sizes = sorted({m.shape[-1] for m in first})
     per_stack = math.ceil(len(sizes) / MAX_STACKS)
     results: list[Array] = [jnp.zeros(())] * len(first)
@@ -129,10 +131,53 @@ def _pad(x: Float[Array, "*L k k"], size: int, fill: float) -> Float[Array, "N K
 
 
 def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
-    """Returns L^-1 with g = L @ L.T; NaN where g is not positive definite."""
-    l = jax.lax.linalg.cholesky(g, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
-    return jax.lax.linalg.triangular_solve(l, eye, left_side=True, lower=True)
+    """Returns L^-1 with g = L @ L.T; NaN where g is not positive definite.
+
+    No library factorisation: side by side on a CPU with few threads, as on several
+    devices of one host, those of jaxlib up to 0.11 deadlock, and on accelerators they
+    are slow. Near the identity, where optimizer steps leave a Gram matrix, by Newton's
+    iteration on the lower triangle, of quadratic convergence:
+
+        E = M g M.T - I,    M <- M - (strict lower triangle of E + half its diagonal) M
+
+    Where that does not converge for the whole stack, by Gaussian elimination.
+    """
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    half_lower = jnp.tril(jnp.ones_like(eye), -1) + 0.5 * eye
+
+    def improve(carry):
+        m, _, step = carry
+        e = matmul(matmul(m, g), transpose(m)) - eye
+        error = jnp.max(frobenius_norm(e))
+        return m - matmul(half_lower * e, m), error, step + 1
+
+    def unfinished(carry):
+        _, error, step = carry
+        # Quadratic: from 2e-4 the step just taken ends at rounding. Growth ends it too.
+        return (error >= 2e-4) & (error < 2.0) & (step < 10)
+
+    start = (jnp.broadcast_to(eye, g.shape), jnp.ones([], g.dtype), jnp.array(0))
+    m, error, _ = jax.lax.while_loop(unfinished, improve, start)
+    return jax.lax.cond(error < 2e-4, lambda g: m, _eliminate, g)
+
+
+def _eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
+    """L^-1 by elimination of [g, I], a column at a time, for any definite g."""
+    k = g.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=g.dtype), g.shape)
+
+    def clear(j, rows):
+        pivot_row = jax.lax.dynamic_index_in_dim(rows, j, axis=1)
+        column = jax.lax.dynamic_index_in_dim(rows, j, axis=2)
+        pivot = jax.lax.dynamic_index_in_dim(pivot_row, j, axis=2)
+        below = (jnp.arange(k) > j)[None, :, None]
+        return rows - jnp.where(below, column / pivot, 0) * pivot_row
+
+    rows = jax.lax.fori_loop(0, k, clear, jnp.concatenate([g, eye], axis=-1))
+    pivots = jnp.diagonal(rows[..., :k], axis1=-2, axis2=-1)
+    # The square root of what is not positive must be NaN, of zero too.
+    scale = jnp.where(pivots > 0, jax.lax.rsqrt(jnp.abs(pivots)), jnp.nan)
+    return rows[..., k:] * scale[..., None]
 
 
 def inverse_sqrt(
@@ -157,8 +202,9 @@ def inverse_sqrt(
 
     def unfinished(carry):
         _, residual, step = carry
-        error = jnp.max(frobenius_norm(residual - eye))
-        return (error >= 1e-3) & (step < max_steps)
+        # A NaN compares as False: a lost matrix does not stop its neighbours.
+        open_ones = frobenius_norm(residual - eye) >= 1e-3
+        return jnp.any(open_ones) & (step < max_steps)
 
     z, residual = improve(jnp.broadcast_to(eye, g.shape))
     z, residual, _ = jax.lax.while_loop(

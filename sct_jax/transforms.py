@@ -68,20 +68,26 @@ def scale_components(
         del params, extra_args
         rate_uv, rate_s, rate_dense = (_value(r, state.count) for r in (uv, s, dense))
 
+        def times(x, rate):
+            # `optax.masked` may have taken leaves out, even of a factor tuple.
+            masked = isinstance(x, optax.MaskedNode)
+            return x if masked else (x * rate).astype(x.dtype)
+
         def turn(x):
-            width = 1.0 if base_width is None else (base_width / x.shape[-2]) ** 0.5
-            return (x * (rate_uv * width)).astype(x.dtype)
+            if base_width is None or isinstance(x, optax.MaskedNode):
+                return times(x, rate_uv)
+            return times(x, rate_uv * (base_width / x.shape[-2]) ** 0.5)
 
         def scale(update):
             if spectral.is_spectral(update):
                 return spectral.SpectralFactors(
                     turn(update.u),
-                    (update.s * rate_s).astype(update.s.dtype),
+                    times(update.s, rate_s),
                     turn(update.v),
                 )
             if spectral.is_factors(update):
-                return jax.tree.map(lambda x: (x * rate_uv).astype(x.dtype), update)
-            return (update * rate_dense).astype(update.dtype)
+                return jax.tree.map(lambda x: times(x, rate_uv), update)
+            return times(update, rate_dense)
 
         updates = jax.tree.map(scale, updates, is_leaf=spectral.is_factors)
         return updates, state.next()

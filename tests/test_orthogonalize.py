@@ -113,10 +113,11 @@ def test_inverse_sqrt_matches_an_eigendecomposition(low, size):
 @pytest.mark.parametrize(
     "inverse", [orthogonalize.inverse_cholesky, orthogonalize.inverse_sqrt]
 )
-def test_only_the_indefinite_matrix_of_a_stack_becomes_nan(inverse):
-    condition = 1e2
+@pytest.mark.parametrize("condition", [1e2, 1e3, 1e4])
+@pytest.mark.parametrize("factor", [-0.5, -1.0, -3.0, np.nan])
+def test_only_the_indefinite_matrix_of_a_stack_becomes_nan(inverse, condition, factor):
     g = positive_definite(np.geomspace(1, 1 / condition, 4))
-    bad = np.where(np.arange(3) == 1, -1, 1).astype(np.float32)
+    bad = np.where(np.arange(3) == 1, factor, 1).astype(np.float32)
     found = inverse(jnp.asarray(g * bad[:, None, None]))
     assert np.isnan(found[1]).any()
     good = np.array([0, 2])

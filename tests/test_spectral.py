@@ -318,6 +318,7 @@ def test_init_has_the_frobenius_norm_of_a_gaussian_matrix():
     np.testing.assert_allclose(np.sum(np.square(w.s)), 64, rtol=0.1 / 64)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_init_can_be_rescaled_to_the_dense_frobenius_norm(scale):
     w = spectral.init(jax.random.key(0), 12, 20, 3, scale=scale, rescale=True)
     expected = scale * np.sqrt(20)
