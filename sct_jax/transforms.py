@@ -68,12 +68,12 @@ def scale_components(
         del params, extra_args
         rate_uv, rate_s, rate_dense = (_value(r, state.count) for r in (uv, s, dense))
 
-        def times(x, rate):
+        def times(x: Any, rate: Any) -> Any:
             # `optax.masked` may have taken leaves out, even of a factor tuple.
             masked = isinstance(x, optax.MaskedNode)
             return x if masked else (x * rate).astype(x.dtype)
 
-        def turn(x):
+        def turn(x: Any) -> Any:
             if base_width is None or isinstance(x, optax.MaskedNode):
                 return times(x, rate_uv)
             return times(x, rate_uv * (base_width / x.shape[-2]) ** 0.5)
