@@ -6,11 +6,14 @@ Everything here works on the last two axes, takes any leading axes, and multipli
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+
+T = TypeVar("T")  # a pytree of arrays
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -61,6 +64,17 @@ def frobenius_norm(x: Float[Array, "*L n m"]) -> Float[Array, "*L"]:
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
 
 
+def or_one(size: Float[Array, "*L"]) -> Float[Array, "*L"]:
+    """Returns size, and 1 where it is 0: as a divisor it leaves zeros alone."""
+    return jnp.where(size > 0, size, 1)
+
+
+def over_peak(x: Float[Array, "*L n m"]) -> Float[Array, "*L n m"]:
+    """Returns x over its largest entry: squares of huge entries would overflow."""
+    peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return x / or_one(peak)
+
+
 def map_stacked(
     fn: Callable[..., Array],
     *operands: Sequence[Float[Array, "..."]],
@@ -73,9 +87,8 @@ def map_stacked(
     padded to a common one by a diagonal block of `fill`. Requires that `fn` keeps such
     a block apart from the rest: then results equal the unpadded ones.
 
-    One batched call in the place of hundreds is one kernel on an accelerator. On a CPU
-    with few threads jaxlib up to 0.11 deadlocks where factorisations run side by side,
-    so each stack is made to wait for the one before.
+    One batched call in the place of hundreds is one kernel on an accelerator, and
+    little to compile.
 
     Args:
       fn: from stacks (N, K, K), one per operand, to a stack (N, K, K) or a vector (N,).
@@ -91,7 +104,6 @@ def map_stacked(
     sizes = sorted({m.shape[-1] for m in first})
     per_stack = math.ceil(len(sizes) / MAX_STACKS)
     results: list[Array] = [jnp.zeros(())] * len(first)
-    stacked = None
     for start in range(0, len(sizes), per_stack):
         members = sizes[start : start + per_stack]
         indices = [i for i, m in enumerate(first) if m.shape[-1] in members]
@@ -99,8 +111,6 @@ def map_stacked(
             jnp.concatenate([_pad(mats[i], members[-1], fill) for i in indices])
             for mats in operands
         ]
-        if stacked is not None:
-            stacks[0] = _after(stacked, stacks[0])
         stacked, offset = fn(*stacks), 0
         for i in indices:
             layers, k = first[i].shape[:-2], first[i].shape[-1]
@@ -110,15 +120,6 @@ def map_stacked(
                 part = part[:, :k, :k]
             results[i] = part.reshape(layers + part.shape[1:])
     return results
-
-
-def _after(done: Array, x: Array) -> Array:
-    """x, bit for bit, with a data dependency on `done`.
-
-    An optimization barrier would be gone before XLA decides what runs side by side.
-    """
-    never = done.reshape(-1)[0] > 0.99 * jnp.finfo(done.dtype).max
-    return jnp.where(never, jnp.nan, x)
 
 
 def _pad(x: Float[Array, "*L k k"], size: int, fill: float) -> Float[Array, "N K K"]:
@@ -217,37 +218,54 @@ def inverse_sqrt(
 
 
 def newton_schulz(
-    x: Float[Array, "*L n m"],
+    x: T,
     *,
     steps: int = 5,
     coefficients: tuple[float, float, float] = QUINTIC,
-) -> Float[Array, "*L n m"]:
+) -> T:
     """Returns an approximation of msign(x) = x (x.T x)^(-1/2), the nearest isometry.
 
     One step is X <- X (a I + b G + c G^2) with G = X.T X. The polynomials commute, so
     all steps run on the small Gram matrix and x is multiplied once: for n >> m this
-    costs 4 n m^2 FLOPs in place of 4 n m^2 per step.
+    costs 4 n m^2 FLOPs in place of 4 n m^2 per step, and the small products of a whole
+    tree are a few batched calls.
 
     `Deviation:` from the reference implementations, which iterate on x itself in bf16.
+
+    Args:
+      x: pytree of arrays (*L, n, m).
+      steps: of the iteration.
+      coefficients: (a, b, c), `QUINTIC` or `CUBIC`.
 
     References:
       Jordan et al., Muon: an optimizer for hidden layers, 2024,
       https://kellerjordan.github.io/posts/muon
     """
-    if x.shape[-2] < x.shape[-1]:
-        return transpose(
-            newton_schulz(transpose(x), steps=steps, coefficients=coefficients)
-        )
+    leaves, treedef = jax.tree.flatten(x)
+    wide = [leaf.shape[-2] < leaf.shape[-1] for leaf in leaves]
+    talls = []
+    for leaf, is_wide in zip(leaves, wide, strict=True):
+        tall = over_peak(as_float32(transpose(leaf) if is_wide else leaf))
+        talls.append(tall / or_one(frobenius_norm(tall)[..., None, None]))
+    products = map_stacked(
+        lambda g: _polynomial(g, steps, coefficients),
+        [gram(tall) for tall in talls],
+        fill=0.0,
+    )
+    results = []
+    for leaf, tall, product, is_wide in zip(leaves, talls, products, wide, strict=True):
+        result = matmul(tall, product)
+        results.append((transpose(result) if is_wide else result).astype(leaf.dtype))
+    return jax.tree.unflatten(treedef, results)
+
+
+def _polynomial(
+    g: Float[Array, "N k k"], steps: int, coefficients: tuple[float, float, float]
+) -> Float[Array, "N k k"]:
+    """The product of all steps of the iteration that starts at x with x.T x = g."""
     a, b, c = coefficients
-    dtype = x.dtype
-    x = as_float32(x)
-    peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    x = x / jnp.where(peak > 0, peak, 1)  # squares of huge entries must not overflow
-    norm = frobenius_norm(x)[..., None, None]
-    x = x / jnp.where(norm > 0, norm, 1)
-    g = gram(x)
     eye = jnp.eye(g.shape[-1], dtype=g.dtype)
-    product = eye
+    product = jnp.broadcast_to(eye, g.shape)
     for step in range(steps):
         p = a * eye + b * g
         if c:
@@ -255,7 +273,7 @@ def newton_schulz(
         product = matmul(product, p) if step else p
         if step + 1 < steps:
             g = matmul(matmul(p, g), p)
-    return matmul(x, product).astype(dtype)
+    return product
 
 
 def power_iteration(
@@ -269,7 +287,7 @@ def power_iteration(
 
     def normalise(y):
         norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
-        return y / jnp.where(norm > 0, norm, 1)
+        return y / or_one(norm)
 
     vector = normalise(vector)
     for _ in range(steps):
@@ -291,9 +309,9 @@ def spectral_radius_bound(
 
     def normalise(m):
         peak = jnp.max(jnp.abs(m), axis=(-2, -1))
-        m = m / jnp.where(peak > 0, peak, 1)[:, None, None]
+        m = m / or_one(peak)[:, None, None]
         norm = frobenius_norm(m)
-        return m / jnp.where(norm > 0, norm, 1)[:, None, None], peak, norm
+        return m / or_one(norm)[:, None, None], peak, norm
 
     def log(peak, norm):
         return jnp.log(jnp.maximum(peak, tiny)) + jnp.log(jnp.maximum(norm, tiny))

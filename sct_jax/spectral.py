@@ -130,7 +130,7 @@ def energy_rank(
       TSVD, arXiv 2605.28573, 2026 (energy criterion)
     """
     peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
-    squares = -jnp.sort(-jnp.square(s / jnp.where(peak > 0, peak, 1)), axis=-1)
+    squares = -jnp.sort(-jnp.square(s / orthogonalize.or_one(peak)), axis=-1)
     reached = jnp.cumsum(squares, axis=-1)
     # The last partial sum is the total by construction, so that energy = 1 is reached.
     enough = reached >= energy * reached[..., -1:]

@@ -81,7 +81,7 @@ def qr_retraction(x: T) -> T:
 
 
 def cholesky_qr_retraction(x: T) -> T:
-    """Returns the same Q as `qr_retraction`, by matrix products and small Cholesky.
+    """Returns the same Q as `qr_retraction`, by matrix products alone.
 
     With G = x.T x = L L.T the result is x L^-T: 4 R FLOPs per entry of x. One pass is
     accurate to rounding while x is near orthonormal, as it is after an optimizer step.
@@ -195,9 +195,9 @@ def _check_tall(x: Float[Array, "*L n R"]) -> None:
 def _scale_columns(x: Float[Array, "*L n R"]) -> Float[Array, "*L n R"]:
     """Columns of norm 1; null columns stay null. Squares cannot overflow."""
     peak = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    x = x / jnp.where(peak > 0, peak, 1)
+    x = x / orthogonalize.or_one(peak)
     norm = jnp.linalg.norm(x, axis=-2, keepdims=True)
-    return x / jnp.where(norm > 0, norm, 1)
+    return x / orthogonalize.or_one(norm)
 
 
 def _retract_guarded(
@@ -288,21 +288,16 @@ def _replace_columns(
     return jnp.where(null[..., None, :], fresh, x)
 
 
-def _peak_or_one(x: Float[Array, "*L n m"]) -> Float[Array, "*L 1 1"]:
-    peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
-    return jnp.where(peak > 0, peak, 1)
-
-
 def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
     """Polar factors of x = q r from q: q msign(r), by the cubic on the small r."""
-    xs = [x / _peak_or_one(x) for x in xs]  # sums of huge entries would overflow
+    xs = [orthogonalize.over_peak(x) for x in xs]
     rs = [orthogonalize.gram(q, x) for q, x in zip(qs, xs, strict=True)]
 
     def sign(r: Array) -> Array:
         eye = jnp.eye(r.shape[-1], dtype=r.dtype)
-        r = r / _peak_or_one(r)
+        r = orthogonalize.over_peak(r)
         norm = orthogonalize.frobenius_norm(r)[..., None, None]
-        r = r / jnp.where(norm > 0, norm, 1)
+        r = r / orthogonalize.or_one(norm)
 
         def improve(_, z):
             g = orthogonalize.gram(z)
