@@ -43,10 +43,10 @@ class JsonLines:
         with aside.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         aside.replace(path)
-        self._file = path.open("a")
+        self._file = path.open("a", buffering=1)  # a line at a time, for `tail -f`
 
     def write(self, row: Row) -> None:
-        """Appends one row; buffered until `flush`."""
+        """Appends one row, to be read at once; `flush` makes it survive the machine."""
         self._file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:

@@ -13,10 +13,11 @@ from sct_jax import errors
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# First match wins; a name is matched at the end of a leaf's path, so one rule serves a
-# parameter, its gradient and its moments. Axes are those of one layer: stacked layers
-# get a leading None. Rows of factors are sharded, columns (the rank) never are, so a
-# Gram matrix is a sum over devices of small products and no factor is gathered for it.
+# First match wins; a name is matched from a "/" to the end of a leaf's path, so one
+# rule serves a parameter, its gradient and its moments. Axes are those of one layer:
+# stacked layers get a leading None. Rows of factors are sharded, columns (the rank)
+# never are, so a Gram matrix is a sum over devices of small products and no factor is
+# gathered for it. What there is one of per column is replicated.
 # The low-rank bottleneck R is all that crosses `tensor` between v and the next u.
 _IN = r"(q|k|v|gate|up|head)"  # D to heads, F or V
 _OUT = r"(o|down|embedding)"  # back to D
@@ -25,7 +26,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_IN}\.(v|b)", PartitionSpec(("tensor", "fsdp"), None)),
     (rf"{_OUT}\.(u|a)", PartitionSpec(("tensor", "fsdp"), None)),
     (rf"{_OUT}\.(v|b)", PartitionSpec("fsdp", None)),
-    (r"\w+\.s", PartitionSpec(None)),
+    (r"\w+\.(s|active|right_a|right_b)", PartitionSpec(None)),
     (r"\w+_norm", PartitionSpec(None)),
     (_IN, PartitionSpec("fsdp", "tensor")),
     (_OUT, PartitionSpec("tensor", "fsdp")),
@@ -102,7 +103,7 @@ def partition_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
     if not shape:
         return PartitionSpec()
     for pattern, spec in RULES:
-        if re.search(rf"(^|[/.]){pattern}$", name):
+        if re.search(rf"(^|/){pattern}$", name):
             if len(spec) > len(shape):
                 continue
             return PartitionSpec(*[None] * (len(shape) - len(spec)), *spec)
