@@ -1,22 +1,16 @@
-"""optax transformations for trees in which factor tuples stand among other arrays.
-
-Each needs only `params`, treats a factor tuple as one weight, and passes every other
-leaf on unchanged, so that it can be chained, masked and partitioned freely. Never split
-the u, s and v of one weight over two partitions.
-"""
+"""The bound of what an update does to the composite W."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sct_jax import orthogonalize, spectral, stiefel
+from sct_jax.transforms import common
 
-ScalarOrSchedule = float | jax.Array | optax.Schedule
+LOSSLESS = "lossless"  # keeps all of the product, see `transport.retract_losslessly`
 
 # With eight squarings the norm used to clip lies above the true one by at most 0.6 %
 # for ranks up to 256; the promise is 1 %.
@@ -24,153 +18,8 @@ _SQUARINGS = 8
 _MAX_ROUNDS = 12
 
 
-class CountState(NamedTuple):
-    """Number of updates seen, for schedules and intervals."""
-
-    count: Int[Array, ""]
-
-    def next(self) -> "CountState":
-        """Returns the state after one more update; the largest integer is kept."""
-        return CountState(jnp.asarray(optax.safe_increment(self.count)))
-
-
-def _init_count(params: optax.Params) -> CountState:
-    del params
-    return CountState(jnp.zeros([], jnp.int32))
-
-
-def _value(rate: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
-    return rate(count) if callable(rate) else rate
-
-
-def scale_components(
-    *,
-    uv: ScalarOrSchedule = 1.0,
-    s: ScalarOrSchedule = 1.0,
-    dense: ScalarOrSchedule = 1.0,
-    base_width: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by a rate of their own for u and v, s, and other arrays.
-
-    Adam moves every entry of u by the learning rate, so its columns turn by that rate
-    times sqrt(fan_in). With `base_width` the rates of u and v are further multiplied by
-    sqrt(base_width / fan), and columns turn alike at every width. LowRankFactors are
-    scaled as u and v are, without the width.
-
-    Args:
-      uv: factor, or schedule of it, for u and v.
-      s: the same for singular values.
-      dense: the same for arrays outside factor tuples.
-      base_width: fan at which `uv` applies as it is; None switches the scaling off.
-    """
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        rate_uv, rate_s, rate_dense = (_value(r, state.count) for r in (uv, s, dense))
-
-        def times(x: Any, rate: Any) -> Any:
-            # `optax.masked` may have taken leaves out, even of a factor tuple.
-            masked = isinstance(x, optax.MaskedNode)
-            return x if masked else (x * rate).astype(x.dtype)
-
-        def turn(x: Any) -> Any:
-            if base_width is None or isinstance(x, optax.MaskedNode):
-                return times(x, rate_uv)
-            return times(x, rate_uv * (base_width / x.shape[-2]) ** 0.5)
-
-        def scale(update):
-            if spectral.is_spectral(update):
-                return spectral.SpectralFactors(
-                    turn(update.u),
-                    times(update.s, rate_s),
-                    turn(update.v),
-                )
-            if spectral.is_factors(update):
-                return jax.tree.map(lambda x: times(x, rate_uv), update)
-            return times(update, rate_dense)
-
-        updates = jax.tree.map(scale, updates, is_leaf=spectral.is_factors)
-        return updates, state.next()
-
-    return optax.GradientTransformationExtraArgs(_init_count, update_fn)
-
-
-def retract_to_stiefel(
-    method: str = "cholesky_qr",
-    *,
-    every: int = 1,
-    tolerance: float | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Changes updates so that `params + updates` has orthonormal u and v.
-
-    .. math::
-      \Delta u \leftarrow R(u + \Delta u) - u, \qquad
-      \Delta v \leftarrow R(v + \Delta v) - v
-
-    Must stand last in a chain, after the learning rate. Ensures an orthonormality error
-    below 4e-6 for factors stored in float32 (6e-4 for bfloat16).
-
-    Args:
-      method: retraction, see `stiefel.retract`.
-      every: lazy retraction, on every so many updates only.
-      tolerance: lazy retraction, only where max |x.T x - I| of some factor would pass
-        this value; with `every`, whichever comes first.
-
-    Returns:
-      A transformation that needs `params`.
-
-    Raises:
-      ValueError: for an unknown method, every < 1 or tolerance <= 0.
-
-    Example:
-      >>> import jax, optax
-      >>> from sct_jax import spectral, transforms
-      >>> params = {"w": spectral.init(jax.random.key(0), 16, 24, 4)}
-      >>> tx = optax.chain(optax.adam(1e-2), transforms.retract_to_stiefel())
-      >>> updates, _ = tx.update(params, tx.init(params), params)
-      >>> params = optax.apply_updates(params, updates)
-
-    References:
-      Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, Algorithm 1
-      TSVD, arXiv 2605.28573, 2026 (lazy orthonormality; the rule is our own)
-    """
-    stiefel.check_method(method)
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
-    if tolerance is not None and tolerance <= 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        params = _require(params, "retract_to_stiefel")
-        factors, rebuild = _select_spectral(updates, params)
-        if not factors:
-            return updates, state.next()
-        moved = [(p.u + d.u, p.v + d.v) for p, d in factors]
-        retraction = functools.partial(stiefel.retract, method=method)
-        if every == 1 and tolerance is None:
-            retracted = retraction(moved)
-        else:
-            due = (state.count + 1) % every == 0 if every > 1 else jnp.array(False)
-            if tolerance is not None:
-                errors = [
-                    stiefel.orthonormality_error(x) for x in jax.tree.leaves(moved)
-                ]
-                due |= jnp.max(jnp.stack(errors)) > tolerance
-            retracted = jax.lax.cond(due, retraction, lambda x: x, moved)
-        updates = rebuild(
-            [
-                d._replace(u=u - p.u, v=v - p.v)
-                for (p, d), (u, v) in zip(factors, retracted, strict=True)
-            ]
-        )
-        return updates, state.next()
-
-    return optax.GradientTransformationExtraArgs(_init_count, update_fn)
-
-
 def clip_by_composite_spectral_norm(
-    max_norm: ScalarOrSchedule, *, retraction: str = "cholesky_qr"
+    max_norm: common.ScalarOrSchedule, *, retraction: str = "cholesky_qr"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the update of each weight so that it moves W by at most `max_norm`.
 
@@ -195,7 +44,8 @@ def clip_by_composite_spectral_norm(
 
     Args:
       max_norm: bound, or schedule of it.
-      retraction: method of the `retract_to_stiefel` that follows.
+      retraction: method of the `retract_to_stiefel` that follows, or "lossless" inside
+        `retract_losslessly`, where W' = (u + c du) diag(s + c ds) (v + c dv).T.
 
     Returns:
       A transformation that needs `params`.
@@ -208,19 +58,20 @@ def clip_by_composite_spectral_norm(
       of norms by step radii and orthogonalised momentum, to first order; here the
       applied change itself is bounded, for any update.
     """
-    stiefel.check_method(retraction)
+    if retraction != LOSSLESS:
+        stiefel.check_method(retraction)
     if not callable(max_norm) and not isinstance(max_norm, jax.Array) and max_norm <= 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _require(params, "clip_by_composite_spectral_norm")
-        factors, rebuild = _select_spectral(updates, params)
+        params = common.require(params, "clip_by_composite_spectral_norm")
+        factors, rebuild = common.select_spectral(updates, params)
         new_state = state.next()
         if not factors:
             return updates, new_state
-        bound = jnp.asarray(_value(max_norm, state.count), jnp.float32)
-        decided = [_cheap_bound(p, d) <= bound for p, d in factors]
+        bound = jnp.asarray(common.value_of(max_norm, state.count), jnp.float32)
+        decided = [_cheap_bound(p, d, retraction) <= bound for p, d in factors]
         scales = jax.lax.cond(
             jnp.all(jnp.stack([jnp.all(x) for x in decided])),
             lambda: [jnp.ones(x.shape, jnp.float32) for x in decided],
@@ -230,41 +81,7 @@ def clip_by_composite_spectral_norm(
             [_scale_update(d, c) for (_, d), c in zip(factors, scales, strict=True)]
         ), new_state
 
-    return optax.GradientTransformationExtraArgs(_init_count, update_fn)
-
-
-def _require(params: optax.Params | None, name: str) -> optax.Params:
-    if params is None:
-        raise ValueError(f"{name} needs params: call tx.update(updates, state, params)")
-    return params
-
-
-def _select_spectral(
-    updates: optax.Updates, params: optax.Params
-) -> tuple[
-    list[tuple[spectral.SpectralFactors, spectral.SpectralFactors]],
-    Callable[[list[spectral.SpectralFactors]], optax.Updates],
-]:
-    """Pairs (param, update) of all SpectralFactors, and a function to put them back.
-
-    Where a wrapper such as `optax.masked` has put something else in the place of a
-    factor tuple, it is left alone.
-    """
-    leaves, treedef = jax.tree.flatten(updates, is_leaf=spectral.is_factors)
-    param_leaves = treedef.flatten_up_to(params)
-    chosen = [
-        i
-        for i, leaf in enumerate(leaves)
-        if spectral.is_spectral(leaf) and isinstance(leaf.u, jax.Array)
-    ]
-
-    def rebuild(new: list[spectral.SpectralFactors]) -> optax.Updates:
-        filled = list(leaves)
-        for i, value in zip(chosen, new, strict=True):
-            filled[i] = value
-        return jax.tree.unflatten(treedef, filled)
-
-    return [(param_leaves[i], leaves[i]) for i in chosen], rebuild
+    return optax.GradientTransformationExtraArgs(common.init_count, update_fn)
 
 
 def _scale_update(
@@ -282,7 +99,7 @@ def _scale_update(
 
 
 def _cheap_bound(
-    p: spectral.SpectralFactors, d: spectral.SpectralFactors
+    p: spectral.SpectralFactors, d: spectral.SpectralFactors, retraction: str
 ) -> Float[Array, "*L"]:
     """An upper bound of ||W' - W||_2 by elementwise work; NaN for a NaN in d.
 
@@ -301,10 +118,14 @@ def _cheap_bound(
     def rotation(e):
         return (1 + 2**0.5) * jnp.where(e < 1, e / (1 - e), jnp.inf)
 
-    moved = new_s * rotation(size_u) + change_s + old_s * rotation(size_v)
+    if retraction == LOSSLESS:
+        moved = new_s * (size_u + size_v + size_u * size_v) + change_s
+    else:
+        moved = new_s * rotation(size_u) + change_s + old_s * rotation(size_v)
+        moved = jnp.minimum(moved, old_s + new_s)
     # Squares that overflow decide nothing; nor may a NaN pass as decided.
     usable = jnp.isfinite(size_u + size_v + change_s)
-    return jnp.where(usable, jnp.minimum(moved, old_s + new_s), jnp.inf)
+    return jnp.where(usable, moved, jnp.inf)
 
 
 def _admissible_scales(
@@ -368,7 +189,11 @@ def _search_scales(
             orthogonalize.gram(a) + c**2 * q
             for a, q in zip(along, (q_u, q_v), strict=True)
         ]
-        z_u, z_v = stiefel.retraction_matrices(grams, method=retraction)
+        z_u, z_v = (
+            [jnp.broadcast_to(eye, g.shape) for g in grams]
+            if retraction == LOSSLESS
+            else stiefel.retraction_matrices(grams, method=retraction)
+        )
         k = spectral.small_space_difference(
             orthogonalize.matmul(along[0], z_u),
             orthogonalize.matmul(along[1], z_v),
@@ -378,7 +203,7 @@ def _search_scales(
             c * z_v,
         )
         peak = _peak(k, (-2, -1))
-        k = k / jnp.where(peak > 0, peak, 1)[:, None, None]
+        k = k / orthogonalize.or_one(peak)[:, None, None]
         radius = orthogonalize.spectral_radius_bound(
             spectral.small_space_product(k, q_u, q_v), squarings=_SQUARINGS
         )

@@ -1,0 +1,47 @@
+"""optax transformations for trees in which factor tuples stand among other arrays.
+
+Each needs only `params`, treats a factor tuple as one weight, and passes every other
+leaf on unchanged, so that it can be chained, masked and partitioned freely. Never split
+the u, s and v of one weight over two partitions.
+"""
+
+from sct_jax.transforms.clipping import LOSSLESS, clip_by_composite_spectral_norm
+from sct_jax.transforms.common import CountState, ScalarOrSchedule
+from sct_jax.transforms.inactive import (
+    ActiveColumns,
+    HoldInactiveState,
+    hold_inactive,
+)
+from sct_jax.transforms.retraction import project_to_tangent, retract_to_stiefel
+from sct_jax.transforms.scaling import limit_rotation, scale_components
+from sct_jax.transforms.spectron import PowerVectors, SpectronState, scale_by_spectron
+from sct_jax.transforms.stiefel_muon import (
+    GAUGES,
+    SecondMoment,
+    StiefelMuonState,
+    scale_by_stiefel_muon,
+)
+from sct_jax.transforms.transport import retract_losslessly, transport_moments
+
+__all__ = [
+    "GAUGES",
+    "LOSSLESS",
+    "ActiveColumns",
+    "CountState",
+    "HoldInactiveState",
+    "PowerVectors",
+    "ScalarOrSchedule",
+    "SecondMoment",
+    "SpectronState",
+    "StiefelMuonState",
+    "clip_by_composite_spectral_norm",
+    "hold_inactive",
+    "limit_rotation",
+    "project_to_tangent",
+    "retract_losslessly",
+    "retract_to_stiefel",
+    "scale_by_spectron",
+    "scale_by_stiefel_muon",
+    "scale_components",
+    "transport_moments",
+]

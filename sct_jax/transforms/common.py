@@ -1,0 +1,97 @@
+"""What every transformation needs: counts, schedules, and the factors of a tree."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from sct_jax import spectral
+
+T = TypeVar("T")  # an optimizer state
+
+ScalarOrSchedule = float | jax.Array | optax.Schedule
+
+
+class CountState(NamedTuple):
+    """Number of updates seen, for schedules and intervals."""
+
+    count: Int[Array, ""]
+
+    def next(self) -> "CountState":
+        """Returns the state after one more update; the largest integer is kept."""
+        return CountState(jnp.asarray(optax.safe_increment(self.count)))
+
+
+def init_count(params: optax.Params) -> CountState:
+    """Returns the state before the first update."""
+    del params
+    return CountState(jnp.zeros([], jnp.int32))
+
+
+def value_of(rate: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
+    """Returns the rate at this count."""
+    return rate(count) if callable(rate) else rate
+
+
+def require(params: optax.Params | None, name: str) -> optax.Params:
+    """Returns params; raises ValueError where the caller of `name` left them out."""
+    if params is None:
+        raise ValueError(f"{name} needs params: call tx.update(updates, state, params)")
+    return params
+
+
+def select_spectral(
+    updates: optax.Updates, params: optax.Params
+) -> tuple[
+    list[tuple[spectral.SpectralFactors, spectral.SpectralFactors]],
+    Callable[[list[spectral.SpectralFactors]], optax.Updates],
+]:
+    """Pairs (param, update) of all SpectralFactors, and a function to put them back.
+
+    Where a wrapper such as `optax.masked` has put something else in the place of a
+    factor tuple, it is left alone.
+    """
+    leaves, treedef = jax.tree.flatten(updates, is_leaf=is_weight)
+    param_leaves = treedef.flatten_up_to(params)
+    chosen = [i for i, leaf in enumerate(leaves) if is_whole_spectral(leaf)]
+
+    def rebuild(new: list[spectral.SpectralFactors]) -> optax.Updates:
+        filled = list(leaves)
+        for i, value in zip(chosen, new, strict=True):
+            filled[i] = value
+        return jax.tree.unflatten(treedef, filled)
+
+    return [(param_leaves[i], leaves[i]) for i in chosen], rebuild
+
+
+def is_weight(x: Any) -> bool:
+    """Returns whether x is a factor tuple, or what a mask put in a weight's place."""
+    return spectral.is_factors(x) or is_masked(x)
+
+
+def is_whole_spectral(x: Any) -> TypeGuard[spectral.SpectralFactors]:
+    """Returns whether x is a SpectralFactors of which no part is masked."""
+    return spectral.is_spectral(x) and not any(map(is_masked, x))
+
+
+def is_masked(x: Any) -> bool:
+    """Returns whether `optax.masked` has taken this leaf out."""
+    return isinstance(x, optax.MaskedNode)
+
+
+def map_first_moments(state: T, fn: Callable[[Any], Any]) -> T:
+    """Returns an optimizer state with `fn` applied to every field named `mu`.
+
+    That is what optax and this package call a mean of gradients, wherever it stands in
+    a chain or a partition.
+    """
+
+    def holds_mu(x):
+        return "mu" in getattr(x, "_fields", ())
+
+    return jax.tree.map(
+        lambda x: x._replace(mu=fn(x.mu)) if holds_mu(x) else x, state, is_leaf=holds_mu
+    )
