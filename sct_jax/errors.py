@@ -17,13 +17,14 @@ def check(field: str, holds: bool, message: str) -> None:
         raise ConfigError(f"{field}: {message}")
 
 
-def check_choice(field: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(field: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raises ConfigError unless `value` is one of `choices`; names the nearest."""
+    names = [str(choice) for choice in choices]
     check(
         field,
         value in choices,
-        f"unknown value {value!r}{nearest(value, choices)} "
-        f"(choices: {', '.join(choices) or 'none'})",
+        f"unknown value {value!r}{nearest(str(value), names)} "
+        f"(choices: {', '.join(names) or 'none'})",
     )
 
 

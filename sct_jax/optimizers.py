@@ -1,6 +1,7 @@
 """Named optimizer chains, and the typed configuration that builds one."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ from sct_jax import errors, spectral, stiefel, transforms
 _FLOAT32 = jnp.dtype("float32")
 
 SCHEDULES = ("constant", "cosine", "wsd")
+RETRACTIONS = (*stiefel.RETRACTION_NAMES, transforms.LOSSLESS)
+TANGENT_PROJECTIONS = ("gradient", "displacement")
+
+Mask = Callable[[Any], Any]  # from params to a tree of booleans
 
 
 def sct(
@@ -29,7 +34,9 @@ def sct(
     dense_rate: transforms.ScalarOrSchedule = 1.0,
     moment_dtype: jax.typing.DTypeLike = _FLOAT32,
     base_width: int | None = None,
-    decay_mask: Callable[[Any], Any] | None = None,
+    tangent_projection: str | None = None,
+    transport_moments: bool = False,
+    decay_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Spectral Compact Training: AdamW on u, s and v, then the Stiefel retraction.
 
@@ -47,17 +54,25 @@ def sct(
         u and v have norm 1 by construction and never decay.
       max_update_norm: bound of ||W' - W||_2 per weight and step, as applied; None for
         no clip. See `transforms.clip_by_composite_spectral_norm`.
-      retraction: see `stiefel.retract`.
+      retraction: "qr", "cholesky_qr" (the same map, batched), "polar", or "lossless",
+        which keeps the whole product, see `transforms.retract_losslessly`.
       singular_value_rate: factor of the learning rate for s.
       dense_rate: factor of the learning rate for arrays outside factor tuples.
       moment_dtype: of the first moment.
       base_width: fan at which the rate of u and v applies as it is; see
         `transforms.scale_components`.
+      tangent_projection: "gradient" or "displacement": what of u and v is projected
+        on the tangent space, if anything.
+      transport_moments: whether first moments follow the factors, see
+        `transforms.transport_moments`.
       decay_mask: from params to a tree of booleans that replaces the rule above, where
         the axes alone do not tell (norm scales stacked over layers).
 
     Returns:
       A transformation for any tree that mixes factor tuples and arrays.
+
+    Raises:
+      ValueError: for an unknown retraction or tangent projection.
 
     Example:
       >>> import jax, optax
@@ -72,32 +87,362 @@ def sct(
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, Algorithm 1
     """
-    parts = [optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)]
-    if not _is(weight_decay, 0.0):
-        parts.append(
-            optax.add_decayed_weights(weight_decay, mask=decay_mask or decays_by_axes)
+    if tangent_projection not in (None, *TANGENT_PROJECTIONS):
+        raise ValueError(
+            f"unknown tangent projection {tangent_projection!r}: choose one of "
+            f"{', '.join(TANGENT_PROJECTIONS)}"
         )
-    shared = _is(singular_value_rate, 1.0) and _is(dense_rate, 1.0)
-    if not shared or base_width is not None:
-        parts.append(
-            transforms.scale_components(
-                s=singular_value_rate, dense=dense_rate, base_width=base_width
-            )
+    direction = optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)
+    if transport_moments:
+        direction = transforms.transport_moments(direction)
+    if tangent_projection == "gradient":
+        direction = optax.chain(transforms.project_to_tangent(), direction)
+    steps = [
+        *_decay(weight_decay, decay_mask),
+        *_rates(singular_value_rate, dense_rate, base_width),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if tangent_projection == "displacement":
+        steps.append(transforms.project_to_tangent())
+    return _on_the_manifold([direction, *steps], max_update_norm, retraction)
+
+
+def tsvd(
+    learning_rate: transforms.ScalarOrSchedule,
+    *,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    max_update_norm: transforms.ScalarOrSchedule | None = None,
+    retraction: str = "cholesky_qr",
+    retraction_every: int = 1,
+    retraction_tolerance: float | None = None,
+    singular_value_rate: transforms.ScalarOrSchedule = 1.0,
+    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    moment_dtype: jax.typing.DTypeLike = _FLOAT32,
+    base_width: int | None = None,
+    decay_mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Truncated SVD layers: AdamW on factors whose rank may change, lazily retracted.
+
+    `Deviation:` the inner rules of TSVD are not public in a form that we could read.
+    These are our own design: the direction of `sct`; columns that are not active held
+    at s = 0 (`transforms.hold_inactive`), for `rank.resize` to mark; and orthonormality
+    made cheap by retracting once per update whatever the micro-batches, and with
+    `retraction_every` or `retraction_tolerance` only when it has drifted.
+
+    Args:
+      learning_rate: as of `sct`, and so for every argument that is not named here.
+      b1: see `sct`.
+      b2: see `sct`.
+      eps: see `sct`.
+      weight_decay: see `sct`.
+      max_update_norm: see `sct`; not together with a lazy retraction.
+      retraction: "qr", "cholesky_qr" or "polar".
+      retraction_every: retract on every so many updates only.
+      retraction_tolerance: retract only where max |x.T x - I| would pass this; with
+        `retraction_every`, whichever comes first.
+      singular_value_rate: see `sct`.
+      dense_rate: see `sct`.
+      moment_dtype: see `sct`.
+      base_width: see `sct`.
+      decay_mask: see `sct`.
+
+    Raises:
+      ValueError: for a clip together with a lazy retraction, whose promise needs
+        orthonormal factors after every step.
+
+    References:
+      TSVD, arXiv 2605.28573, 2026
+    """
+    lazy = retraction_every != 1 or retraction_tolerance is not None
+    if lazy and max_update_norm is not None:
+        raise ValueError(
+            "max_update_norm bounds the update as applied, which needs a retraction on "
+            "every step: leave retraction_every and retraction_tolerance out"
         )
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    if max_update_norm is not None:
-        parts.append(
-            transforms.clip_by_composite_spectral_norm(
-                max_update_norm, retraction=retraction
-            )
+    parts = [
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype),
+        *_decay(weight_decay, decay_mask),
+        *_rates(singular_value_rate, dense_rate, base_width),
+        optax.scale_by_learning_rate(learning_rate),
+        transforms.hold_inactive(),
+    ]
+    if not lazy:
+        return _on_the_manifold(parts, max_update_norm, retraction)
+    parts.append(
+        transforms.retract_to_stiefel(
+            retraction, every=retraction_every, tolerance=retraction_tolerance
         )
-    parts.append(transforms.retract_to_stiefel(retraction))
+    )
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def stiefel_muon(
+    learning_rate: transforms.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.95,
+    nesterov: bool = True,
+    gauge: str = "factors",
+    max_rotation: float | jax.Array = 0.1,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    max_update_norm: transforms.ScalarOrSchedule | None = None,
+    retraction: str = "cholesky_qr",
+    singular_value_rate: transforms.ScalarOrSchedule = 1.0,
+    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    decay_mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Stiefel Muon, ours: orthogonalised momentum on u and v, AdamW on all the rest.
+
+    Args:
+      learning_rate: by about as much, in radians, the columns of u and v turn per step;
+        with the gauge "svd", about the change of W in spectral norm.
+      momentum: decay of the mean of the gradients of u and v.
+      nesterov: whether to look one step ahead.
+      gauge: see `transforms.scale_by_stiefel_muon`. With "svd" the retraction is best
+        "lossless", which keeps s descending.
+      max_rotation: with the gauge "svd", bound of the turn of a column, in radians.
+      b1: decay of the first moment of s and of dense leaves.
+      b2: decay of their second moment.
+      eps: added to its root.
+      weight_decay: decoupled decay of s and of dense arrays with two or more axes.
+      max_update_norm: bound of ||W' - W||_2 per weight and step, as applied.
+      retraction: see `sct`.
+      singular_value_rate: factor of the learning rate for s.
+      dense_rate: factor of the learning rate outside SpectralFactors.
+      decay_mask: see `sct`.
+
+    Returns:
+      A transformation for any tree that mixes factor tuples and arrays.
+
+    Raises:
+      ValueError: for an unknown gauge or retraction.
+    """
+    direction = _partition(
+        spectral.is_spectral,
+        transforms.scale_by_stiefel_muon(
+            momentum, nesterov=nesterov, gauge=gauge, s_b1=b1, s_b2=b2, eps=eps
+        ),
+        optax.scale_by_adam(b1, b2, eps),
+    )
+    steps = [
+        *_decay(weight_decay, decay_mask),
+        *_rates(singular_value_rate, dense_rate, None),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if gauge == "svd":
+        steps.append(transforms.limit_rotation(max_rotation))
+    moments = "whitened" if gauge == "svd" else "gradient"
+    return _on_the_manifold([direction, *steps], max_update_norm, retraction, moments)
+
+
+def spectron(
+    learning_rate: transforms.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.95,
+    nesterov: bool = False,
+    shape_factor: bool = False,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-10,
+    weight_decay: float | jax.Array = 0.0,
+    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    decay_mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Spectron: orthogonalised momentum on a and b, radius from their norms.
+
+    LowRankFactors get Algorithm 1, every other leaf AdamW. The authors' code differs
+    from the paper: it is had by `nesterov=True`, `shape_factor=True` and a
+    `weight_decay`, which acts at the learning rate itself, not at the radius.
+
+    Args:
+      learning_rate: eta, to first order the bound of ||W' - W||_2.
+      momentum: decay of the mean of the gradients of a and b.
+      nesterov: see `transforms.scale_by_spectron`.
+      shape_factor: see `transforms.scale_by_spectron`.
+      b1: decay of the first moment of dense leaves.
+      b2: decay of their second moment.
+      eps: added to its root.
+      weight_decay: decoupled decay of a, b and dense arrays with two or more axes.
+      dense_rate: factor of the learning rate for dense leaves.
+      decay_mask: see `sct`.
+
+    Raises:
+      ValueError: for SpectralFactors in the tree, which would leave the manifold.
+
+    References:
+      Spectron, arXiv 2602.12429, 2026, Algorithm 1
+    """
+    direction = _partition(
+        _is_low_rank,
+        transforms.scale_by_spectron(
+            momentum, nesterov=nesterov, shape_factor=shape_factor
+        ),
+        optax.scale_by_adam(b1, b2, eps),
+    )
+    return _free(
+        direction,
+        *_decay(weight_decay, decay_mask),
+        *_rates(1.0, dense_rate, None),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def adamw(
+    learning_rate: transforms.ScalarOrSchedule,
+    *,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    moment_dtype: jax.typing.DTypeLike = _FLOAT32,
+    decay_mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Plain AdamW, a baseline: on dense weights, or naively on LowRankFactors.
+
+    Args:
+      learning_rate: of every leaf.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to its root.
+      weight_decay: decoupled decay of a, b and dense arrays with two or more axes.
+      moment_dtype: of the first moment.
+      decay_mask: see `sct`.
+
+    Raises:
+      ValueError: for SpectralFactors in the tree, which would leave the manifold.
+    """
+    return _free(
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype),
+        *_decay(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(
+    learning_rate: transforms.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.95,
+    nesterov: bool = True,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array = 0.0,
+    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    decay_mask: Mask | None = None,
+    matrix_mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon on matrices, a baseline, by `optax.contrib`; AdamW on all the rest.
+
+    Args:
+      learning_rate: of the matrices.
+      momentum: decay of the mean of gradients.
+      nesterov: whether to look one step ahead.
+      b1: decay of the first moment of the other leaves.
+      b2: decay of their second moment.
+      eps: added to its root.
+      weight_decay: decoupled decay of arrays with two or more axes.
+      dense_rate: factor of the learning rate for leaves that are not matrices.
+      decay_mask: see `sct`.
+      matrix_mask: from params to a tree of booleans, for which leaves are matrices;
+        None: those with two or more axes. Leading axes are layers.
+
+    Raises:
+      ValueError: for SpectralFactors in the tree, which would leave the manifold.
+
+    References:
+      Jordan et al., Muon: an optimizer for hidden layers, 2024,
+      https://kellerjordan.github.io/posts/muon
+    """
+
+    def dimensions(params):
+        # The last two axes; those before them are layers.
+        return jax.tree.map(
+            lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params
+        )
+
+    for_matrices = optax.contrib.muon(
+        learning_rate,
+        beta=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        muon_weight_dimension_numbers=dimensions,
+    )
+    for_others = optax.chain(
+        optax.scale_by_adam(b1, b2, eps),
+        *_decay(weight_decay, decay_mask),
+        *_rates(1.0, dense_rate, None),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    by_axes = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+    return _free(
+        optax.partition({True: for_matrices, False: for_others}, matrix_mask or by_axes)
+    )
+
+
+def _on_the_manifold(parts, max_update_norm, retraction, moments="gradient"):
+    """The chain of parts, then the clip if any, then the retraction."""
+    if retraction not in RETRACTIONS:
+        stiefel.check_method(retraction)
+    if max_update_norm is not None:
+        clip = transforms.clip_by_composite_spectral_norm(
+            max_update_norm, retraction=retraction
+        )
+        parts = [*parts, clip]
+    if retraction == transforms.LOSSLESS:
+        return transforms.retract_losslessly(optax.chain(*parts), moments=moments)
+    return optax.with_extra_args_support(
+        optax.chain(*parts, transforms.retract_to_stiefel(retraction))
+    )
+
+
+def _free(*parts):
+    """The chain of parts, for trees in which nothing has to stay orthonormal."""
+
+    def init_fn(params):
+        leaves = jax.tree.leaves(params, is_leaf=spectral.is_factors)
+        if any(map(spectral.is_spectral, leaves)):
+            raise ValueError(
+                "SpectralFactors would not stay orthonormal under this rule: use sct, "
+                "tsvd or stiefel_muon, or convert them by spectral.to_low_rank"
+            )
+        return tx.init(params)
+
+    tx = optax.with_extra_args_support(optax.chain(*parts))
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+
+
+def _partition(chosen, for_chosen, for_others):
+    """Two rules for two kinds of weights; factor tuples are never split."""
+    return optax.partition(
+        {True: for_chosen, False: for_others},
+        lambda params: jax.tree.map(chosen, params, is_leaf=spectral.is_factors),
+    )
+
+
+def _decay(weight_decay, decay_mask) -> list[optax.GradientTransformation]:
+    if _is(weight_decay, 0.0):
+        return []
+    return [optax.add_decayed_weights(weight_decay, mask=decay_mask or decays_by_axes)]
+
+
+def _rates(s, dense, base_width) -> list[optax.GradientTransformation]:
+    if _is(s, 1.0) and _is(dense, 1.0) and base_width is None:
+        return []
+    return [transforms.scale_components(s=s, dense=dense, base_width=base_width)]
 
 
 def _is(value: Any, neutral: float) -> bool:
     """Whether a setting is left at its neutral value; an array may change later."""
     return isinstance(value, float | int) and value == neutral
+
+
+def _is_low_rank(x: Any) -> bool:
+    return isinstance(x, spectral.LowRankFactors)
 
 
 def decays_by_axes(params: optax.Params) -> Any:
@@ -118,7 +463,8 @@ class OptimizerConfig:
     """What builds the optimizer of a run.
 
     Attributes:
-      name: the chain; "sct".
+      name: the chain, one of `CHAINS`. A field below that is named like a keyword of
+        that function is handed on to it; others must stay at their defaults.
       peak_learning_rate: rate after warm-up.
       schedule: "constant", "cosine" or "wsd" (warm-up, stable, decay), after warm-up.
       warmup_steps: steps of linear warm-up from 0.
@@ -127,14 +473,23 @@ class OptimizerConfig:
       max_update_norm: bound of ||W' - W||_2 per weight and step; None: no clip.
       weight_decay: decoupled decay of s and of dense matrices.
       grad_clip: bound of the global gradient norm; None: no clip.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
       eps: Adam's epsilon.
       singular_value_rate: factor of the rate for s.
       dense_rate: factor of the rate for dense arrays.
       base_width: fan at which the rate of u and v applies as it is; None: everywhere.
-      retraction: "cholesky_qr", "qr" or "polar".
+      retraction: "cholesky_qr", "qr", "polar" or "lossless".
       moment_dtype: of the first moment.
+      tangent_projection: None, "gradient" or "displacement".
+      transport_moments: whether first moments follow the factors.
+      retraction_every: lazy retraction, on every so many steps only.
+      retraction_tolerance: lazy retraction, only beyond this orthonormality error.
+      momentum: decay of the mean of gradients that Newton and Schulz orthogonalise.
+      nesterov: whether that mean looks one step ahead; None: as the rule has it.
+      shape_factor: Spectron's factor sqrt(max(1, rows / columns)).
+      gauge: Stiefel Muon's, "factors" or "svd".
+      max_rotation: bound of the turn of a column in the gauge "svd", in radians.
     """
 
     name: str = "sct"
@@ -154,18 +509,35 @@ class OptimizerConfig:
     base_width: int | None = None
     retraction: str = "cholesky_qr"
     moment_dtype: str = "float32"
+    tangent_projection: str | None = None
+    transport_moments: bool = False
+    retraction_every: int = 1
+    retraction_tolerance: float | None = None
+    momentum: float = 0.95
+    nesterov: bool | None = None
+    shape_factor: bool = False
+    gauge: str = "factors"
+    max_rotation: float = 0.1
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field, for values that make no optimizer."""
-        errors.check_choice("optimizer.name", self.name, tuple(_CHAINS))
+        errors.check_choice("optimizer.name", self.name, tuple(CHAINS))
         errors.check_choice("optimizer.schedule", self.schedule, SCHEDULES)
-        errors.check_choice(
-            "optimizer.retraction", self.retraction, stiefel.RETRACTION_NAMES
-        )
-        errors.check_choice(
-            "optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16")
-        )
-        for field in ("peak_learning_rate", "max_update_norm", "grad_clip", "eps"):
+        for field, choices in (
+            ("retraction", RETRACTIONS),
+            ("moment_dtype", ("float32", "bfloat16")),
+            ("tangent_projection", (None, *TANGENT_PROJECTIONS)),
+            ("gauge", transforms.GAUGES),
+        ):
+            errors.check_choice(f"optimizer.{field}", getattr(self, field), choices)
+        for field in (
+            "peak_learning_rate",
+            "max_update_norm",
+            "grad_clip",
+            "eps",
+            "retraction_tolerance",
+            "max_rotation",
+        ):
             value = getattr(self, field)
             errors.check(
                 f"optimizer.{field}", value is None or value > 0, f"{value} must be > 0"
@@ -173,7 +545,7 @@ class OptimizerConfig:
         for field in ("weight_decay", "singular_value_rate", "dense_rate"):
             value = getattr(self, field)
             errors.check(f"optimizer.{field}", value >= 0, f"{value} must be >= 0")
-        for field in ("b1", "b2"):
+        for field in ("b1", "b2", "momentum"):
             value = getattr(self, field)
             errors.check(f"optimizer.{field}", 0 <= value < 1, f"{value} not in [0, 1)")
         for field in ("final_rate_ratio", "decay_ratio"):
@@ -191,6 +563,29 @@ class OptimizerConfig:
             self.base_width is None or self.base_width > 0,
             f"{self.base_width} must be > 0",
         )
+        errors.check(
+            "optimizer.retraction_every",
+            self.retraction_every >= 1,
+            f"{self.retraction_every} must be >= 1",
+        )
+        self._validate_chain()
+
+    def _validate_chain(self) -> None:
+        """Raises ConfigError for fields that the chain does not know or allow."""
+        known = inspect.signature(CHAINS[self.name]).parameters
+        for field in dataclasses.fields(self):
+            errors.check(
+                f"optimizer.{field.name}",
+                field.name in known
+                or field.name in _OF_EVERY_CHAIN
+                or getattr(self, field.name) == field.default,
+                f"has no effect with optimizer.name = {self.name!r}: leave it at "
+                f"{field.default!r}",
+            )
+        try:
+            self._chain(0.0)
+        except ValueError as error:
+            raise errors.ConfigError(f"optimizer: {error}") from error
 
     def learning_rate(self, num_steps: int) -> optax.Schedule:
         """Returns the rate as a function of the number of updates already applied."""
@@ -223,30 +618,47 @@ class OptimizerConfig:
         self,
         num_steps: int,
         *,
-        decay_mask: Callable[[Any], Any] | None = None,
+        decay_mask: Mask | None = None,
+        matrix_mask: Mask | None = None,
     ) -> optax.GradientTransformationExtraArgs:
-        """Returns the transformation for a run of `num_steps` updates."""
-        tx = _CHAINS[self.name](self, self.learning_rate(num_steps), decay_mask)
+        """Returns the transformation for a run of `num_steps` updates.
+
+        Args:
+          num_steps: length of the run, for the schedule.
+          decay_mask: which leaves decay, where the axes alone do not tell.
+          matrix_mask: which leaves are matrices to Muon, likewise.
+        """
+        tx = self._chain(
+            self.learning_rate(num_steps),
+            decay_mask=decay_mask,
+            matrix_mask=matrix_mask,
+        )
         if self.grad_clip is not None:
             tx = optax.chain(optax.clip_by_global_norm(self.grad_clip), tx)
         return optax.with_extra_args_support(tx)
 
-
-def _build_sct(config, learning_rate, decay_mask):
-    return sct(
-        learning_rate,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        max_update_norm=config.max_update_norm,
-        retraction=config.retraction,
-        singular_value_rate=config.singular_value_rate,
-        dense_rate=config.dense_rate,
-        moment_dtype=jnp.dtype(config.moment_dtype),
-        base_width=config.base_width,
-        decay_mask=decay_mask,
-    )
+    def _chain(
+        self, learning_rate: transforms.ScalarOrSchedule, **masks: Mask | None
+    ) -> optax.GradientTransformationExtraArgs:
+        fields = dataclasses.asdict(self) | masks
+        if self.nesterov is None:
+            del fields["nesterov"]
+        known = inspect.signature(CHAINS[self.name]).parameters
+        return CHAINS[self.name](
+            learning_rate, **{k: v for k, v in fields.items() if k in known}
+        )
 
 
-_CHAINS = {"sct": _build_sct}
+CHAINS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    chain.__name__: chain for chain in (sct, tsvd, stiefel_muon, spectron, adamw, muon)
+}
+
+_OF_EVERY_CHAIN = (
+    "name",
+    "peak_learning_rate",
+    "schedule",
+    "warmup_steps",
+    "final_rate_ratio",
+    "decay_ratio",
+    "grad_clip",
+)
