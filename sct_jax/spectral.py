@@ -362,8 +362,8 @@ def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
 
 
 def split_along(
-    x: Float[Array, "*L n R"], y: Float[Array, "*L n R"]
-) -> tuple[Float[Array, "*L R R"], Float[Array, "*L n R"]]:
+    x: Float[Array, "*L n R"], y: Float[Array, "*L n C"]
+) -> tuple[Float[Array, "*L R C"], Float[Array, "*L n C"]]:
     """Returns p and e with y = x p + e and x.T e = 0, for orthonormal x."""
     p = orthogonalize.gram(x, y)
     return p, y - orthogonalize.matmul(x, p)

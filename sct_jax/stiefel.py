@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
 
 from sct_jax import orthogonalize
@@ -80,6 +81,7 @@ def qr_retraction(x: T) -> T:
     return jax.tree.map(one, x)
 
 
+@jax.jit  # for those who call it outside of one: its branches compile once
 def cholesky_qr_retraction(x: T) -> T:
     """Returns the same Q as `qr_retraction`, by matrix products alone.
 
@@ -107,6 +109,7 @@ def cholesky_qr_retraction(x: T) -> T:
     )
 
 
+@jax.jit
 def polar_retraction(x: T) -> T:
     """Returns x (x.T x)^(-1/2), the nearest point of the manifold in Frobenius norm.
 
@@ -283,7 +286,13 @@ def _replace_columns(
     x: Float[Array, "*L n R"], null: Bool[Array, "*L R"]
 ) -> Float[Array, "*L n R"]:
     """Fixed pseudo-random unit columns in the place of null ones."""
-    fresh = jax.random.normal(jax.random.key(0), x.shape[-2:], x.dtype)
+    sharding = jax.typeof(x).sharding
+    rows = None
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        rows = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[-2:]))
+    fresh = jax.random.normal(
+        jax.random.key(0), x.shape[-2:], x.dtype, out_sharding=rows
+    )
     fresh = fresh / jnp.linalg.norm(fresh, axis=-2, keepdims=True)
     return jnp.where(null[..., None, :], fresh, x)
 
