@@ -122,6 +122,126 @@ def sct(
     return history
 
 
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(x, steps=5, coefficients=QUINTIC):
+    """Muon's iteration as published: on x itself, for any leading axes."""
+    a, b, c = coefficients
+    x = float64(x)
+    if x.shape[-2] < x.shape[-1]:
+        return newton_schulz(x.swapaxes(-1, -2), steps, coefficients).swapaxes(-1, -2)
+    norm = np.sqrt(np.sum(x**2, axis=(-2, -1), keepdims=True))
+    x = x / np.where(norm > 0, norm, 1)
+    for _ in range(steps):
+        g = x.swapaxes(-1, -2) @ x
+        x = a * x + x @ (b * g + c * g @ g)
+    return x
+
+
+def spectron(
+    a,
+    b,
+    gradients,
+    rates,
+    *,
+    b1=0.95,
+    nesterov=False,
+    shape_factor=False,
+    weight_decay=0.0,
+):
+    """Spectron's Algorithm 1 for one weight a @ b.T; (a, b) after each step.
+
+    gradients: from (step, a, b) to (g_a, g_b).
+    """
+    factors = [float64(a), float64(b)]
+    means = [np.zeros_like(x) for x in factors]
+    vectors = [np.full(x.shape[-1], x.shape[-1] ** -0.5) for x in factors]
+    history = []
+    for step, rate in enumerate(rates):
+        grads = gradients(step, *factors)
+        norms = []
+        for i, x in enumerate(factors):
+            y = x.T @ (x @ vectors[i])
+            vectors[i] = y / np.linalg.norm(y)
+            norms.append(np.linalg.norm(x @ vectors[i]))
+        radius = rate / (sum(norms) + 1)
+        new = []
+        for i, x in enumerate(factors):
+            means[i] = b1 * means[i] + (1 - b1) * grads[i]
+            ahead = b1 * means[i] + (1 - b1) * grads[i] if nesterov else means[i]
+            direction = newton_schulz(ahead)
+            if shape_factor:
+                direction = direction * np.sqrt(max(1, x.shape[0] / x.shape[1]))
+            new.append(x - radius * direction - rate * weight_decay * x)
+        factors = new
+        history.append(tuple(factors))
+    return history
+
+
+def damped_inverse(s, damping=0.1):
+    return s / (s**2 + (damping * np.max(np.abs(s))) ** 2)
+
+
+def stiefel_muon(
+    u,
+    s,
+    v,
+    gradients,
+    rates,
+    *,
+    momentum=0.95,
+    nesterov=True,
+    gauge="factors",
+    shares=(0.4, 0.2, 0.4),
+    max_rotation=0.1,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+):
+    """Stiefel Muon for one weight, retracted by QR; (u, s, v) after each step."""
+    u, s, v = float64((u, s, v))
+    m_u, m_v, m_s, n_s = (np.zeros_like(x) for x in (u, v, s, s))
+    history = []
+    for step, rate in enumerate(rates):
+        g_u, g_s, g_v = gradients(step, u, s, v)
+        inverse = damped_inverse(s)
+        if gauge == "svd":
+            g_u, g_v = g_u * inverse, g_v * inverse
+        m_u = momentum * m_u + (1 - momentum) * g_u
+        m_v = momentum * m_v + (1 - momentum) * g_v
+        m_s, n_s = b1 * m_s + (1 - b1) * g_s, b2 * n_s + (1 - b2) * g_s**2
+        ahead = [
+            momentum * m + (1 - momentum) * g if nesterov else m
+            for m, g in ((m_u, g_u), (m_v, g_v))
+        ]
+        d_u, d_v = (newton_schulz(m) for m in ahead)
+        d_s = m_s / (1 - b1 ** (step + 1))
+        d_s = d_s / (np.sqrt(n_s / (1 - b2 ** (step + 1))) + eps)
+        if gauge == "svd":
+            d_u, d_v = shares[0] * d_u * inverse, shares[2] * d_v * inverse
+            d_s = shares[1] * np.clip(d_s, -1, 1)
+        steps = [rate * d_u, rate * d_v]
+        if gauge == "svd":
+            for i, d in enumerate(steps):
+                length = np.linalg.norm(d, axis=0)
+                steps[i] = d * np.minimum(1, max_rotation / length)
+        u, s, v = signed_qr(u - steps[0]), s - rate * d_s, signed_qr(v - steps[1])
+        history.append((u, s, v))
+    return history
+
+
+def lossless(u, s, v, d_u, d_s, d_v):
+    """The SVD of (u + du) diag(s + ds) (v + dv).T, with signs that keep u."""
+    u, s, v, d_u, d_s, d_v = float64((u, s, v, d_u, d_s, d_v))
+    w = ((u + d_u) * (s + d_s)) @ (v + d_v).T
+    left, values, right = np.linalg.svd(w, full_matrices=False)
+    rank = s.shape[0]
+    left, values, right = left[:, :rank], values[:rank], right[:rank].T
+    sign = np.where(np.sum(left * u, axis=0) < 0, -1.0, 1.0)
+    return left * sign, values, right * sign
+
+
 def equations(jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
     """Every equation of a jaxpr and of all jaxprs inside its equations."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

@@ -1,11 +1,12 @@
 """The bound of what an update does to the composite W."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sct_jax import orthogonalize, spectral, stiefel
 from sct_jax.transforms import common
@@ -15,7 +16,8 @@ LOSSLESS = "lossless"  # keeps all of the product, see `transport.retract_lossle
 # With eight squarings the norm used to clip lies above the true one by at most 0.6 %
 # for ranks up to 256; the promise is 1 %.
 _SQUARINGS = 8
-_MAX_ROUNDS = 12
+_ENOUGH = 0.9  # of the bound: then the search ends
+_MAX_ROUNDS = 14
 
 
 def clip_by_composite_spectral_norm(
@@ -211,39 +213,62 @@ def _search_scales(
         # Not definite in float32: too large a step to judge.
         return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
 
-    def shrink(c, norm):
-        factor = jnp.where(jnp.isfinite(norm), jnp.minimum(bound / norm, 1.0), 0.25)
-        return jnp.where(norm <= accepted, c, c * factor)
-
-    def unfinished(carry):
-        _, norm, rounds = carry
-        return jnp.any(norm > accepted) & (rounds < _MAX_ROUNDS)
-
-    def trial(carry):
-        c, norm, rounds = carry
-        c = shrink(c, norm)
-        return c, applied_norm(c), rounds + 1
-
-    whole = applied_norm(unit)
     # Beyond displacements of norm 1 the path is no longer near a straight line.
     lengths = [
         jnp.sqrt(jnp.sum(jnp.square(p), (-2, -1)) + jnp.trace(q, axis1=-2, axis2=-1))
         for p, q in ((p_u, q_u), (p_v, q_v))
     ]
     straight = 1 / jnp.maximum(jnp.maximum(*lengths), 1 / unit)
-    first = jnp.where(
-        whole <= accepted, unit, jnp.minimum(shrink(unit, whole), straight)
-    )
-    c, norm, _ = jax.lax.while_loop(
-        unfinished,
+
+    def propose(b: _Bracket) -> Array:
+        shrunk = b.high * jnp.where(
+            jnp.isfinite(b.high_norm), jnp.minimum(bound / b.high_norm, 1.0), 0.25
+        )
+        # Between an accepted scale and a rejected one: as if the norm were c^p.
+        tiny = jnp.finfo(s.dtype).tiny
+        low, low_norm = jnp.maximum(b.low, tiny), jnp.maximum(b.low_norm, tiny)
+        slope = jnp.log(b.high / low) / jnp.log(b.high_norm / low_norm)
+        between = jnp.where(
+            jnp.isfinite(b.high_norm),
+            low * (bound / low_norm) ** slope,
+            jnp.sqrt(low * b.high),
+        )
+        between = jnp.clip(between, 1.02 * low, 0.98 * b.high)
+        return jnp.where(b.low > 0, between, jnp.minimum(shrunk, straight))
+
+    def finished(b: _Bracket) -> Array:
+        return (b.low == unit) | (b.low_norm >= _ENOUGH * bound)
+
+    def trial(b: _Bracket) -> _Bracket:
+        c = jnp.where(b.rounds == 0, unit, propose(b))
+        norm = applied_norm(c)
+        ok, done = norm <= accepted, finished(b)
+        raises, lowers = ok & ~done, ~ok & ~done
+        return _Bracket(
+            jnp.where(raises, c, b.low),
+            jnp.where(raises, norm, b.low_norm),
+            jnp.where(lowers, c, b.high),
+            jnp.where(lowers, norm, b.high_norm),
+            b.rounds + 1,
+        )
+
+    zero = jnp.zeros_like(unit)
+    bracket = jax.lax.while_loop(
+        lambda b: ~jnp.all(finished(b)) & (b.rounds < _MAX_ROUNDS),
         trial,
-        (
-            first,
-            jnp.where(whole <= accepted, whole, applied_norm(first)),
-            jnp.array(0),
-        ),
+        _Bracket(zero, zero, unit, zero + jnp.inf, jnp.array(0)),
     )
-    return jnp.where(norm <= accepted, c, 0.0)
+    return bracket.low
+
+
+class _Bracket(NamedTuple):
+    """The largest scale known to keep the bound, the least known not to, per weight."""
+
+    low: Float[Array, " N"]
+    low_norm: Float[Array, " N"]
+    high: Float[Array, " N"]
+    high_norm: Float[Array, " N"]
+    rounds: Int[Array, ""]
 
 
 def _peak(x: Array, axes: tuple[int, ...]) -> Array:

@@ -47,9 +47,9 @@ def select_spectral(
     updates: optax.Updates, params: optax.Params
 ) -> tuple[
     list[tuple[spectral.SpectralFactors, spectral.SpectralFactors]],
-    Callable[[list[spectral.SpectralFactors]], optax.Updates],
+    Callable[[list[Any]], Any],
 ]:
-    """Pairs (param, update) of all SpectralFactors, and a function to put them back.
+    """Pairs (param, update) of all SpectralFactors, and how to put others back.
 
     Where a wrapper such as `optax.masked` has put something else in the place of a
     factor tuple, it is left alone.
@@ -58,7 +58,7 @@ def select_spectral(
     param_leaves = treedef.flatten_up_to(params)
     chosen = [i for i, leaf in enumerate(leaves) if is_whole_spectral(leaf)]
 
-    def rebuild(new: list[spectral.SpectralFactors]) -> optax.Updates:
+    def rebuild(new: list[Any]) -> Any:
         filled = list(leaves)
         for i, value in zip(chosen, new, strict=True):
             filled[i] = value

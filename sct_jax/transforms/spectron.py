@@ -81,7 +81,8 @@ def scale_by_spectron(
             )
 
         def vectors(w):
-            start = jnp.full((*w.a.shape[:-2], w.a.shape[-1]), w.a.shape[-1] ** -0.5)
+            shape = (*w.a.shape[:-2], w.a.shape[-1])
+            start = jnp.full(shape, w.a.shape[-1] ** -0.5, jnp.float32)
             return PowerVectors(start, start)
 
         return SpectronState(

@@ -70,7 +70,8 @@ def retract_losslessly(
       = (Q_u P)\,\mathrm{diag}(s'')\,(Q_v Z)^T
 
     so s is positive and descending after every step. Costs 8 R FLOPs per factor entry
-    and one SVD of R x R per weight and layer: slow on accelerators for a large R.
+    and an SVD of R x R per weight and layer (`orthogonalize.jacobi_svd`), which is
+    some hundred small operations in sequence: by far the slowest of the retractions.
 
     Stands around a whole chain that ends with the learning rate (and a clip, with
     `retraction="lossless"`), in the place of `retract_to_stiefel`.
@@ -104,9 +105,11 @@ def retract_losslessly(
             for p, d in factors
         ]
         points = stiefel.retract([(w.u, w.v) for w in moved])
+        cores = [_core(w, *q) for w, q in zip(moved, points, strict=True)]
+        triples = orthogonalize.map_stacked(orthogonalize.jacobi_svd, cores, fill=0.0)
         new, rotations = [], []
-        for (p, _), w, (q_u, q_v) in zip(factors, moved, points, strict=True):
-            w, rotation = _diagonalise(p, w, q_u, q_v)
+        for (p, _), q, triple in zip(factors, points, triples, strict=True):
+            w, rotation = _assemble(p, *q, *triple)
             new.append(jax.tree.map(lambda x, y: (x - y).astype(y.dtype), w, p))
             rotations.append(rotation)
         if moments is not None:
@@ -118,24 +121,37 @@ def retract_losslessly(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def _diagonalise(
-    old: spectral.SpectralFactors,
+def _core(
     moved: spectral.SpectralFactors,
     q_u: Float[Array, "*L I R"],
     q_v: Float[Array, "*L O R"],
-) -> tuple[spectral.SpectralFactors, Rotation]:
-    """The SVD of q_u (q_u.T u diag(s) v.T q_v) q_v.T, with signs near the old ones."""
+) -> Float[Array, "*L R R"]:
+    """The matrix with u diag(s) v.T = q_u core q_v.T."""
     r_u, r_v = orthogonalize.gram(q_u, moved.u), orthogonalize.gram(q_v, moved.v)
-    core = orthogonalize.matmul(
+    return orthogonalize.matmul(
         r_u * moved.s[..., None, :], orthogonalize.transpose(r_v)
     )
-    p, s, zt = jnp.linalg.svd(core)
-    z = orthogonalize.transpose(zt)
+
+
+def _assemble(
+    old: spectral.SpectralFactors,
+    q_u: Float[Array, "*L I R"],
+    q_v: Float[Array, "*L O R"],
+    p: Float[Array, "*L R R"],
+    s: Float[Array, "*L R"],
+    z: Float[Array, "*L R R"],
+) -> tuple[spectral.SpectralFactors, Rotation]:
+    """q_u p diag(s) z.T q_v.T with s positive and descending, and u near the old."""
+    order = jnp.argsort(-jnp.abs(s), axis=-1)
+    p = jnp.take_along_axis(p, order[..., None, :], axis=-1)
+    z = jnp.take_along_axis(z, order[..., None, :], axis=-1)
+    s = jnp.take_along_axis(s, order, axis=-1)
+    z = z * jnp.where(s < 0, -1.0, 1.0).astype(z.dtype)[..., None, :]
     u = orthogonalize.matmul(q_u, p)
     # Of the two signs of a pair the one that keeps u: moments then stay meaningful.
     along = jnp.sum(u * orthogonalize.as_float32(old.u), axis=-2, keepdims=True)
     sign = jnp.where(along < 0, -1.0, 1.0).astype(u.dtype)
-    p, z = p * sign, z * sign
+    p, z, s = p * sign, z * sign, jnp.abs(s)
     new = spectral.SpectralFactors(u * sign, s, orthogonalize.matmul(q_v, z))
     return new, Rotation(p, z, orthogonalize.as_float32(old.s), s)
 

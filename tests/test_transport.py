@@ -1,0 +1,207 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from sct_jax import optimizers, spectral, stiefel, transforms
+
+EPS = float(np.finfo(np.float32).eps)
+RATE = 0.02
+
+
+def weight(seed=0, layers=()):
+    rng = np.random.default_rng(seed)
+    point = lambda n: reference.signed_qr(rng.normal(size=(*layers, n, 4)))
+    s = np.broadcast_to([2.0, -1.2, 0.7, 0.3], (*layers, 4))
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32),
+        spectral.SpectralFactors(point(14), s, point(11)),
+    )
+
+
+def noise(w, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), w)
+
+
+# --- project_to_tangent ----------------------------------------------------------
+
+
+def test_projected_updates_are_tangent_and_the_rest_passes():
+    params = {"w": weight(layers=(2,)), "dense": jnp.ones((3, 2))}
+    updates = noise(params, 0)
+    tx = transforms.project_to_tangent()
+    found, _ = tx.update(updates, tx.init(params), params)
+    for name in ("u", "v"):
+        x, d = (np.asarray(getattr(t["w"], name), np.float64) for t in (params, found))
+        skew = x.swapaxes(-1, -2) @ d
+        assert np.max(np.abs(skew + skew.swapaxes(-1, -2))) < 50 * EPS
+        given = np.asarray(getattr(updates["w"], name), np.float64)
+        # The normal part is x times a symmetric matrix, and is orthogonal to the rest.
+        assert abs(np.sum((given - d) * d)) < 1e-4
+    np.testing.assert_array_equal(found["w"].s, updates["w"].s)
+    np.testing.assert_array_equal(found["dense"], updates["dense"])
+
+
+@pytest.mark.parametrize("option", optimizers.TANGENT_PROJECTIONS)
+def test_sct_projects_what_it_is_told_to(option):
+    """The first displacement of u, against the formula."""
+    w = weight()
+    grads = noise(w, 1)
+    tx = optimizers.sct(RATE, tangent_projection=option)
+    updates, _ = tx.update(grads, tx.init(w), w)
+
+    def project(x, d):
+        a = x.T @ d
+        return d - x @ (a + a.T) / 2
+
+    u, g = reference.float64((w.u, grads.u))
+    if option == "gradient":
+        g = project(u, g)
+    step = -RATE * g / (np.abs(g) + 1e-8)
+    if option == "displacement":
+        step = project(u, step)
+    expected = reference.signed_qr(u + step)
+    np.testing.assert_allclose(w.u + updates.u, expected, rtol=0, atol=20 * EPS)
+
+
+def test_an_unknown_projection_is_refused():
+    with pytest.raises(ValueError, match="unknown tangent projection 'gradients'"):
+        optimizers.sct(RATE, tangent_projection="gradients")
+
+
+# --- transport_moments -----------------------------------------------------------
+
+
+def test_moments_are_tangent_where_they_are_used():
+    w = weight()
+    inner = optax.trace(0.9)  # its state has no field named mu: left alone
+    tx = transforms.transport_moments(
+        optax.chain(optax.scale_by_adam(), inner, transforms.retract_to_stiefel())
+    )
+    state = tx.init(w)
+    for step in range(3):
+        updates, state = tx.update(noise(w, step), state, w)
+        w = optax.apply_updates(w, jax.tree.map(lambda x: 0.1 * x, updates))
+        w = spectral.retract(w)
+    before = optax.tree.get(state, "mu")
+    _, after = tx.update(jax.tree.map(jnp.zeros_like, w), state, w)
+    mu = optax.tree.get(after, "mu")
+    for x, old, new in ((w.u, before.u, mu.u), (w.v, before.v, mu.v)):
+        expected = 0.9 * stiefel.tangent_projection(x, old)
+        np.testing.assert_allclose(new, expected, rtol=0, atol=20 * EPS)
+        assert not np.allclose(new, 0.9 * old, atol=1e-3)
+    np.testing.assert_allclose(mu.s, 0.9 * before.s, rtol=1e-6)
+
+
+# --- retract_losslessly ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [(), (3,)])
+def test_nothing_of_the_step_is_lost(layers):
+    w = weight(layers=layers)
+    d = jax.tree.map(lambda x: 0.3 * x, noise(w, 1))
+    tx = transforms.retract_losslessly(optax.identity())
+    updates, _ = tx.update({"w": d}, tx.init({"w": w}), {"w": w})
+    new = optax.apply_updates(w, updates["w"])
+    wanted = reference.dense(*jax.tree.map(lambda x, dx: x + dx, w, d))
+    scale = np.max(np.abs(wanted))
+    np.testing.assert_allclose(
+        reference.dense(*new), wanted, rtol=0, atol=100 * EPS * scale
+    )
+    for x in (new.u, new.v):
+        assert reference.orthonormality_error(x) < 4e-6
+    s = np.asarray(new.s)
+    assert np.all(s >= 0)
+    assert np.all(np.diff(s, axis=-1) <= 0)
+
+
+def test_the_factors_are_those_of_the_svd_with_signs_that_keep_u():
+    w = weight()
+    d = jax.tree.map(lambda x: 0.05 * x, noise(w, 2))
+    tx = transforms.retract_losslessly(optax.identity())
+    updates, _ = tx.update(d, tx.init(w), w)
+    new = optax.apply_updates(w, updates)
+    for x, y in zip(new, reference.lossless(*w, *d), strict=True):
+        # Singular vectors are known to rounding over the gaps of s, about .3 here.
+        np.testing.assert_allclose(x, y, rtol=0, atol=100 * EPS / 0.3)
+
+
+@pytest.mark.parametrize("moments", ["gradient", "whitened", None])
+def test_first_moments_turn_with_the_basis(moments):
+    """A constant gradient of W has moments that equal it in the new basis."""
+    rng = np.random.default_rng(3)
+    g = rng.normal(size=(14, 11))
+    w = weight()._replace(s=jnp.array([2.0, 1.2, 0.7, 0.5]))
+
+    def gradient(w):
+        u, s, v = reference.float64(w)
+        whitened = moments == "whitened"
+        parts = (
+            g @ v * (1 if whitened else s),
+            np.sum(u * (g @ v), axis=0),
+            g.T @ u * (1 if whitened else s),
+        )
+        return spectral.SpectralFactors(*(jnp.asarray(x, jnp.float32) for x in parts))
+
+    d = jax.tree.map(lambda x: 1e-3 * x, noise(w, 4))
+    # A rotation of the basis by far more than the step: equal columns of W may mix.
+    a = rng.normal(size=(4, 4))
+    turn = jnp.asarray(np.linalg.qr(a)[0], jnp.float32)
+    rotated = w._replace(s=jnp.full(4, 1.0), u=w.u @ turn, v=w.v @ turn)
+    start = rotated if moments == "whitened" else w
+    inner = optax.chain(optax.scale_by_adam(b1=0.5), optax.scale(0.0), _add(d))
+    tx = transforms.retract_losslessly(inner, moments=moments)
+    updates, state = tx.update(gradient(start), tx.init(start), start)
+    new = optax.apply_updates(start, updates)
+    found, expected = optax.tree.get(state, "mu"), gradient(new)
+    # The first moment is half the gradient; damping of 1 / s takes some of it.
+    errors = [
+        np.linalg.norm(np.asarray(2 * x - y)) / np.linalg.norm(np.asarray(y))
+        for x, y in ((found.u, expected.u), (found.v, expected.v))
+    ]
+    if moments is None:
+        np.testing.assert_array_equal(found.u, 0.5 * gradient(start).u)
+    else:
+        assert max(errors) < (0.02 if moments == "whitened" else 0.2)
+
+
+def _add(d):
+    return optax.stateless(lambda updates, params: jax.tree.map(jnp.add, updates, d))
+
+
+def test_moments_of_masked_weights_and_other_leaves_stay():
+    params = {"w": weight(), "dense": jnp.ones((3, 2))}
+    tx = transforms.retract_losslessly(
+        optax.partition(
+            {"a": optax.adam(0.1), "b": optax.adam(0.1)},
+            {"w": "a", "dense": "b"},
+        )
+    )
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["dense"], -0.1, rtol=1e-4)
+    assert reference.orthonormality_error(params["w"].u + updates["w"].u) < 4e-6
+    mus = optax.tree.get_all_with_path(state, "mu")
+    np.testing.assert_allclose(mus[1][1]["dense"], 0.1, rtol=1e-5)
+
+
+def test_other_moments_are_refused():
+    with pytest.raises(ValueError, match="unknown moments 'gradients'"):
+        transforms.retract_losslessly(optax.identity(), moments="gradients")
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.3, 30.0])
+def test_the_clip_bounds_the_lossless_step(size):
+    w = weight(layers=(2,))
+    bound = 0.05
+    tx = transforms.retract_losslessly(
+        transforms.clip_by_composite_spectral_norm(bound, retraction="lossless")
+    )
+    d = jax.tree.map(lambda x: size * x, noise(w, 5))
+    updates, _ = jax.jit(tx.update)(d, tx.init(w), w)
+    norms = reference.composite_update_norm(w, optax.apply_updates(w, updates))
+    assert np.max(norms) < 1.01 * bound
+    if size > 1e-3:
+        assert np.min(norms) > 0.9 * bound
