@@ -19,6 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from sct_jax import errors, model, sharding, train_state
 
+# From an abstract state and a checkpoint's record to the abstract state it holds.
+Adapt = Callable[[train_state.TrainState, dict[str, Any]], train_state.TrainState]
+
 
 class Checkpointer:
     """Saves asynchronously, and restores the newest checkpoint that is whole.
@@ -96,7 +99,11 @@ class Checkpointer:
         return self._unstack(state)
 
     def restore(
-        self, abstract: train_state.TrainState, mesh: Mesh
+        self,
+        abstract: train_state.TrainState,
+        mesh: Mesh,
+        *,
+        adapt: Adapt | None = None,
     ) -> tuple[train_state.TrainState, dict[str, Any]] | None:
         """Returns the newest whole checkpoint and its record; None where there is none.
 
@@ -106,6 +113,8 @@ class Checkpointer:
         Args:
           abstract: shapes and dtypes of the state, in the layout to return.
           mesh: where it goes.
+          adapt: what the record of a checkpoint changes about `abstract`, where shapes
+            change during a run.
 
         Raises:
           ConfigError: where there are checkpoints and none can be read, so that nothing
@@ -113,12 +122,12 @@ class Checkpointer:
             shapes. Then the folder stays as it is.
         """
         stacked = not isinstance(abstract.params["layers"], tuple)
-        by_name = jax.eval_shape(model.unstack_layers, abstract)
-        target = sharding.abstract(by_name, sharding.shardings(by_name, mesh))
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, record = self._restore_step(step, target)
+                record = self._read_record(step)
+                wanted = adapt(abstract, record) if adapt else abstract
+                state = self._restore_step(step, record, wanted, mesh)
             except (errors.ConfigError, MemoryError):
                 raise  # says nothing about the checkpoint
             except Exception as error:
@@ -132,7 +141,7 @@ class Checkpointer:
                 continue
             self._set_aside(damaged)
             if stacked:
-                shardings = sharding.shardings(abstract, mesh)
+                shardings = sharding.shardings(wanted, mesh)
                 state = jax.jit(model.stack_layers, out_shardings=shardings)(state)
             return state, record
         errors.check(
@@ -149,9 +158,14 @@ class Checkpointer:
         )["record"]
 
     def _restore_step(
-        self, step: int, target: train_state.TrainState
-    ) -> tuple[train_state.TrainState, dict[str, Any]]:
-        record = self._read_record(step)
+        self,
+        step: int,
+        record: dict[str, Any],
+        abstract: train_state.TrainState,
+        mesh: Mesh,
+    ) -> train_state.TrainState:
+        by_name = jax.eval_shape(model.unstack_layers, abstract)
+        target = sharding.abstract(by_name, sharding.shardings(by_name, mesh))
         _check_shapes(target, record["leaves"], step)
         restored = self._manager.restore(
             step,
@@ -161,7 +175,7 @@ class Checkpointer:
             saved = record["leaves"][name]
             if leaf != saved:
                 raise ValueError(f"{name} is not as it was saved: {leaf}, not {saved}")
-        return train_state.TrainState(**restored), record
+        return train_state.TrainState(**restored)
 
     def _set_aside(self, steps: list[int]) -> None:
         if self._read_only or not steps:

@@ -22,10 +22,14 @@ from typing import Any, NoReturn, TypeVar
 from sct_jax import data as data_lib
 from sct_jax import errors, optimizers, sharding
 from sct_jax import model as model_lib
+from sct_jax import rank as rank_lib
 
 T = TypeVar("T")
 
 STEPS = ("whole",)
+
+# The rules that leave factors free. The others keep u and v on the Stiefel manifold.
+LOW_RANK_OPTIMIZERS = ("spectron", "adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ class ExperimentConfig:
       model: shape of the model.
       data: text, tokenizer and batches.
       optimizer: update rule, rates and schedule.
+      rank: whether ranks change during training, and how.
       mesh: devices along each axis.
       checkpoint: cadence of checkpoints.
       eval: cadence of evaluations.
@@ -83,6 +88,7 @@ class ExperimentConfig:
     model: model_lib.ModelConfig = model_lib.ModelConfig()
     data: data_lib.DataConfig = data_lib.DataConfig()
     optimizer: optimizers.OptimizerConfig = optimizers.OptimizerConfig()
+    rank: rank_lib.RankConfig = rank_lib.RankConfig()
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -97,6 +103,7 @@ class ExperimentConfig:
             self.model,
             self.data,
             self.optimizer,
+            self.rank,
             self.mesh,
             self.checkpoint,
             self.eval,
@@ -106,6 +113,26 @@ class ExperimentConfig:
             errors.check(name, finite, f"{value} is not finite")
         for group in groups:
             group.validate()
+        errors.check(
+            "rank.energy",
+            self.rank.energy is None or self.optimizer.name == "tsvd",
+            f"ranks change with optimizer.name = 'tsvd' alone, not with "
+            f"{self.optimizer.name!r}",
+        )
+        self._validate_factors()
+
+    def _validate_factors(self) -> None:
+        """Raises ConfigError where the update rule does not fit the factors."""
+        if not self.model.spectral:
+            return
+        name, factors = self.optimizer.name, self.model.factors
+        wanted = "low_rank" if name in LOW_RANK_OPTIMIZERS else "spectral"
+        errors.check(
+            "model.factors",
+            factors == wanted,
+            f"{factors!r} does not go with optimizer.name = {name!r}: set it to "
+            f"{wanted!r}, or model.spectral to () for dense matrices",
+        )
 
 
 # Fields that a resumed run may change: cadences, and a larger number of steps.

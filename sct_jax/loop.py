@@ -30,6 +30,7 @@ from sct_jax import (
     errors,
     metrics,
     model,
+    rank,
     sharding,
     train_state,
     train_step,
@@ -125,12 +126,12 @@ def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
     workdir = pathlib.Path(workdir)
     config = _read_config(workdir)
     mesh = sharding.MeshConfig().build(1)
-    tx = config.optimizer.build(config.num_steps, decay_mask=model.decay_mask)
+    abstract = train_state.abstract(config.model, _build_optimizer(config))
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True
     )
     with contextlib.closing(checkpointer):
-        restored = checkpointer.restore(train_state.abstract(config.model, tx), mesh)
+        restored = checkpointer.restore(abstract, mesh, adapt=_adapt(config))
     if restored is None:
         raise errors.ConfigError(f"workdir: {workdir} has no checkpoint yet")
     tokenizer = data.Tokenizer.load(str(workdir / "tokenizer.json"))
@@ -175,10 +176,27 @@ def _set_up(config: config_lib.ExperimentConfig) -> _Setup:
         f"{config.data.batch_size} in {config.data.num_microbatches} micro-batches is "
         f"not divisible by mesh.data x mesh.fsdp = {shards}",
     )
-    tx = config.optimizer.build(config.num_steps, decay_mask=model.decay_mask)
+    tx = _build_optimizer(config)
     state = train_state.abstract(config.model, tx)
     state = sharding.abstract(state, sharding.shardings(state, mesh))
     return _Setup(config, mesh, tx, state)
+
+
+def _build_optimizer(
+    config: config_lib.ExperimentConfig,
+) -> optax.GradientTransformation:
+    return config.optimizer.build(
+        config.num_steps,
+        decay_mask=model.decay_mask,
+        matrix_mask=model.hidden_matrices,
+    )
+
+
+def _adapt(config: config_lib.ExperimentConfig) -> checkpoint.Adapt | None:
+    """How a checkpoint's record changes the abstract state, where ranks may change."""
+    if config.rank.energy is None:
+        return None
+    return lambda abstract, record: rank.with_ranks(abstract, record["ranks"])
 
 
 def _train(
@@ -242,7 +260,9 @@ def _start_state(
     """The newest checkpoint, or a new state."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        restored = checkpointer.restore(setup.state, setup.mesh)
+        restored = checkpointer.restore(
+            setup.state, setup.mesh, adapt=_adapt(setup.config)
+        )
     for warning in caught:
         metrics.say(console, f"warning: {warning.message}")
     if restored is None:
@@ -280,6 +300,7 @@ class _Run:
         self._corpus_hash: str = corpus_hash
         config = setup.config
         self._learning_rate = config.optimizer.learning_rate(config.num_steps)
+        self._rank_budget = rank.num_parameters(setup.state.params)
         self._tokens_per_step = config.data.batch_size * config.data.seq_len
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._logged_step = 0
@@ -298,7 +319,7 @@ class _Run:
     ) -> tuple[train_state.TrainState, int]:
         """The state after the last step, or after the one that a signal ended at."""
         config, mesh = self._setup.config, self._setup.mesh
-        compiled = self._compile()
+        compiled = self._compile(state)
         signals.defer()
         self._progress.begin()
         self._logged_step, self._logged_time = start_step, time.monotonic()
@@ -312,6 +333,11 @@ class _Run:
             if logged:
                 self._pending = (step, values)
             interrupted = signals.exit_code
+            if config.rank.decides_at(step) and not last:
+                self._log_pending()
+                resized = self._decide_ranks(step, state)
+                if resized is not None:
+                    state, compiled = resized, self._compile(resized)
             if last or step % config.eval.every == 0:
                 self._log_pending()
                 self._log_evaluation(step, state.params)
@@ -327,8 +353,53 @@ class _Run:
         self._checkpointer.wait()
         return state, FINISHED
 
-    def _compile(self) -> Any:
+    def _decide_ranks(
+        self, step: int, state: train_state.TrainState
+    ) -> train_state.TrainState | None:
+        """The state with the ranks of this step; None where all stay as they are."""
+        config, mesh = self._setup.config, self._setup.mesh
+        found = rank.weights(state.params, state.opt_state)
+        active = rank.decide(found, config.rank, budget=self._rank_budget)
+        if all(np.array_equal(active[name], w.active) for name, w in found.items()):
+            return None
+        ranks = {
+            name: rank.stored_rank(w, active[name], config.rank)
+            for name, w in found.items()
+        }
+        began = time.monotonic()
+        after = rank.with_ranks(jax.eval_shape(lambda x: x, state), ranks)
+
+        def resize(state, active, key):
+            params, opt_state = rank.resize(
+                state.params, state.opt_state, active=active, ranks=ranks, key=key
+            )
+            return state.replace(params=params, opt_state=opt_state)
+
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+        resized = jax.jit(resize, out_shardings=sharding.shardings(after, mesh))(
+            state, active, key
+        )
+        self._sinks.write(
+            {"step": step}
+            | {f"rank/{name}": stored for name, stored in ranks.items()}
+            | {f"active_rank/{n}": float(np.mean(a)) for n, a in active.items()}
+        )
+        changed = [
+            f"{name} {w.rank} -> {ranks[name]}"
+            for name, w in found.items()
+            if w.rank != ranks[name]
+        ]
+        self._progress.print(
+            f"step {step}: stored ranks {', '.join(changed) or 'as before'}; in use "
+            + ", ".join(f"{name} {np.mean(a):.1f}" for name, a in active.items())
+        )
+        self._logged_time += time.monotonic() - began
+        return resized
+
+    def _compile(self, state: train_state.TrainState) -> Any:
+        """The step for a state of these shapes."""
         setup = self._setup
+        shardings = sharding.shardings(state, setup.mesh)
         config = setup.config
         shape = (config.data.batch_size, config.data.seq_len)
         rows = NamedSharding(setup.mesh, sharding.BATCH)
@@ -341,11 +412,14 @@ class _Run:
                 config.model, setup.tx, num_microbatches=config.data.num_microbatches
             ),
             donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda x: x.sharding, setup.state), None),
+            out_shardings=(shardings, None),
         )
         began = time.monotonic()
-        compiled = step.lower(setup.state, batch, jnp.array(True)).compile()
-        self._progress.print(f"compiled in {time.monotonic() - began:.1f} s")
+        abstract = sharding.abstract(state, shardings)
+        compiled = step.lower(abstract, batch, jnp.array(True)).compile()
+        elapsed = time.monotonic() - began
+        self._progress.print(f"compiled in {elapsed:.1f} s")
+        self._logged_time += elapsed  # no time of training
         return compiled
 
     def _log_pending(self) -> None:
@@ -388,6 +462,7 @@ class _Run:
             record={
                 "config": config_lib.to_dict(self._setup.config),
                 "data_position": step * self._setup.config.data.batch_size,
+                "ranks": rank.stored_ranks(state.params),
                 "corpus": self._corpus_hash,
             },
         )

@@ -24,6 +24,7 @@ Params = dict[str, Any]
 BLOCK_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = (*BLOCK_MATRICES, "embedding", "head")
 MLP = ("gate", "up", "down")
+FACTORS = ("spectral", "low_rank")
 REMAT = ("none", "dots", "full")
 
 
@@ -70,6 +71,7 @@ class ModelConfig:
       vocab_size: V.
       rank: R of every spectral matrix that `ranks` and `rank_ratios` leave out.
       spectral: names of the matrices that are factors, of `MATRICES`.
+      factors: of what kind the factors are, "spectral" (u, s, v) or "low_rank" (a, b).
       ranks: ranks of single matrices.
       rank_ratios: ranks of single matrices as shares of their fan_in.
       tie_embeddings: whether the head is the transposed embedding.
@@ -90,6 +92,7 @@ class ModelConfig:
     vocab_size: int = 49152
     rank: int = 128
     spectral: tuple[str, ...] = MLP
+    factors: str = "spectral"
     ranks: MatrixRanks = MatrixRanks()
     rank_ratios: MatrixRankRatios = MatrixRankRatios()
     tie_embeddings: bool = True
@@ -177,6 +180,7 @@ class ModelConfig:
         for field in ("rope_theta", "norm_eps"):
             value = getattr(self, field)
             errors.check(f"model.{field}", value > 0, f"{value} must be positive")
+        errors.check_choice("model.factors", self.factors, FACTORS)
         errors.check_choice("model.remat", self.remat, REMAT)
         errors.check_choice(
             "model.compute_dtype", self.compute_dtype, ("float32", "bfloat16")
@@ -243,6 +247,12 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     if not config.tie_embeddings:
         params["head"] = _draw_matrix(key_head, config, "head")
     params = spectral.retract(params)
+    if config.factors == "low_rank":
+        params = jax.tree.map(
+            lambda w: spectral.to_low_rank(w) if spectral.is_spectral(w) else w,
+            params,
+            is_leaf=spectral.is_factors,
+        )
     return params if config.scan_layers else unstack_layers(params)
 
 
@@ -289,6 +299,8 @@ def unstack_layers(tree: Any) -> Any:
         if not _has_layers(node) or isinstance(node["layers"], tuple):
             return node
         leaves, treedef = jax.tree.flatten(node["layers"])
+        if not leaves:  # all of it is masked
+            return node
         blocks = tuple(
             jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves])
             for i in range(leaves[0].shape[0])
@@ -332,6 +344,16 @@ def decay_mask(params: Params) -> Any:
         return not str(path[-1].key).endswith("_norm")
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def hidden_matrices(params: Params) -> Any:
+    """Returns which leaves are matrices of a layer: what Muon orthogonalises."""
+
+    def hidden(path, _):
+        keys = [str(getattr(key, "key", "")) for key in path]
+        return "layers" in keys and not keys[-1].endswith("_norm")
+
+    return jax.tree_util.tree_map_with_path(hidden, params)
 
 
 def forward(

@@ -140,7 +140,8 @@ def tsvd(
       weight_decay: see `sct`.
       max_update_norm: see `sct`; not together with a lazy retraction.
       retraction: "qr", "cholesky_qr" or "polar".
-      retraction_every: retract on every so many updates only.
+      retraction_every: retract on every so many updates only; static where
+        hyperparameters are injected.
       retraction_tolerance: retract only where max |x.T x - I| would pass this; with
         `retraction_every`, whichever comes first.
       singular_value_rate: see `sct`.
@@ -380,7 +381,13 @@ def muon(
     )
     by_axes = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
     return _free(
-        optax.partition({True: for_matrices, False: for_others}, matrix_mask or by_axes)
+        optax.partition(
+            {"matrices": for_matrices, "others": for_others},
+            lambda params: jax.tree.map(
+                lambda is_matrix: "matrices" if is_matrix else "others",
+                (matrix_mask or by_axes)(params),
+            ),
+        )
     )
 
 
@@ -419,8 +426,12 @@ def _free(*parts):
 def _partition(chosen, for_chosen, for_others):
     """Two rules for two kinds of weights; factor tuples are never split."""
     return optax.partition(
-        {True: for_chosen, False: for_others},
-        lambda params: jax.tree.map(chosen, params, is_leaf=spectral.is_factors),
+        {"factors": for_chosen, "others": for_others},
+        lambda params: jax.tree.map(
+            lambda p: "factors" if chosen(p) else "others",
+            params,
+            is_leaf=spectral.is_factors,
+        ),
     )
 
 

@@ -26,7 +26,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_IN}\.(v|b)", PartitionSpec(("tensor", "fsdp"), None)),
     (rf"{_OUT}\.(u|a)", PartitionSpec(("tensor", "fsdp"), None)),
     (rf"{_OUT}\.(v|b)", PartitionSpec("fsdp", None)),
-    (r"\w+\.(s|active|right_a|right_b)", PartitionSpec(None)),
+    (r"\w+\.(s|active|right_a|right_b|ns_coeffs)", PartitionSpec(None)),
     (r"\w+_norm", PartitionSpec(None)),
     (_IN, PartitionSpec("fsdp", "tensor")),
     (_OUT, PartitionSpec("tensor", "fsdp")),

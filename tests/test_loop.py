@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import functools
 import gc
 import io
 import json
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from sct_jax import accounting, data, errors, loop, metrics, model, optimizers
+from sct_jax import accounting, data, errors, loop, metrics, model, optimizers, rank
 from sct_jax import config as config_lib
 from sct_jax import train_step as train_step_lib
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 MARK = "<|endoftext|>"
 BATCH, LENGTH = 8, 16
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TRAIN_KEYS = {
     "step",
     "train/loss",
@@ -387,6 +389,92 @@ def test_checkpoints_without_their_config_are_not_trained_on_with_another(
     # The right one still goes on from where the run was.
     _, text = train(experiment, workdir)
     assert "resumed at step 6" in text
+
+
+@pytest.fixture(scope="module", params=["stacked", "separate"])
+def adaptive(request, experiment, tmp_path_factory):
+    """A finished run whose ranks changed, its configuration, and what it printed."""
+    config = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(
+            experiment.model, rank=8, scan_layers=request.param == "stacked"
+        ),
+        optimizer=dataclasses.replace(experiment.optimizer, name="tsvd"),
+        rank=rank.RankConfig(energy=0.6, every=3, warmup_steps=2, floor=2, multiple=2),
+        checkpoint=config_lib.CheckpointConfig(every=2, keep=10),
+    )
+    config.validate()
+    workdir = tmp_path_factory.mktemp("adaptive") / "workdir"
+    code, text = train(config, workdir)
+    assert code == 0
+    return config, workdir, text
+
+
+def test_ranks_change_during_a_run_and_every_change_is_logged(adaptive):
+    config, workdir, text = adaptive
+    changes = [row for row in rows(workdir) if any("rank/" in key for key in row)]
+    assert [row["step"] for row in changes] == [3, 6]
+    params = loop.load_run(workdir).params
+    stored = rank.stored_ranks(params)
+    assert len(stored) == (3 if config.model.scan_layers else 6)
+    for name, value in stored.items():
+        assert changes[-1][f"rank/{name}"] == value
+        assert 2 <= changes[-1][f"active_rank/{name}"] <= value <= 8
+    assert min(stored.values()) < 8
+    assert "step 3: stored ranks layers/" in text
+    assert text.count("compiled in") == 3
+    errors = [row["orthonormality_error"] for row in rows(workdir) if "tokens" in row]
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_resumes_over_a_change_of_rank(adaptive, tmp_path, step):
+    """From before both changes, and from between them."""
+    config, finished, _ = adaptive
+    workdir = tmp_path / "workdir"
+    shutil.copytree(finished, workdir)
+    forget_after(workdir, step)
+    code, text = train(config, workdir)
+    assert code == 0
+    assert f"resumed at step {step}" in text
+    assert timeless(rows(workdir)) == timeless(rows(finished))
+    assert_same_params(loop.load_run(workdir).params, loop.load_run(finished).params)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "factors"),
+    [
+        (
+            {"name": "stiefel_muon", "gauge": "svd", "retraction": "lossless"},
+            "spectral",
+        ),
+        ({"name": "spectron", "nesterov": True}, "low_rank"),
+        ({"name": "muon"}, None),
+        slow({"name": "adamw"}, "low_rank"),
+        slow({"name": "tsvd", "retraction_tolerance": 1e-3}, "spectral"),
+        slow({"transport_moments": True, "tangent_projection": "gradient"}, "spectral"),
+    ],
+    ids=str,
+)
+def test_every_chain_trains_saves_and_resumes(experiment, tmp_path, optimizer, factors):
+    start = dataclasses.replace(experiment.optimizer, max_update_norm=None)
+    config = dataclasses.replace(
+        experiment,
+        num_steps=4,
+        model=dataclasses.replace(
+            experiment.model,
+            factors=factors or "spectral",
+            spectral=experiment.model.spectral if factors else (),
+        ),
+        optimizer=dataclasses.replace(start, **optimizer),
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(config, whole)[0] == 0
+    shutil.copytree(whole, parts)
+    forget_after(parts, 3)
+    assert train(config, parts)[0] == 0
+    assert timeless(rows(parts)) == timeless(rows(whole))
+    assert_same_params(loop.load_run(parts).params, loop.load_run(whole).params)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"num_steps": 8'])

@@ -1,0 +1,321 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+from sct_jax import errors, optimizers, rank, spectral, transforms
+
+EPS = float(np.finfo(np.float32).eps)
+CONFIG = rank.RankConfig(energy=0.9, floor=2, multiple=4, headroom=0.0, hysteresis=0.0)
+
+
+def params(seed=0):
+    """A stack of two layers, a single weight, and a dense leaf."""
+    keys = jax.random.split(jax.random.key(seed))
+    stack = spectral.init(keys[0], 20, 16, 12, layers=(2,))
+    falling = jnp.asarray(np.geomspace(1, 1e-3, 12), jnp.float32)
+    flat = jnp.linspace(1.0, 0.8, 12)
+    # Unsorted and of both signs, as training leaves them.
+    order = np.random.default_rng(0).permutation(12)
+    sign = jnp.asarray(np.resize([1.0, -1.0], 12), jnp.float32)
+    stack = stack._replace(s=(jnp.stack([falling, flat]) * sign)[:, order])
+    return {
+        "layers": {"q": stack, "norm": jnp.ones((2, 20))},
+        "embedding": spectral.init(keys[1], 14, 18, 8),
+    }
+
+
+def train(tree, tx, steps=3, state=None):
+    state = tx.init(tree) if state is None else state
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        leaves, treedef = jax.tree.flatten(tree)
+        rng = np.random.default_rng(step)
+        grads = [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
+        updates, state = update(jax.tree.unflatten(treedef, grads), state, tree)
+        tree = optax.apply_updates(tree, updates)
+    return tree, state
+
+
+@functools.cache
+def trained(make=optimizers.tsvd):
+    tx = make(1e-3)
+    return train(params(), tx)
+
+
+def energy_rank(s, tau):
+    squares = np.sort(np.asarray(s, np.float64) ** 2)[::-1]
+    return 1 + int(np.argmax(np.cumsum(squares) >= tau * squares.sum() * (1 - 1e-12)))
+
+
+def resized(tree, state, active, ranks, seed=0):
+    fn = jax.jit(
+        lambda tree, state: rank.resize(
+            tree,
+            state,
+            active=jax.tree.map(jnp.asarray, active),
+            ranks=ranks,
+            key=jax.random.key(seed),
+        )
+    )
+    return fn(tree, state)
+
+
+# --- Decisions -------------------------------------------------------------------
+
+
+def test_a_layer_uses_as_many_columns_as_hold_the_energy():
+    tree, state = trained()
+    found = rank.weights(tree, state)
+    assert set(found) == {"layers/q", "embedding"}
+    assert found["layers/q"].fans == (20, 16)
+    active = rank.decide(found, CONFIG)
+    for name, w in found.items():
+        layers = np.atleast_2d(w.s)
+        expected = [max(energy_rank(s, 0.9), 2) for s in layers]
+        np.testing.assert_array_equal(np.atleast_1d(active[name]), expected)
+    assert active["layers/q"][0] < 6 < active["layers/q"][1]
+    assert rank.stored_rank(found["layers/q"], active["layers/q"], CONFIG) == 12
+    assert rank.stored_rank(found["layers/q"], np.array([3, 5]), CONFIG) == 8
+
+
+def weight(s, active=None, fans=(20, 16)):
+    s = np.asarray(s, np.float32)
+    active = s.shape[-1] if active is None else active
+    return {"w": rank.Weight(fans, s, np.full(s.shape[:-1], active))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "s", "expected"),
+    [
+        ({}, [3, 0, 0, 0, 0, 0], 2),  # the floor
+        ({"floor": 4}, [3, 0, 0, 0, 0, 0], 4),
+        ({"floor": 99}, [3, 0, 0, 0, 0, 0], 16),  # never more than min(I, O)
+        ({}, [1] * 10, 9),
+        ({"headroom": 0.25}, [1] * 10, 12),  # grows beyond the ten of the store
+        ({"headroom": 9.0}, [1] * 10, 16),
+        ({"headroom": 9.0, "max_rank": 11}, [1] * 10, 11),
+        ({"hysteresis": 0.1}, [1] * 10, 10),  # nine is not less enough
+        ({"hysteresis": 0.05}, [1] * 10, 9),
+        ({"energy": 1.0}, [1] * 10, 10),
+        ({}, [0] * 6, 2),
+    ],
+)
+def test_floor_headroom_limit_and_hysteresis(changes, s, expected):
+    config = dataclasses.replace(CONFIG, **changes)
+    assert rank.decide(weight(s), config)["w"] == expected
+
+
+def test_columns_not_in_use_may_come_back():
+    """Six of eight are in use, and all six are needed and more: the layer grows."""
+    config = dataclasses.replace(CONFIG, headroom=0.2, energy=0.99)
+    found = weight([1] * 6 + [0] * 2, active=6)
+    assert rank.decide(found, config)["w"] == 8
+
+
+def test_a_neutral_budget_moves_rank_to_where_the_energy_is():
+    config = dataclasses.replace(CONFIG, budget_neutral=True, multiple=1, headroom=0.25)
+    flat, falling = np.ones(8), np.geomspace(1, 1e-3, 8)
+    found = {
+        "flat": rank.Weight((20, 16), flat, np.array(8)),
+        "falling": rank.Weight((20, 16), falling, np.array(8)),
+    }
+    budget = sum(w.parameters(w.rank) for w in found.values())
+    assert budget == 2 * 8 * 37
+    active = rank.decide(found, config, budget=budget)
+    assert active["flat"] == 10
+    assert 2 <= active["falling"] <= 6
+    cost = sum(w.parameters(int(active[name])) for name, w in found.items())
+    assert cost <= budget
+
+
+def test_a_budget_below_the_floors_moves_nothing():
+    config = dataclasses.replace(CONFIG, budget_neutral=True, floor=8)
+    found = weight(np.ones(8))
+    assert rank.decide(found, config, budget=10)["w"] == 8
+
+
+def test_a_neutral_budget_must_be_given():
+    config = dataclasses.replace(CONFIG, budget_neutral=True)
+    with pytest.raises(ValueError, match="needs a budget"):
+        rank.decide(weight([1.0, 2.0]), config)
+
+
+def test_decisions_are_taken_after_warmup_at_intervals():
+    config = rank.RankConfig(energy=0.9, every=10, warmup_steps=20)
+    assert [step for step in range(60) if config.decides_at(step)] == [30, 40, 50]
+    assert not any(rank.RankConfig().decides_at(step) for step in range(1000))
+
+
+def test_a_state_without_marks_is_refused():
+    tree = params()
+    with pytest.raises(errors.ConfigError, match=r"^optimizer\.name: "):
+        rank.weights(tree, optimizers.sct(1e-3).init(tree))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("energy", 0.0),
+        ("energy", 1.5),
+        ("every", 0),
+        ("floor", 0),
+        ("multiple", 0),
+        ("warmup_steps", -1),
+        ("max_rank", 3),
+        ("headroom", -0.1),
+        ("hysteresis", 1.0),
+    ],
+)
+def test_validate_names_the_field(field, value):
+    config = dataclasses.replace(rank.RankConfig(energy=0.9), **{field: value})
+    with pytest.raises(errors.ConfigError, match=rf"^rank\.{field}: "):
+        config.validate()
+
+
+def test_a_budget_without_energy_is_refused():
+    with pytest.raises(errors.ConfigError, match=r"^rank\.budget_neutral: "):
+        rank.RankConfig(budget_neutral=True).validate()
+
+
+# --- resize ----------------------------------------------------------------------
+
+
+def test_shrinking_loses_what_eckart_and_young_say():
+    tree, state = trained()
+    active = {"layers/q": np.array([3, 7])}
+    new, _ = resized(tree, state, active, {"layers/q": 8})
+    old, w = tree["layers"]["q"], new["layers"]["q"]
+    assert w.u.shape == (2, 20, 8)
+    for layer, kept in enumerate([3, 7]):
+        before = reference.dense(*(x[layer] for x in old))
+        after = reference.dense(*(x[layer] for x in w))
+        lost = np.sort(np.abs(np.asarray(old.s[layer])))[::-1][kept:]
+        error = np.linalg.norm(before - after)
+        assert error == pytest.approx(np.linalg.norm(lost), rel=1e-5)
+        assert np.count_nonzero(w.s[layer]) == kept
+        assert np.all(np.diff(np.abs(w.s[layer])) <= 0)
+    for x in (w.u, w.v):
+        assert reference.orthonormality_error(x) < 4e-6
+    untouched = jax.tree.map(np.array_equal, new["embedding"], tree["embedding"])
+    assert all(untouched)
+
+
+def test_growing_keeps_w_exactly():
+    tree, state = trained()
+    active = {"embedding": np.array(12)}
+    new, _ = resized(tree, state, active, {"embedding": 12})
+    old, w = tree["embedding"], new["embedding"]
+    assert w.u.shape == (14, 12)
+    order = np.argsort(-np.abs(np.asarray(old.s)))
+    np.testing.assert_array_equal(w.u[:, :8], np.asarray(old.u)[:, order])
+    np.testing.assert_array_equal(w.s[:8], np.asarray(old.s)[order])
+    np.testing.assert_array_equal(w.s[8:], 0)
+    for x in (w.u, w.v):
+        assert reference.orthonormality_error(x) < 4e-6
+    other, _ = resized(tree, state, active, {"embedding": 12}, seed=1)
+    assert not np.allclose(other["embedding"].u[:, 8:], w.u[:, 8:])
+
+
+def test_a_full_rank_can_be_reached():
+    tree, state = trained()
+    new, _ = resized(tree, state, {"embedding": np.array(14)}, {"embedding": 14})
+    for x in (new["embedding"].u, new["embedding"].v):
+        assert reference.orthonormality_error(x) < 4e-6
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optimizers.tsvd(1e-3),
+        lambda: optax.chain(
+            transforms.scale_by_stiefel_muon(),
+            optax.scale(-0.01),
+            transforms.hold_inactive(),
+            transforms.retract_to_stiefel(),
+        ),
+    ],
+    ids=["tsvd", "stiefel muon"],
+)
+def test_moments_follow_their_columns(make):
+    tx = make()
+    tree, state = train(params(), tx)
+    active = {"layers/q": np.array([3, 5]), "embedding": np.array(12)}
+    ranks = {"layers/q": 8, "embedding": 12}
+    new, new_state = resized(tree, state, active, ranks)
+    mu, new_mu = (optax.tree.get(x, "mu") for x in (state, new_state))
+    for layer, kept in enumerate([3, 5]):
+        order = np.argsort(-np.abs(np.asarray(tree["layers"]["q"].s[layer])))
+        u = np.asarray(mu["layers"]["q"].u[layer])[:, order[:kept]]
+        s = np.asarray(mu["layers"]["q"].s[layer])[order[:kept]]
+        np.testing.assert_array_equal(new_mu["layers"]["q"].u[layer, :, :kept], u)
+        np.testing.assert_array_equal(new_mu["layers"]["q"].s[layer, :kept], s)
+        np.testing.assert_array_equal(new_mu["layers"]["q"].u[layer, :, kept:], 0)
+    nu = optax.tree.get(new_state, "nu")
+    assert np.all(nu["embedding"].s[:8] > 0)
+    np.testing.assert_array_equal(nu["embedding"].s[8:], 0)
+    # The state fits the parameters: the shapes are those of a new one.
+    fresh = jax.eval_shape(tx.init, new)
+    assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, fresh)
+    assert jax.tree.structure(new_state) == jax.tree.structure(fresh)
+    train(new, tx, state=new_state)
+
+
+def test_columns_not_in_use_stay_at_zero_in_training():
+    tx = optimizers.tsvd(1e-2)
+    tree, state = train(params(), tx)
+    active, ranks = {"layers/q": np.array([3, 5])}, {"layers/q": 8}
+    tree, state = resized(tree, state, active, ranks)
+    after, state = train(tree, tx, steps=5, state=state)
+    for layer, kept in enumerate([3, 5]):
+        s = np.asarray(after["layers"]["q"].s[layer])
+        np.testing.assert_array_equal(s[kept:], 0)
+        assert np.all(s[:kept] != np.asarray(tree["layers"]["q"].s[layer, :kept]))
+    for x in (after["layers"]["q"].u, after["layers"]["q"].v):
+        assert reference.orthonormality_error(x) < 4e-6
+    np.testing.assert_array_equal(rank.weights(after, state)["layers/q"].active, [3, 5])
+
+
+def test_new_columns_learn():
+    tx = optimizers.tsvd(1e-2)
+    tree, state = train(params(), tx)
+    tree, state = resized(tree, state, {"embedding": np.array(12)}, {"embedding": 12})
+    after, _ = train(tree, tx, steps=5, state=state)
+    assert np.all(after["embedding"].s[8:] != 0)
+
+
+def test_nothing_changes_where_all_columns_are_in_use():
+    tree, state = trained()
+    same = {name: w.rank for name, w in rank.weights(tree, state).items()}
+    active = {"layers/q": np.full(2, 12), "embedding": np.array(8)}
+    new, new_state = resized(tree, state, active, same)
+    np.testing.assert_allclose(
+        reference.dense(*new["layers"]["q"]),
+        reference.dense(*tree["layers"]["q"]),
+        rtol=0,
+        atol=20 * EPS,
+    )
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+def test_abstract_trees_take_the_ranks_of_a_record():
+    tx = optimizers.tsvd(1e-3)
+    tree, state = train(params(), tx)
+    active = {"layers/q": np.array([3, 5]), "embedding": np.array(12)}
+    ranks = {"layers/q": 8, "embedding": 12}
+    new = resized(tree, state, active, ranks)
+    assert rank.stored_ranks(new[0]) == ranks
+    abstract = rank.with_ranks(jax.eval_shape(lambda: (tree, state)), ranks)
+    assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, new)
+
+
+def test_num_parameters_counts_factors_alone():
+    tree = params()
+    expected = 2 * 12 * (20 + 16 + 1) + 8 * (14 + 18 + 1)
+    assert rank.num_parameters(tree) == expected
+    assert rank.num_parameters(jax.eval_shape(lambda: tree)) == expected
