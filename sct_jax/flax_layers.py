@@ -1,0 +1,147 @@
+"""Spectral layers for Flax: the drop-in for `nn.Dense`, and that for `nnx.Linear`.
+
+Thin over `spectral`: the kernel is one `SpectralFactors` among the parameters, so that
+every chain of `optimizers` trains it as it stands; in NNX through `for_nnx`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen, nnx
+from jaxtyping import Array, Float
+
+from sct_jax import spectral
+
+
+class SpectralDense(linen.Module):
+    """y = x u diag(s) v.T + bias, for Flax Linen.
+
+    Attributes:
+      features: fan_out.
+      rank: R, at most min(fan_in, fan_out).
+      use_bias: whether to add a bias.
+      dtype: of the computation; None: that of the input.
+      scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
+
+    Example:
+      >>> import jax
+      >>> from sct_jax import flax_layers
+      >>> layer = flax_layers.SpectralDense(24, rank=4)
+      >>> variables = layer.init(jax.random.key(0), jax.numpy.ones((2, 16)))
+      >>> variables["params"]["kernel"].u.shape
+      (16, 4)
+    """
+
+    features: int
+    rank: int
+    use_bias: bool = True
+    dtype: Any = None
+    scale: float = 1.0
+
+    @linen.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Returns the output; raises ValueError for a rank that is too large."""
+        kernel = self.param(
+            "kernel",
+            lambda key: spectral.init(
+                key, x.shape[-1], self.features, self.rank, scale=self.scale
+            ),
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", lambda key: jnp.zeros(self.features))
+        return _apply(x, kernel, bias, self.dtype)
+
+
+class SpectralLinear(nnx.Module):
+    """y = x u diag(s) v.T + bias, for Flax NNX.
+
+    Args:
+      in_features: fan_in.
+      out_features: fan_out.
+      rank: R, at most min(fan_in, fan_out).
+      use_bias: whether to add a bias.
+      dtype: of the computation; None: that of the input.
+      scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
+      rngs: its `params` stream is drawn from once.
+
+    Raises:
+      ValueError: for a rank that is too large.
+
+    Example:
+      >>> from flax import nnx
+      >>> from sct_jax import flax_layers
+      >>> layer = flax_layers.SpectralLinear(16, 24, rank=4, rngs=nnx.Rngs(0))
+      >>> layer.kernel.get_value().s.shape
+      (4,)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        use_bias: bool = True,
+        dtype: Any = None,
+        scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(
+            spectral.init(rngs.params(), in_features, out_features, rank, scale=scale)
+        )
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Returns the layer's output."""
+        bias = None if self.bias is None else self.bias.get_value()
+        return _apply(x, self.kernel.get_value(), bias, self.dtype)
+
+
+def for_nnx(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns tx as `nnx.Optimizer` can hold it, for models with factor tuples.
+
+    `nnx.Optimizer` (Flax 0.12) initialises tx with variables and updates it with their
+    values. A moment is then one variable with a whole factor tuple in it, in whose
+    place the first update leaves an `nnx.State`. Initialised with values, the optimizer
+    has a variable for each of u, s and v.
+
+    Args:
+      tx: any transformation.
+
+    Example:
+      >>> from flax import nnx
+      >>> from sct_jax import flax_layers, optimizers
+      >>> layer = flax_layers.SpectralLinear(16, 24, rank=4, rngs=nnx.Rngs(0))
+      >>> tx = flax_layers.for_nnx(optimizers.sct(3e-3, max_update_norm=0.1))
+      >>> optimizer = nnx.Optimizer(layer, tx, wrt=nnx.Param)
+    """
+
+    def is_variable(x):
+        return isinstance(x, nnx.Variable)
+
+    def init_fn(params):
+        return tx.init(
+            jax.tree.map(
+                lambda x: x.get_value() if is_variable(x) else x,
+                params,
+                is_leaf=is_variable,
+            )
+        )
+
+    update = optax.with_extra_args_support(tx).update
+    return optax.GradientTransformationExtraArgs(init_fn, update)
+
+
+def _apply(
+    x: Array, kernel: spectral.SpectralFactors, bias: Array | None, dtype: Any
+) -> jax.Array:
+    if dtype is not None:
+        x = x.astype(dtype)
+    y = spectral.linear(x, kernel)
+    return y if bias is None else y + bias.astype(y.dtype)

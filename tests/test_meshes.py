@@ -1,0 +1,218 @@
+"""Rows over eight devices: results as on one, and no factor gathered on any of them."""
+
+import functools
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+import reference
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sct_jax import optimizers, spectral, transforms
+
+EPS = float(np.finfo(np.float32).eps)
+ORTHONORMAL = 4e-6
+RATE, MAX_NORM = 1e-2, 0.05
+DEVICES = 8
+
+# Layers, fan_in, fan_out, rank. Over eight devices no other axis is as long as a fan.
+SHAPES = {"stack": ((2,), 64, 48, 4), "single": ((), 40, 88, 6)}
+FANS = {fan for _, *fans, _ in SHAPES.values() for fan in fans}
+MAX_RANK = max(rank for *_, rank in SHAPES.values())
+MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+CHAINS = {
+    "sct": lambda: optimizers.sct(RATE, max_update_norm=MAX_NORM),
+    "sct, polar": lambda: optimizers.sct(
+        RATE, max_update_norm=MAX_NORM, retraction="polar"
+    ),
+    "stiefel_muon": lambda: optimizers.stiefel_muon(RATE),
+    "spectron": lambda: optimizers.spectron(RATE),
+    "retraction": transforms.retract_to_stiefel,
+    "clip": lambda: transforms.clip_by_composite_spectral_norm(MAX_NORM),
+}
+CASES = [(mode, name) for mode in MODES for name in CHAINS]
+CASES.remove(("explicit", "sct, polar"))
+
+
+@functools.cache
+def draw_params():
+    keys = jax.random.split(jax.random.key(0), len(SHAPES))
+    drawn = {
+        name: spectral.draw(key, fan_in, fan_out, rank, layers=layers)
+        for key, (name, (layers, fan_in, fan_out, rank)) in zip(
+            keys, SHAPES.items(), strict=True
+        )
+    }
+    return jax.device_get(spectral.retract(drawn))
+
+
+def start(name):
+    """Params, and the gradients of three steps."""
+    params = draw_params()
+    if name == "spectron":
+        params = jax.tree.map(
+            spectral.to_low_rank, params, is_leaf=spectral.is_spectral
+        )
+        params = jax.device_get(params)
+    rng = np.random.default_rng(0)
+
+    def noise(x):
+        return np.asarray(0.02 * rng.normal(size=x.shape), np.float32)
+
+    def beyond_the_guard(x):
+        """One long column: the squared condition is 100, and 30 is allowed."""
+        column = rng.normal(size=x.shape[:-1])
+        x = np.zeros_like(x)
+        if FANS & set(x.shape):
+            x[..., 0] = 10 * column / np.linalg.norm(column, axis=-1, keepdims=True)
+        return x
+
+    gradients = [jax.tree.map(noise, params) for _ in range(2)]
+    return params, [*gradients, jax.tree.map(beyond_the_guard, params)]
+
+
+def place(tree, mesh):
+    """Rows of factors over all devices, every other array whole on each."""
+
+    def sharding(x):
+        axes = [None] * x.ndim
+        if FANS & set(x.shape):
+            axes[-2] = "fsdp"
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.device_put(tree, jax.tree.map(sharding, tree))
+
+
+def make_step(tx):
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(lambda p, u: p + u, params, updates), state
+
+    # To optimise what runs three times would take longer than it saves.
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def on_one_device(name):
+    """The params after each step."""
+    tx = CHAINS[name]()
+    params, gradients = start(name)
+    state, step, history = tx.init(params), make_step(tx), []
+    for grads in gradients:
+        params, state = step(grads, state, params)
+        history.append(jax.device_get(params))
+    return history
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=[f"{mode}, {name}" for mode, name in CASES]
+)
+def on_eight_devices(request):
+    """Three steps on a mesh, and the text of the compiled step."""
+    mode, name = request.param
+    tx = CHAINS[name]()
+    params, gradients = start(name)
+    mesh = jax.make_mesh((DEVICES,), ("fsdp",), axis_types=(MODES[mode],))
+    with jax.set_mesh(mesh):
+        params = place(params, mesh)
+        state, step, history = tx.init(params), make_step(tx), []
+        compiled = step.lower(place(gradients[0], mesh), state, params).compile()
+        for grads in gradients:
+            # Raises where a step leaves its state in other places than it found it.
+            params, state = compiled(place(grads, mesh), state, params)
+            history.append(params)
+    return types.SimpleNamespace(
+        mode=mode, name=name, history=history, state=state, text=compiled.as_text()
+    )
+
+
+def test_steps_are_those_of_one_device(on_eight_devices):
+    name, found = on_eight_devices.name, on_eight_devices.history
+    expected = on_one_device(name)
+    for step, (x, y) in enumerate(zip(found, expected, strict=True), start=1):
+        # Gram matrices are sums in another order; entries are at most 1 in size, but
+        # for what the clip alone lets through.
+        atol = 4 * EPS * np.sqrt(MAX_RANK) * step
+        jax.tree.map(
+            lambda a, b, atol=atol: np.testing.assert_allclose(a, b, atol=atol), x, y
+        )
+        for w in x.values():
+            if spectral.is_spectral(w) and name != "clip":
+                assert reference.orthonormality_error(w.u) < ORTHONORMAL
+                assert reference.orthonormality_error(w.v) < ORTHONORMAL
+
+
+def test_rows_stay_over_the_devices(on_eight_devices):
+    placed = jax.tree.leaves((on_eight_devices.history, on_eight_devices.state))
+    by_rows = [x for x in placed if FANS & set(x.shape)]
+    assert by_rows
+    for x in by_rows:
+        axes = [None] * x.ndim
+        axes[-2] = "fsdp"
+        wanted = NamedSharding(x.sharding.mesh, P(*axes))
+        assert x.sharding.is_equivalent_to(wanted, x.ndim)
+        assert x.addressable_shards[0].data.size * DEVICES == x.size
+
+
+def instructions(text):
+    """Operation and lengths of all axes of its result, for every line of a module."""
+    found = re.findall(
+        r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\(", text, re.M
+    )
+    return [
+        (
+            operation,
+            {
+                int(size)
+                for axes in re.findall(r"\[([\d,]+)\]", result)
+                for size in axes.split(",")
+            },
+        )
+        for result, operation in found
+    ]
+
+
+def gathered(text):
+    """The instructions by which a device gets all rows of a factor from the others."""
+    moving = ("all-gather", "all-reduce", "all-to-all", "collective", "ragged")
+    return [
+        operation
+        for operation, sizes in instructions(text)
+        if operation.startswith(moving) and sizes & FANS
+    ]
+
+
+def test_no_factor_is_gathered(on_eight_devices):
+    """Rows meet in R x R products alone, so devices exchange R^2 numbers per factor.
+
+    A gather would move (fan_in + fan_out) R numbers per weight and step to every
+    device, and hold there what the mesh was to divide. That is so in every branch, the
+    guard of the retraction and the search of the clip too: one that does not run still
+    has its memory reserved.
+    """
+    text, name = on_eight_devices.text, on_eight_devices.name
+    operations = {operation for operation, _ in instructions(text)}
+    assert "all-reduce" in operations
+    assert "conditional" in operations or name == "spectron"
+    assert not gathered(text)
+    # Nor is a whole one made on a device in another way.
+    assert not [found for found in instructions(text) if found[1] & FANS]
+
+
+def test_a_gather_would_be_found():
+    mesh = jax.make_mesh((DEVICES,), ("fsdp",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, P())
+
+    def step(grads, state, params):
+        params = jax.lax.with_sharding_constraint(params, whole)
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(lambda p, u: p + u, params, updates), state
+
+    tx = transforms.scale_components()
+    params = place(draw_params(), mesh)
+    text = jax.jit(step).lower(params, tx.init(params), params).compile().as_text()
+    assert set(gathered(text)) == {"all-gather"}
