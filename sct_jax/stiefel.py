@@ -61,24 +61,29 @@ def tangent_projection(
     return g - orthogonalize.matmul(x, 0.5 * (a + orthogonalize.transpose(a)))
 
 
+@jax.jit
 def qr_retraction(x: T) -> T:
     """Returns the Q of x = Q R with positive diagonal of R, by Householder reflections.
 
     A zero on the diagonal counts as positive, so a rank-deficient x still gives
-    orthonormal columns. One LAPACK call per array: slow on accelerators.
+    orthonormal columns. One LAPACK call per matrix, one after another: batched ones,
+    side by side on a CPU with few threads, deadlock in jaxlib up to 0.11.
 
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, Algorithm 1
     """
 
-    def one(x):
-        _check_tall(x)
-        dtype = x.dtype
-        q, r = jnp.linalg.qr(_scale_columns(orthogonalize.as_float32(x)))
-        diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
-        return (q * jnp.where(diagonal < 0, -1.0, 1.0)[..., None, :]).astype(dtype)
+    def one(x: Array) -> Array:
+        q, r = jnp.linalg.qr(x)
+        return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
 
-    return jax.tree.map(one, x)
+    def each(x: Array) -> Array:
+        _check_tall(x)
+        matrices = _scale_columns(orthogonalize.as_float32(x))
+        matrices = matrices.reshape(-1, *x.shape[-2:])
+        return jax.lax.map(one, matrices).reshape(x.shape).astype(x.dtype)
+
+    return jax.tree.map(each, x)
 
 
 @jax.jit  # for those who call it outside of one: its branches compile once
