@@ -25,6 +25,9 @@ CUBIC = (1.5, -0.5, 0.0)
 
 MAX_STACKS = 4
 
+# Of quadratic convergence: a step from this error ends at rounding.
+_NEWTON_ENDS = 2e-4
+
 
 def matmul(x: Float[Array, "*#L n k"], y: Float[Array, "*#L k m"]) -> Array:
     """Returns x @ y at full float32 precision."""
@@ -140,12 +143,41 @@ def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
 
     No library factorisation: side by side on a CPU with few threads, as on several
     devices of one host, those of jaxlib up to 0.11 deadlock, and on accelerators they
-    are slow. Near the identity, where optimizer steps leave a Gram matrix, by Newton's
-    iteration on the lower triangle, of quadratic convergence:
+    are slow. Near the identity, where optimizer steps leave a Gram matrix, by halves,
 
-        E = M g M.T - I,    M <- M - (strict lower triangle of E + half its diagonal) M
+        L^-1 = [M_1, 0; -M_2 C.T M_1, M_2],    C = M_1 g_12,    M_2 of g_22 - C.T C,
 
-    Where that does not converge for the whole stack, by Gaussian elimination.
+    down to a few blocks, which Newton's iteration inverts. Where that does not converge
+    for the whole stack, by Gaussian elimination.
+    """
+    # Smaller blocks are no cheaper, and more of them take long to compile.
+    block = max(16, math.ceil(g.shape[-1] / 8))
+    m, error = _inverse_by_halves(g, block)
+    return jax.lax.cond(error < _NEWTON_ENDS, lambda g: m, eliminate, g)
+
+
+def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Array]:
+    """L^-1, and the largest error that a block met before its last step."""
+    k = g.shape[-1]
+    if k <= block:
+        return _inverse_by_newton(g)
+    half = k // 2
+    m_1, error_1 = _inverse_by_halves(g[:, :half, :half], block)
+    c = matmul(m_1, g[:, :half, half:])
+    rest = g[:, half:, half:] - matmul(transpose(c), c)
+    m_2, error_2 = _inverse_by_halves(rest, block)
+    corner = -matmul(matmul(m_2, transpose(c)), m_1)
+    upper = jnp.pad(m_1, ((0, 0), (0, 0), (0, k - half)))
+    lower = jnp.concatenate([corner, m_2], axis=-1)
+    m = jnp.concatenate([upper, lower], axis=-2)
+    # A NaN of either half must stay one.
+    return m, jnp.where(error_1 >= error_2, error_1, error_2 + 0 * error_1)
+
+
+def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
+    """L^-1 by an iteration on the lower triangle, of quadratic convergence.
+
+    E = M g M.T - I,    M <- M - (strict lower triangle of E + half its diagonal) M.
     """
     eye = jnp.eye(g.shape[-1], dtype=g.dtype)
     half_lower = jnp.tril(jnp.ones_like(eye), -1) + 0.5 * eye
@@ -158,16 +190,20 @@ def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
 
     def unfinished(carry):
         _, error, step = carry
-        # Quadratic: from 2e-4 the step just taken ends at rounding. Growth ends it too.
-        return (error >= 2e-4) & (error < 2.0) & (step < 10)
+        # Growth ends it too.
+        return (error >= _NEWTON_ENDS) & (error < 2.0) & (step < 10)
 
-    start = (jnp.broadcast_to(eye, g.shape), jnp.ones([], g.dtype), jnp.array(0))
+    e = g - eye
+    start = (eye - half_lower * e, jnp.max(frobenius_norm(e)), jnp.array(0))
     m, error, _ = jax.lax.while_loop(unfinished, improve, start)
-    return jax.lax.cond(error < 2e-4, lambda g: m, _eliminate, g)
+    return m, error
 
 
-def _eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
-    """L^-1 by elimination of [g, I], a column at a time, for any definite g."""
+def eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
+    """Returns what `inverse_cholesky` does, for g that is far from the identity.
+
+    By elimination of [g, I], a column at a time: slow, and little to compile.
+    """
     k = g.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(k, dtype=g.dtype), g.shape)
 

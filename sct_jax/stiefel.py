@@ -264,7 +264,7 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
         grams = [orthogonalize.gram(x) for x in xs]
         shift = jnp.where(index == last, 0.0, 4 * eps)
         inverses = orthogonalize.map_stacked(
-            orthogonalize.inverse_cholesky,
+            orthogonalize.eliminate,
             [
                 g + (shift * g.shape[-1]) * jnp.eye(g.shape[-1], dtype=g.dtype)
                 for g in grams
