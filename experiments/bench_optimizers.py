@@ -186,25 +186,13 @@ def as_json(results: Mapping[str, Sequence[Figure]]) -> dict[str, Any]:
 
 def _retraction_figures(params, speedup, rounds) -> list[Figure]:
     moved = _moved(params)
-    points = [(w.u, w.v) for w in params.values()]
-    squares = jax.tree.map(
-        lambda x: jnp.ones((*x.shape[:-2], *x.shape[-1:] * 2)), points
-    )
-
-    def products(xs, squares):
-        """The arithmetic of one pass: x.T x, and x times a square matrix."""
-        return jax.tree.map(
-            lambda x, z: (orthogonalize.gram(x), orthogonalize.matmul(x, z)),
-            xs,
-            squares,
-        )
-
+    products = _make_products(params)
     times = _take_turns(
         {
             "cholesky_qr": (jax.jit(stiefel.cholesky_qr_retraction), (moved,)),
             "qr": (jax.jit(stiefel.qr_retraction), (moved,)),
             "polar": (jax.jit(stiefel.polar_retraction), (moved,)),
-            "products": (jax.jit(products), (moved, squares)),
+            "products": products,
         },
         rounds,
     )
@@ -238,22 +226,10 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
         "muon": optimizers.stiefel_muon(1e-3),
     }
     steps = {name: _make_step(tx, params) for name, tx in chains.items()}
-    moved = [(w.u, w.v) for w in params.values()]
-    squares = jax.tree.map(
-        lambda x: jnp.ones((*x.shape[:-2], *x.shape[-1:] * 2)), moved
-    )
-
-    def products(xs, squares):
-        return jax.tree.map(
-            lambda x, z: (orthogonalize.gram(x), orthogonalize.matmul(x, z)),
-            xs,
-            squares,
-        )
-
     times = _take_turns(
         steps
         | {
-            "products": (jax.jit(products), (moved, squares)),
+            "products": _make_products(params),
             "backward": _make_backward(params, shape),
         },
         rounds,
@@ -262,7 +238,7 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
     floor_clipped = times["adamw"] + 3 * times["products"]  # 12 R
     step = times["backward"] * TOKENS / MEASURED_TOKENS
     rank = shape.rank
-    entries = sum(x.size for x in jax.tree.leaves(moved))
+    entries = sum(x.size for w in params.values() for x in (w.u, w.v))
     flops = 3 * TOKENS * shape.num_layers * accounting.block_flops(shape, seq_len=512)
     return [
         Figure(
@@ -350,6 +326,23 @@ def _moved(params: Mapping[str, spectral.SpectralFactors]) -> list[tuple]:
         return x + 1e-3 * sign
 
     return [(move(w.u), move(w.v)) for w in params.values()]
+
+
+def _make_products(params):
+    """The arithmetic of one pass: x.T x, and x times a square matrix."""
+    points = [(w.u, w.v) for w in params.values()]
+    squares = jax.tree.map(
+        lambda x: jnp.ones((*x.shape[:-2], *x.shape[-1:] * 2)), points
+    )
+
+    def products(points, squares):
+        return jax.tree.map(
+            lambda x, z: (orthogonalize.gram(x), orthogonalize.matmul(x, z)),
+            points,
+            squares,
+        )
+
+    return jax.jit(products), (points, squares)
 
 
 def _make_step(tx, params):

@@ -278,7 +278,7 @@ def _draw_matrix(key, config, name, *, layers=(), scale=1.0):
     if rank is None:
         std = scale / math.sqrt(fan_in)
         return std * jax.random.normal(key, (*layers, fan_in, fan_out))
-    return spectral.draw(
+    return spectral.init(
         key,
         fan_in,
         fan_out,
@@ -286,6 +286,7 @@ def _draw_matrix(key, config, name, *, layers=(), scale=1.0):
         layers=layers,
         scale=scale,
         rescale=config.rescale_init,
+        on_manifold=False,
     )
 
 

@@ -185,6 +185,7 @@ def init(
     layers: Sequence[int] = (),
     scale: float = 1.0,
     rescale: bool = False,
+    on_manifold: bool = True,
 ) -> SpectralFactors:
     """Returns factors spread as the top-R SVD of a Gaussian init N(0, scale^2 / I).
 
@@ -205,37 +206,11 @@ def init(
       layers: leading axes, drawn independently.
       scale: multiplies the standard deviation 1 / sqrt(I) of the dense init.
       rescale: whether to stretch s so that W has the Frobenius norm of the dense init.
+      on_manifold: False leaves u and v Gaussian, for `retract` to take the weights of a
+        whole model at once.
 
     Raises:
       ValueError: for a rank outside 1..min(fan_in, fan_out).
-    """
-    drawn = draw(
-        key,
-        fan_in,
-        fan_out,
-        rank,
-        dtype=dtype,
-        layers=layers,
-        scale=scale,
-        rescale=rescale,
-    )
-    return retract(drawn)
-
-
-def draw(
-    key: PRNGKeyArray,
-    fan_in: int,
-    fan_out: int,
-    rank: int,
-    *,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    layers: Sequence[int] = (),
-    scale: float = 1.0,
-    rescale: bool = False,
-) -> SpectralFactors:
-    """Returns what `init` returns before its retraction: Gaussian u and v.
-
-    For models: draw every weight, then `retract` the whole tree at once.
     """
     if not 1 <= rank <= min(fan_in, fan_out):
         raise ValueError(
@@ -246,11 +221,12 @@ def draw(
     s = _gaussian_singular_values(fan_in, fan_out)[:rank] * scale / math.sqrt(fan_in)
     if rescale:
         s = s * scale * math.sqrt(fan_out) / np.linalg.norm(s)
-    return SpectralFactors(
+    drawn = SpectralFactors(
         jax.random.normal(key_u, (*layers, fan_in, rank), dtype),
         jnp.broadcast_to(jnp.asarray(s, dtype), (*layers, rank)),
         jax.random.normal(key_v, (*layers, fan_out, rank), dtype),
     )
+    return retract(drawn) if on_manifold else drawn
 
 
 def retract(tree: T, *, method: str = "cholesky_qr") -> T:

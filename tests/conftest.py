@@ -3,7 +3,11 @@
 import os
 
 # Read by XLA once, when its first backend starts.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=0",  # most of the time goes into compiling
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -432,3 +432,28 @@ def test_a_failure_prints_one_line(capsys):
         config_lib.fail("data.source: no text")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: data.source: no text\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--config.rank.energy=0.9"], "rank.energy"),
+        (["--config.optimizer.name=spectron"], "model.factors"),
+        (["--config.model.factors=low_rank"], "model.factors"),
+        (["--config.model.factors=lowrank"], "model.factors"),
+        (["--config.optimizer.name=adamw"], "model.factors"),
+    ],
+    ids=str,
+)
+def test_rules_that_do_not_fit_the_factors_are_refused(
+    capsys, config_file, flags, field
+):
+    assert field in refused(capsys, f"--config={config_file}", *flags)
+
+
+def test_dense_matrices_go_with_every_rule():
+    for name in ("sct", "adamw", "muon", "spectron"):
+        config_lib.ExperimentConfig(
+            model=model.ModelConfig(spectral=()),
+            optimizer=optimizers.OptimizerConfig(name=name),
+        ).validate()

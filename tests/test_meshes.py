@@ -42,7 +42,9 @@ CASES.remove(("explicit", "sct, polar"))
 def draw_params():
     keys = jax.random.split(jax.random.key(0), len(SHAPES))
     drawn = {
-        name: spectral.draw(key, fan_in, fan_out, rank, layers=layers)
+        name: spectral.init(
+            key, fan_in, fan_out, rank, layers=layers, on_manifold=False
+        )
         for key, (name, (layers, fan_in, fan_out, rank)) in zip(
             keys, SHAPES.items(), strict=True
         )

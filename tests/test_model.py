@@ -405,7 +405,41 @@ def test_decay_acts_on_both_free_factors():
     assert mask["layers"][0]["q"] == spectral.LowRankFactors(a=True, b=True)
 
 
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_hidden_matrices_are_those_of_the_layers(scan_layers):
+    config = vary(spectral=("q",), factors="low_rank", scan_layers=scan_layers)
+    mask = model.hidden_matrices(init(config))
+    block = dict.fromkeys(model.BLOCK_MATRICES, True) | {
+        "q": spectral.LowRankFactors(a=True, b=True),
+        "attention_norm": False,
+        "mlp_norm": False,
+    }
+    assert mask == {
+        "embedding": False,
+        "final_norm": False,
+        "layers": block if scan_layers else (block, block),
+    }
+
+
 # --- Initialisation.
+
+
+def test_low_rank_factors_start_with_the_product_of_the_spectral_ones():
+    names = ("q", "down", "embedding")
+    key = jax.random.key(0)
+    factors = model.init(key, vary(spectral=names))
+    free = model.init(key, vary(spectral=names, factors="low_rank"))
+    for one, other in (
+        (factors["embedding"], free["embedding"]),
+        (factors["layers"]["q"], free["layers"]["q"]),
+        (factors["layers"]["down"], free["layers"]["down"]),
+    ):
+        assert isinstance(other, spectral.LowRankFactors)
+        w = spectral.to_dense(one)
+        atol = 8 * float(jnp.finfo(jnp.float32).eps) * float(jnp.max(jnp.abs(one.s)))
+        np.testing.assert_allclose(spectral.to_dense(other), w, rtol=0, atol=atol)
+        norms = [jnp.sum(jnp.square(x), axis=-2) for x in other]
+        np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
 
 
 def test_dense_initialisation_has_the_scale_of_its_fan_in():

@@ -113,6 +113,16 @@ def test_ten_steps_match_float64(rates, options):
         assert_close(x, y, atol)
 
 
+def test_tsvd_is_sct_while_all_columns_are_in_use():
+    options = {"weight_decay": 0.1, "singular_value_rate": 2.0}
+    for found, expected in zip(
+        run(optimizers.tsvd(0.01, **options)),
+        run(optimizers.sct(0.01, **options)),
+        strict=True,
+    ):
+        assert_close(found, expected, atol=20 * EPS)  # two programs, fused apart
+
+
 @pytest.mark.parametrize("retraction", ["qr", "cholesky_qr", "polar"])
 def test_factors_stay_orthonormal_and_moves_stay_bounded(retraction):
     max_norm = 0.05
@@ -388,6 +398,12 @@ def test_the_defaults_are_valid():
         ("decay_ratio", -0.5),
         ("warmup_steps", -1),
         ("base_width", 0),
+        ("momentum", 1.0),
+        ("retraction_every", 0),
+        ("retraction_tolerance", 0.0),
+        ("max_rotation", 0.0),
+        ("gauge", "svdd"),
+        ("tangent_projection", "gradients"),
         ("peak_learning_rate", float("nan")),
         ("weight_decay", float("nan")),
     ],
@@ -402,3 +418,75 @@ def test_validate_suggests_the_nearest_choice():
     bad = optimizers.OptimizerConfig(schedule="cosin")
     with pytest.raises(errors.ConfigError, match="did you mean 'cosine'"):
         bad.validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("sct", "gauge", "svd"),
+        ("sct", "retraction_every", 4),
+        ("adamw", "max_update_norm", 0.5),
+        ("spectron", "retraction", "qr"),
+        ("muon", "tangent_projection", "gradient"),
+    ],
+)
+def test_a_field_that_the_chain_does_not_know_is_refused(name, field, value):
+    bad = optimizers.OptimizerConfig(name=name, **{field: value})
+    with pytest.raises(
+        errors.ConfigError, match=rf"^optimizer\.{field}: has no effect"
+    ):
+        bad.validate()
+
+
+def test_a_clip_with_a_lazy_retraction_is_refused():
+    bad = optimizers.OptimizerConfig(
+        name="tsvd", max_update_norm=0.5, retraction_tolerance=1e-3
+    )
+    with pytest.raises(errors.ConfigError, match="needs a retraction on every step"):
+        bad.validate()
+
+
+@pytest.mark.parametrize("name", optimizers.CHAINS)
+def test_every_chain_is_built_from_its_fields(name):
+    """With its defaults a config builds what the bare function does."""
+    low_rank = name in ("spectron", "adamw", "muon")
+    params = as_params(start())
+    if low_rank:
+        del params["stack"]
+    if name == "muon":
+        del params["low"]
+    config = optimizers.OptimizerConfig(name=name, schedule="constant")
+    config.validate()
+    shared = {
+        field: getattr(config, field)
+        for field in ("b1", "b2", "eps")
+        if field in inspect.signature(optimizers.CHAINS[name]).parameters
+    }
+    built, bare = config.build(10), optimizers.CHAINS[name](1e-3, **shared)
+    grads = jax.tree.map(lambda x: jnp.sin(3 * x), params)
+    found, _ = built.update(grads, built.init(params), params)
+    expected, _ = bare.update(grads, bare.init(params), params)
+    assert_close(found, expected, atol=4 * EPS)
+
+
+def test_muon_is_that_of_optax_on_matrices_and_adamw_elsewhere():
+    params = {"matrix": jnp.sin(jnp.arange(30.0)).reshape(2, 5, 3), "norm": jnp.ones(4)}
+    tx = optimizers.muon(0.02, dense_rate=0.5, weight_decay=0.1)
+    updates, _ = tx.update(params, tx.init(params), params)
+    for layer in range(2):
+        w = params["matrix"][layer]
+        other = optax.contrib.muon(0.02, weight_decay=0.1)
+        expected, _ = other.update(w, other.init(w), w)
+        np.testing.assert_allclose(updates["matrix"][layer], expected, atol=1e-5)
+    np.testing.assert_allclose(updates["norm"], -0.01, rtol=1e-4)
+    only_norms = lambda params: {"matrix": False, "norm": False}
+    tx = optimizers.muon(0.02, matrix_mask=only_norms)
+    updates, _ = tx.update(params, tx.init(params), params)
+    nonzero = np.abs(params["matrix"]) > 1e-3
+    np.testing.assert_allclose(np.abs(updates["matrix"])[nonzero], 0.02, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["spectron", "adamw", "muon"])
+def test_rules_without_a_retraction_refuse_spectral_factors(name):
+    with pytest.raises(ValueError, match="would not stay orthonormal"):
+        optimizers.CHAINS[name](1e-3).init(as_params(start()))

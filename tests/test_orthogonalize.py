@@ -98,6 +98,53 @@ def test_inverse_cholesky_inverts_the_lower_factor():
     np.testing.assert_allclose(l @ g @ l.swapaxes(-1, -2), eye, atol=atol)
 
 
+@pytest.mark.parametrize("size", [5, 16, 33, 64, 130])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.8], ids=["identity", "near", "far"])
+def test_inverse_cholesky_by_halves_of_every_size(size, spread):
+    rng = np.random.default_rng(size)
+    q = reference.signed_qr(rng.normal(size=(2, size, size)))
+    values = 1 + spread * np.linspace(-1, 1, size)
+    g = np.asarray((q * values) @ q.swapaxes(-1, -2), np.float32)
+    expected = np.linalg.inv(np.linalg.cholesky(np.float64(g)))
+    condition = (1 + spread) / (1 - spread)
+    atol = 8 * EPS * condition**1.5 * np.sqrt(size)
+    for fn in (orthogonalize.inverse_cholesky, orthogonalize.eliminate):
+        found = jax.jit(fn)(jnp.asarray(g))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+        np.testing.assert_array_equal(np.triu(found, 1), 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 24])
+@pytest.mark.parametrize("kind", ["near", "random", "zero", "ties", "deficient"])
+def test_jacobi_svd_decomposes_every_square_matrix(size, kind):
+    rng = np.random.default_rng(size)
+    m = rng.normal(size=(3, size, size))
+    if kind == "near":
+        m = np.diag(np.linspace(2, 1, size) * np.resize([1, -1], size)) + 0.01 * m
+    elif kind == "ties":
+        m = np.eye(size) + 1e-3 * m
+    elif kind == "zero":
+        m = 0 * m
+    elif kind == "deficient":
+        m[:, :, size // 2 :] = 0
+    p, s, z = reference.float64(
+        jax.jit(orthogonalize.jacobi_svd)(jnp.asarray(m, jnp.float32))
+    )
+    # Every entry is turned size - 1 times a sweep, in at most about six sweeps.
+    atol = 2 * EPS * np.sqrt(6 * size)
+    scale = max(np.max(np.abs(m)) * np.sqrt(size), 1)
+    for x in (p, z):
+        eye = np.broadcast_to(np.eye(size), x.shape)
+        np.testing.assert_allclose(x.swapaxes(-1, -2) @ x, eye, rtol=0, atol=2 * atol)
+    product = (p * s[:, None, :]) @ z.swapaxes(-1, -2)
+    np.testing.assert_allclose(product, m, rtol=0, atol=2 * atol * scale)
+    values = np.sort(np.abs(s), axis=-1)[:, ::-1]
+    expected = np.linalg.svd(m, compute_uv=False)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=2 * atol * scale)
+    if kind == "near":  # the order is kept: every column has most of its norm in place
+        assert np.min(np.square(np.diagonal(p, axis1=-2, axis2=-1))) > 0.5
+
+
 @pytest.mark.parametrize("low", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
 def test_inverse_sqrt_matches_an_eigendecomposition(low, size):
