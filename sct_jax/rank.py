@@ -180,15 +180,14 @@ def decide(
     Raises:
       ValueError: where `budget_neutral` has no budget.
     """
-    if not config.budget_neutral:
-        return {
-            name: _wanted(w, config.energy or 1.0, config) for name, w in found.items()
-        }
-    if budget is None:
-        raise ValueError("budget_neutral needs a budget")
 
     def at(energy: float) -> dict[str, np.ndarray]:
         return {name: _wanted(w, energy, config) for name, w in found.items()}
+
+    if not config.budget_neutral:
+        return at(1.0 if config.energy is None else config.energy)
+    if budget is None:
+        raise ValueError("budget_neutral needs a budget")
 
     def cost(active: ActiveRanks) -> int:
         return sum(
