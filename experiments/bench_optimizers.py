@@ -285,18 +285,10 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
 def _spectron_figures(params, rounds) -> list[Figure]:
     params = {name: spectral.to_low_rank(w) for name, w in params.items()}
 
-    def dimensions(params):
-        return jax.tree.map(
-            lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params
-        )
-
     times = _take_turns(
         {
             "spectron": _make_step(optimizers.spectron(1e-3), params),
-            "muon": _make_step(
-                optax.contrib.muon(1e-3, muon_weight_dimension_numbers=dimensions),
-                params,
-            ),
+            "muon": _make_step(optimizers.muon(1e-3), params),
         },
         rounds,
     )

@@ -393,8 +393,6 @@ def muon(
 
 def _on_the_manifold(parts, max_update_norm, retraction, moments="gradient"):
     """The chain of parts, then the clip if any, then the retraction."""
-    if retraction not in RETRACTIONS:
-        stiefel.check_method(retraction)
     if max_update_norm is not None:
         clip = transforms.clip_by_composite_spectral_norm(
             max_update_norm, retraction=retraction

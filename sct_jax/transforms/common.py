@@ -67,6 +67,17 @@ def select_spectral(
     return [(param_leaves[i], leaves[i]) for i in chosen], rebuild
 
 
+def per_weight(
+    fn: Callable[[Any], Any], params: optax.Params, is_chosen: Callable[[Any], bool]
+) -> Any:
+    """Returns fn(w) for every chosen weight, a `MaskedNode` for every other leaf."""
+    return jax.tree.map(
+        lambda w: fn(w) if is_chosen(w) else optax.MaskedNode(),
+        params,
+        is_leaf=is_weight,
+    )
+
+
 def is_weight(x: Any) -> bool:
     """Returns whether x is a factor tuple, or what a mask put in a weight's place."""
     return spectral.is_factors(x) or is_masked(x)

@@ -36,14 +36,10 @@ def hold_inactive() -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         return HoldInactiveState(
-            jax.tree.map(
-                lambda w: (
-                    ActiveColumns(jnp.ones(w.s.shape, bool))
-                    if common.is_whole_spectral(w)
-                    else optax.MaskedNode()
-                ),
+            common.per_weight(
+                lambda w: ActiveColumns(jnp.ones(w.s.shape, bool)),
                 params,
-                is_leaf=common.is_weight,
+                common.is_whole_spectral,
             )
         )
 

@@ -73,21 +73,16 @@ def scale_by_spectron(
     """
 
     def init_fn(params):
-        def per_weight(fn):
-            return jax.tree.map(
-                lambda w: fn(w) if _is_low_rank(w) else optax.MaskedNode(),
-                params,
-                is_leaf=common.is_weight,
-            )
-
         def vectors(w):
             shape = (*w.a.shape[:-2], w.a.shape[-1])
             start = jnp.full(shape, w.a.shape[-1] ** -0.5, jnp.float32)
             return PowerVectors(start, start)
 
         return SpectronState(
-            mu=per_weight(lambda w: jax.tree.map(jnp.zeros_like, w)),
-            vectors=per_weight(vectors),
+            mu=common.per_weight(
+                lambda w: jax.tree.map(jnp.zeros_like, w), params, _is_low_rank
+            ),
+            vectors=common.per_weight(vectors, params, _is_low_rank),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -93,13 +93,7 @@ def scale_by_stiefel_muon(
     a_u, a_s, a_v = shares
 
     def init_fn(params):
-        def per_weight(fn):
-            return jax.tree.map(
-                lambda w: fn(w) if common.is_whole_spectral(w) else optax.MaskedNode(),
-                params,
-                is_leaf=common.is_weight,
-            )
-
+        per_weight = lambda fn: common.per_weight(fn, params, common.is_whole_spectral)
         return StiefelMuonState(
             count=jnp.zeros([], jnp.int32),
             mu=per_weight(lambda w: jax.tree.map(jnp.zeros_like, w)),
