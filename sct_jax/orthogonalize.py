@@ -408,14 +408,27 @@ def power_iteration(
 
 
 def spectral_radius_bound(
-    m: Float[Array, "N k k"], *, squarings: int
+    m: Float[Array, "N k k"],
+    *,
+    squarings: int,
+    threshold: Float[Array, " N"] | None = None,
 ) -> Float[Array, " N"]:
     """Returns ||m^p||_F^(1/p) with p = 2**squarings, never below the spectral radius.
 
     For symmetric m it is at most k^(1/2p) times the radius (Gelfand's formula): 1 %
     above at 8 squarings, 5e-6 at 20, for k = 256. Matrix products alone, batched.
+
+    Args:
+      m: real matrices; with a threshold, products of two positive semidefinite ones,
+        whose traces bound the radius from below: trace(m^2p) <= k radius^2p.
+      squarings: at most so many.
+      threshold: fewer are done once every radius is known to a fifth, and known to
+        lie on one side of its threshold: the result is then on that side too.
     """
     tiny = jnp.finfo(m.dtype).tiny
+    k = m.shape[-1]
+    # Of sum(m * m.T) for ||m||_F = 1.
+    rounding = 16 * k * jnp.finfo(m.dtype).eps
 
     def normalise(m):
         peak = jnp.max(jnp.abs(m), axis=(-2, -1))
@@ -426,13 +439,29 @@ def spectral_radius_bound(
     def log(peak, norm):
         return jnp.log(jnp.maximum(peak, tiny)) + jnp.log(jnp.maximum(norm, tiny))
 
-    def square(carry, weight):
-        m, total = carry
+    def square(carry):
+        m, total, weight, steps = carry
         m, peak, norm = normalise(matmul(m, m))
-        return (m, total + weight * log(peak, norm)), None
+        weight = weight / 2
+        return m, total + weight * log(peak, norm), weight, steps + 1
+
+    def unfinished(carry):
+        m, total, weight, steps = carry
+        if threshold is None:
+            return steps < squarings
+        trace = jnp.sum(m * transpose(m), axis=(-2, -1)) - rounding
+        # Without a usable trace the ratio is far below any tolerance.
+        log_ratio = 0.5 * weight * jnp.log(jnp.maximum(trace, tiny) / k)
+        upper, lower = jnp.exp(total), jnp.exp(total + log_ratio)
+        decided = (upper <= threshold) | (lower > threshold)
+        settled = decided & (log_ratio > -math.log(1.2))
+        # A NaN is as settled as it will ever be.
+        return ~jnp.all(settled | zero | jnp.isnan(total)) & (steps < squarings)
 
     m, peak, norm = normalise(m)
     zero = peak == 0
-    weights = 0.5 ** jnp.arange(1, squarings + 1, dtype=m.dtype)
-    (_, total), _ = jax.lax.scan(square, (m, log(peak, norm)), weights)
+    one = jnp.ones([], m.dtype)
+    _, total, _, _ = jax.lax.while_loop(
+        unfinished, square, (m, log(peak, norm), one, jnp.array(0))
+    )
     return jnp.where(zero, 0, jnp.exp(total))

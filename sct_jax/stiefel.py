@@ -235,15 +235,23 @@ def _retract_guarded(
         # A NaN from a failed factorisation compares as False.
         trusted &= jnp.all(scale * inverse_scale < MAX_SQUARED_CONDITION)
 
-    def one_pass(xs):
-        return [
-            orthogonalize.matmul(array, as_right_factor(z))
-            for array, z in zip(xs, inverses, strict=True)
+    def guard(carry):
+        xs, inverses, _ = carry
+        eyes = [
+            jnp.broadcast_to(jnp.eye(z.shape[-1], dtype=z.dtype), z.shape)
+            for z in inverses
         ]
+        return finish(_shifted_cholesky_qr(xs)), eyes, jnp.array(True)
 
-    results = jax.lax.cond(
-        trusted, one_pass, lambda xs: finish(_shifted_cholesky_qr(xs)), xs
+    # A loop that hardly ever runs, not a branch: its operands stay where they are,
+    # while a conditional would copy every factor into its result.
+    xs, inverses, _ = jax.lax.while_loop(
+        lambda carry: ~carry[2], guard, (xs, inverses, trusted)
     )
+    results = [
+        orthogonalize.matmul(array, as_right_factor(z))
+        for array, z in zip(xs, inverses, strict=True)
+    ]
     results = [r.astype(a.dtype) for r, a in zip(results, arrays, strict=True)]
     return jax.tree.unflatten(treedef, results)
 

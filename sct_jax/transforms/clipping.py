@@ -16,6 +16,7 @@ LOSSLESS = "lossless"  # keeps all of the product, see `transport.retract_lossle
 # With eight squarings the norm used to clip lies above the true one by at most 0.6 %
 # for ranks up to 256; the promise is 1 %.
 _SQUARINGS = 8
+_AIM = 0.97  # of the bound: where the next trial should land
 _ENOUGH = 0.9  # of the bound: then the search ends
 _MAX_ROUNDS = 14
 
@@ -181,6 +182,15 @@ def _search_scales(
     unit = unit[:, 0]
     size = s.shape[-1]
     eye = jnp.eye(size, dtype=s.dtype)
+    # Columns of E in units of their lengths, so that no product is out of balance.
+    lengths_u, lengths_v = (
+        orthogonalize.or_one(jnp.sqrt(jnp.diagonal(q, axis1=-2, axis2=-1)))
+        for q in (q_u, q_v)
+    )
+    unit_q_u, unit_q_v = (
+        q / (x[:, :, None] * x[:, None, :])
+        for q, x in ((q_u, lengths_u), (q_v, lengths_v))
+    )
     # By as much may `spectral_radius_bound` lie above the norm itself.
     accepted = bound * 1.0005 * (2 * size) ** (0.5 / 2 ** (_SQUARINGS + 1))
 
@@ -201,13 +211,15 @@ def _search_scales(
             orthogonalize.matmul(along[1], z_v),
             s,
             s + c[..., 0] * ds,
-            c * z_u,
-            c * z_v,
+            c * lengths_u[..., None] * z_u,
+            c * lengths_v[..., None] * z_v,
         )
         peak = _peak(k, (-2, -1))
         k = k / orthogonalize.or_one(peak)[:, None, None]
         radius = orthogonalize.spectral_radius_bound(
-            spectral.small_space_product(k, q_u, q_v), squarings=_SQUARINGS
+            spectral.small_space_product(k, unit_q_u, unit_q_v),
+            squarings=_SQUARINGS,
+            threshold=jnp.square(accepted / orthogonalize.or_one(peak)),
         )
         norm = peak * jnp.sqrt(radius)
         # Not definite in float32: too large a step to judge.
@@ -222,7 +234,9 @@ def _search_scales(
 
     def propose(b: _Bracket) -> Array:
         shrunk = b.high * jnp.where(
-            jnp.isfinite(b.high_norm), jnp.minimum(bound / b.high_norm, 1.0), 0.25
+            jnp.isfinite(b.high_norm),
+            jnp.minimum(_AIM * bound / b.high_norm, 1.0),
+            0.25,
         )
         # Between an accepted scale and a rejected one: as if the norm were c^p.
         tiny = jnp.finfo(s.dtype).tiny
