@@ -11,6 +11,11 @@ from collections.abc import Sequence
 # Neither does anything here but print: JAX about absent accelerators, TFDS about TF.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from experiments import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart_with_huge_pages()
+
 from sct_jax import config, errors, loop
 
 

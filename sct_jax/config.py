@@ -20,13 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from sct_jax import data as data_lib
-from sct_jax import errors, optimizers, sharding
+from sct_jax import errors, layerwise, optimizers, sharding
 from sct_jax import model as model_lib
 from sct_jax import rank as rank_lib
 
 T = TypeVar("T")
 
-STEPS = ("whole",)
+STEPS = ("whole", "layerwise")
 
 # The rules that leave factors free. The others keep u and v on the Stiefel manifold.
 LOW_RANK_OPTIMIZERS = ("spectron", "adamw", "muon")
@@ -70,7 +70,8 @@ class ExperimentConfig:
     Attributes:
       num_steps: optimizer updates in all.
       seed: of the parameters and of the data order.
-      step: how a step is computed; "whole": forward, backward, then update.
+      step: how a step is computed; "whole": forward, backward, then update;
+        "layerwise": backward and update together, layer by layer, for the least memory.
       log_every: steps between logged rows (the first and last are always logged).
       model: shape of the model.
       data: text, tokenizer and batches.
@@ -119,7 +120,23 @@ class ExperimentConfig:
             f"ranks change with optimizer.name = 'tsvd' alone, not with "
             f"{self.optimizer.name!r}",
         )
+        if self.step == "layerwise":
+            self._validate_layerwise()
         self._validate_factors()
+
+    def _validate_layerwise(self) -> None:
+        """Raises ConfigError for what needs the gradients of all layers at once."""
+        errors.check(
+            "model.scan_layers",
+            not self.model.scan_layers,
+            'step = "layerwise" handles layers one by one: set it to false',
+        )
+        errors.check(
+            "data.num_microbatches",
+            self.data.num_microbatches == 1,
+            'step = "layerwise" keeps no gradients to average: set it to 1',
+        )
+        layerwise.check_local(self.optimizer)
 
     def _validate_factors(self) -> None:
         """Raises ConfigError where the update rule does not fit the factors."""

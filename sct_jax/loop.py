@@ -28,6 +28,7 @@ from sct_jax import (
     checkpoint,
     data,
     errors,
+    layerwise,
     metrics,
     model,
     rank,
@@ -397,8 +398,12 @@ class _Run:
         return resized
 
     def _compile(self, state: train_state.TrainState) -> Any:
-        """The step for a state of these shapes."""
+        """The step for a state of these shapes; a layerwise one compiles as it goes."""
         setup = self._setup
+        if setup.config.step == "layerwise":
+            return layerwise.make_train_step(
+                layerwise.stack_of(setup.config.model), setup.tx, mesh=setup.mesh
+            )
         shardings = sharding.shardings(state, setup.mesh)
         config = setup.config
         shape = (config.data.batch_size, config.data.seq_len)

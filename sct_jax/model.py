@@ -232,20 +232,39 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     divided by sqrt(2 num_layers), the embedding is N(0, 1 / d_model). The tuple and the
     stacked layout hold the same numbers.
     """
-    key_embedding, key_head, key_layers = jax.random.split(key, 3)
-    params: Params = {
+    params = draw_ends(key, config) | {
+        "layers": jax.vmap(lambda key: draw_block(key, config))(
+            layer_keys(key, config.num_layers)
+        )
+    }
+    params = on_manifold(params, config)
+    return params if config.scan_layers else unstack_layers(params)
+
+
+def layer_keys(key: PRNGKeyArray, num_layers: int) -> PRNGKeyArray:
+    """Returns the keys of all layers, (num_layers,), from the key of a model."""
+    return jax.random.split(jax.random.fold_in(key, 2), num_layers)
+
+
+def draw_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
+    """Returns what stands outside the layers, before `on_manifold`."""
+    ends: Params = {
         # Rows are read one at a time, so the scale that counts is that of a row.
         "embedding": _draw_matrix(
-            key_embedding,
+            jax.random.fold_in(key, 0),
             config,
             "embedding",
             scale=math.sqrt(config.vocab_size / config.d_model),
         ),
-        "layers": draw_block(key_layers, config, layers=(config.num_layers,)),
         "final_norm": jnp.ones(config.d_model),
     }
     if not config.tie_embeddings:
-        params["head"] = _draw_matrix(key_head, config, "head")
+        ends["head"] = _draw_matrix(jax.random.fold_in(key, 1), config, "head")
+    return ends
+
+
+def on_manifold(params: Params, config: ModelConfig) -> Params:
+    """Returns drawn parameters with orthonormal factors, as the kind it asks for."""
     params = spectral.retract(params)
     if config.factors == "low_rank":
         params = jax.tree.map(
@@ -253,13 +272,13 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
             params,
             is_leaf=spectral.is_factors,
         )
-    return params if config.scan_layers else unstack_layers(params)
+    return params
 
 
 def draw_block(
     key: PRNGKeyArray, config: ModelConfig, *, layers: tuple[int, ...] = ()
 ) -> Params:
-    """Returns the parameters of one block, or a stack, before `spectral.retract`."""
+    """Returns the parameters of one block, or a stack, before `on_manifold`."""
     block: Params = {
         "attention_norm": jnp.ones((*layers, config.d_model)),
         "mlp_norm": jnp.ones((*layers, config.d_model)),
@@ -297,7 +316,7 @@ def unstack_layers(tree: Any) -> Any:
     """
 
     def unstack(node):
-        if not _has_layers(node) or isinstance(node["layers"], tuple):
+        if not has_layers(node) or isinstance(node["layers"], tuple):
             return node
         leaves, treedef = jax.tree.flatten(node["layers"])
         if not leaves:  # all of it is masked
@@ -308,7 +327,7 @@ def unstack_layers(tree: Any) -> Any:
         )
         return node | {"layers": blocks}
 
-    return jax.tree.map(unstack, tree, is_leaf=_has_layers)
+    return jax.tree.map(unstack, tree, is_leaf=has_layers)
 
 
 def stack_layers(tree: Any) -> Any:
@@ -319,16 +338,17 @@ def stack_layers(tree: Any) -> Any:
     """
 
     def stack(node):
-        if not _has_layers(node) or not isinstance(node["layers"], tuple):
+        if not has_layers(node) or not isinstance(node["layers"], tuple):
             return node
         return node | {
             "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *node["layers"])
         }
 
-    return jax.tree.map(stack, tree, is_leaf=_has_layers)
+    return jax.tree.map(stack, tree, is_leaf=has_layers)
 
 
-def _has_layers(node: Any) -> bool:
+def has_layers(node: Any) -> bool:
+    """Returns whether a node of a state mirrors the parameters of a model."""
     return isinstance(node, dict) and "layers" in node
 
 
@@ -372,10 +392,8 @@ def forward(
       config: shape of the model.
       segment_ids: document of each position; attention does not cross documents.
     """
-    dtype = jnp.dtype(config.compute_dtype)
-    rope = rotary_table(tokens_BL.shape[1], config)
-    mask = None if segment_ids is None else _same_segment(segment_ids)
-    x_BLD = spectral.lookup(tokens_BL, params["embedding"]).astype(dtype)
+    x_BLD = embed(params, tokens_BL, config)
+    rope, mask = positions(tokens_BL, config, segment_ids)
     apply = _rematerialised(functools.partial(block, config=config), config.remat)
     if isinstance(params["layers"], tuple):
         for layer in params["layers"]:
@@ -387,6 +405,26 @@ def forward(
             params["layers"],
         )
     return logits(params, x_BLD, config)
+
+
+def embed(
+    params: Params, tokens_BL: Int[Array, "B L"], config: ModelConfig
+) -> Float[Array, "B L D"]:
+    """Returns the residual stream before the first layer, in the compute dtype."""
+    x_BLD = spectral.lookup(tokens_BL, params["embedding"])
+    return x_BLD.astype(jnp.dtype(config.compute_dtype))
+
+
+def positions(
+    tokens_BL: Int[Array, "B L"],
+    config: ModelConfig,
+    segment_ids: Int[Array, "B L"] | None = None,
+) -> tuple[
+    tuple[Float[Array, "L K2"], Float[Array, "L K2"]], Bool[Array, "B 1 L M"] | None
+]:
+    """Returns what every layer needs of the positions: rotary table, and mask."""
+    mask = None if segment_ids is None else _same_segment(segment_ids)
+    return rotary_table(tokens_BL.shape[1], config), mask
 
 
 def logits(

@@ -58,7 +58,8 @@ def sct(
         which keeps the whole product, see `transforms.retract_losslessly`.
       singular_value_rate: factor of the learning rate for s.
       dense_rate: factor of the learning rate for arrays outside factor tuples.
-      moment_dtype: of the first moment.
+      moment_dtype: of both moments, float32 or bfloat16, which is rounded at random,
+        see `transforms.scale_by_low_precision_adam`.
       base_width: fan at which the rate of u and v applies as it is; see
         `transforms.scale_components`.
       tangent_projection: "gradient" or "displacement": what of u and v is projected
@@ -92,7 +93,7 @@ def sct(
             f"unknown tangent projection {tangent_projection!r}: choose one of "
             f"{', '.join(TANGENT_PROJECTIONS)}"
         )
-    direction = optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype)
+    direction = transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype)
     if transport_moments:
         direction = transforms.transport_moments(direction)
     if tangent_projection == "gradient":
@@ -164,7 +165,7 @@ def tsvd(
             "every step: leave retraction_every and retraction_tolerance out"
         )
     parts = [
-        optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype),
+        transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),
         *_decay(weight_decay, decay_mask),
         *_rates(singular_value_rate, dense_rate, base_width),
         optax.scale_by_learning_rate(learning_rate),
@@ -311,14 +312,14 @@ def adamw(
       b2: decay of the second moment.
       eps: added to its root.
       weight_decay: decoupled decay of a, b and dense arrays with two or more axes.
-      moment_dtype: of the first moment.
+      moment_dtype: see `sct`.
       decay_mask: see `sct`.
 
     Raises:
       ValueError: for SpectralFactors in the tree, which would leave the manifold.
     """
     return _free(
-        optax.scale_by_adam(b1, b2, eps, mu_dtype=moment_dtype),
+        transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),
         *_decay(weight_decay, decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -489,7 +490,7 @@ class OptimizerConfig:
       dense_rate: factor of the rate for dense arrays.
       base_width: fan at which the rate of u and v applies as it is; None: everywhere.
       retraction: "cholesky_qr", "qr", "polar" or "lossless".
-      moment_dtype: of the first moment.
+      moment_dtype: of Adam's moments, "float32" or "bfloat16".
       tangent_projection: None, "gradient" or "displacement".
       transport_moments: whether first moments follow the factors.
       retraction_every: lazy retraction, on every so many steps only.

@@ -440,28 +440,30 @@ def spectral_radius_bound(
         return jnp.log(jnp.maximum(peak, tiny)) + jnp.log(jnp.maximum(norm, tiny))
 
     def square(carry):
-        m, total, weight, steps = carry
+        m, total, weight, steps, settled = carry
         m, peak, norm = normalise(matmul(m, m))
         weight = weight / 2
-        return m, total + weight * log(peak, norm), weight, steps + 1
+        # Frozen once settled: the result owes nothing to the rest of the stack.
+        total = jnp.where(settled, total, total + weight * log(peak, norm))
+        return m, total, weight, steps + 1, settled | settles(m, total, weight)
 
-    def unfinished(carry):
-        m, total, weight, steps = carry
+    def settles(m, total, weight):
         if threshold is None:
-            return steps < squarings
+            return jnp.zeros(total.shape, bool)
         trace = jnp.sum(m * transpose(m), axis=(-2, -1)) - rounding
         # Without a usable trace the ratio is far below any tolerance.
         log_ratio = 0.5 * weight * jnp.log(jnp.maximum(trace, tiny) / k)
         upper, lower = jnp.exp(total), jnp.exp(total + log_ratio)
         decided = (upper <= threshold) | (lower > threshold)
-        settled = decided & (log_ratio > -math.log(1.2))
         # A NaN is as settled as it will ever be.
-        return ~jnp.all(settled | zero | jnp.isnan(total)) & (steps < squarings)
+        return (decided & (log_ratio > -math.log(1.2))) | zero | jnp.isnan(total)
 
     m, peak, norm = normalise(m)
     zero = peak == 0
-    one = jnp.ones([], m.dtype)
-    _, total, _, _ = jax.lax.while_loop(
-        unfinished, square, (m, log(peak, norm), one, jnp.array(0))
+    total, one = log(peak, norm), jnp.ones([], m.dtype)
+    _, total, *_ = jax.lax.while_loop(
+        lambda carry: ~jnp.all(carry[-1]) & (carry[-2] < squarings),
+        square,
+        (m, total, one, jnp.array(0), settles(m, total, one)),
     )
     return jnp.where(zero, 0, jnp.exp(total))

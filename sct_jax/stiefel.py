@@ -235,23 +235,16 @@ def _retract_guarded(
         # A NaN from a failed factorisation compares as False.
         trusted &= jnp.all(scale * inverse_scale < MAX_SQUARED_CONDITION)
 
-    def guard(carry):
-        xs, inverses, _ = carry
-        eyes = [
-            jnp.broadcast_to(jnp.eye(z.shape[-1], dtype=z.dtype), z.shape)
-            for z in inverses
-        ]
-        return finish(_shifted_cholesky_qr(xs)), eyes, jnp.array(True)
-
-    # A loop that hardly ever runs, not a branch: its operands stay where they are,
-    # while a conditional would copy every factor into its result.
-    xs, inverses, _ = jax.lax.while_loop(
-        lambda carry: ~carry[2], guard, (xs, inverses, trusted)
-    )
     results = [
         orthogonalize.matmul(array, as_right_factor(z))
         for array, z in zip(xs, inverses, strict=True)
     ]
+    # A loop that hardly ever runs, not a branch: a conditional copies every factor.
+    _, results = jax.lax.while_loop(
+        lambda carry: ~carry[0],
+        lambda _: (jnp.array(True), finish(_shifted_cholesky_qr(xs))),
+        (trusted, results),
+    )
     results = [r.astype(a.dtype) for r, a in zip(results, arrays, strict=True)]
     return jax.tree.unflatten(treedef, results)
 

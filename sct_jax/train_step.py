@@ -85,19 +85,22 @@ def make_eval_step(
     return lambda params, batch: loss_fn(params, batch, config)
 
 
-def _diagnostics(old: Any, new: Any, diagnose: Bool[Array, ""]) -> Metrics:
-    if not any(
-        map(spectral.is_factors, jax.tree.leaves(old, is_leaf=spectral.is_factors))
-    ):
+def _diagnostics(old: Any, new: Any, wanted: Bool[Array, ""]) -> Metrics:
+    shapes = jax.eval_shape(diagnose, old, new)
+    skip = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.cond(wanted, lambda: diagnose(old, new), skip)
+
+
+def diagnose(old: Any, new: Any) -> Metrics:
+    """Returns how far an update left the manifold, and how far it moved any W.
+
+    `orthonormality_error` and `composite_update_norm` of two trees of parameters;
+    nothing where there are no factors.
+    """
+    leaves = jax.tree.leaves(old, is_leaf=spectral.is_factors)
+    if not any(map(spectral.is_factors, leaves)):
         return {}
-
-    def compute():
-        return {
-            "orthonormality_error": spectral.orthonormality_error(new),
-            "composite_update_norm": spectral.max_composite_update_norm(old, new),
-        }
-
-    def skip():
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute))
-
-    return jax.lax.cond(diagnose, compute, skip)
+    return {
+        "orthonormality_error": spectral.orthonormality_error(new),
+        "composite_update_norm": spectral.max_composite_update_norm(old, new),
+    }

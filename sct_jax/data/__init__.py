@@ -1,13 +1,16 @@
-"""Text in, batches of tokens out."""
+"""Text in, batches of tokens out.
 
-from sct_jax.data.pipeline import (
-    Corpus,
-    DataConfig,
-    eval_batches,
-    prepare,
-    train_batches,
-)
-from sct_jax.data.tokenizer import Tokenizer
+The libraries that read data are loaded with the first use of anything but `DataConfig`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sct_jax.data.settings import DataConfig
+
+if TYPE_CHECKING:
+    from sct_jax.data.pipeline import Corpus, eval_batches, prepare, train_batches
+    from sct_jax.data.tokenizer import Tokenizer
 
 __all__ = [
     "Corpus",
@@ -17,3 +20,10 @@ __all__ = [
     "prepare",
     "train_batches",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "tokenizer" if name == "Tokenizer" else "pipeline"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -11,59 +11,12 @@ import grain
 import numpy as np
 
 from sct_jax import errors
-from sct_jax.data import cache, sources, tokens
+from sct_jax.data import cache, settings, sources, tokens
 from sct_jax.data import tokenizer as tokenizer_lib
 
 # A tokenizer learns little from more text; of a larger corpus it is shown every k-th
 # piece. 100 MB take about 20 seconds on 2 cores.
 _TRAINER_BYTES = 100_000_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the text comes from and how it is cut into batches.
-
-    Attributes:
-        source: "stdlib" (the Python standard library's own source), "tfds:<name>" of a
-            prepared dataset, or a path or glob of text or JSON-lines files.
-        batch_size: sequences per optimizer step, over all devices and micro-batches.
-        seq_len: tokens per sequence.
-        num_microbatches: parts that a step's batch is computed in, one after the other.
-        tokenizer: path of a tokenizer.json; None trains one of the model's vocabulary.
-        cache_dir: for tokenizers and tokens; None is `sct_jax` in the user's cache
-            folder (XDG_CACHE_HOME or ~/.cache).
-        text_field: the key of the text in TFDS examples and JSON lines.
-        cross_document_attention: attend to earlier documents of the same window.
-    """
-
-    source: str = "stdlib"
-    batch_size: int = 32
-    seq_len: int = 256
-    num_microbatches: int = 1
-    tokenizer: str | None = None
-    cache_dir: str | None = None
-    text_field: str = "text"
-    cross_document_attention: bool = False
-
-    def validate(self) -> None:
-        """Every field can be used, as far as that shows without reading any data.
-
-        Raises:
-            ConfigError: one cannot.
-        """
-        for name in ("batch_size", "seq_len", "num_microbatches"):
-            if getattr(self, name) < 1:
-                raise errors.ConfigError(
-                    f"data.{name}: must be at least 1, not {getattr(self, name)}"
-                )
-        if self.batch_size % self.num_microbatches:
-            raise errors.ConfigError(
-                f"data.num_microbatches: {self.num_microbatches} does not divide "
-                f"data.batch_size {self.batch_size}"
-            )
-        for name in ("source", "text_field", "tokenizer", "cache_dir"):
-            if getattr(self, name) == "":
-                raise errors.ConfigError(f"data.{name}: must not be empty")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,7 +41,7 @@ class Corpus:
 
 
 def prepare(
-    config: DataConfig, *, vocab_size: int, log: Callable[[str], None] = print
+    config: settings.DataConfig, *, vocab_size: int, log: Callable[[str], None] = print
 ) -> Corpus:
     """The corpus is tokenized on disk: found in the cache, or made now and kept.
 
@@ -157,14 +110,14 @@ def prepare(
     )
 
 
-def _cache_dir(config: DataConfig) -> str:
+def _cache_dir(config: settings.DataConfig) -> str:
     if config.cache_dir is not None:
         return os.path.abspath(os.path.expanduser(config.cache_dir))
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(os.path.abspath(user), "sct_jax")
 
 
-def _open(config: DataConfig, root: str) -> sources.Source:
+def _open(config: settings.DataConfig, root: str) -> sources.Source:
     return sources.open_source(
         config.source, text_field=config.text_field, cache_dir=root
     )
@@ -231,7 +184,7 @@ def _describe(
 
 def train_batches(
     corpus: Corpus,
-    config: DataConfig,
+    config: settings.DataConfig,
     *,
     seed: int,
     start_step: int = 0,
@@ -272,7 +225,7 @@ def train_batches(
 
 def eval_batches(
     corpus: Corpus,
-    config: DataConfig,
+    config: settings.DataConfig,
     *,
     num_batches: int,
     process_index: int = 0,
@@ -302,7 +255,7 @@ def eval_batches(
     ]
 
 
-def _rows_per_process(config: DataConfig, process_count: int) -> int:
+def _rows_per_process(config: settings.DataConfig, process_count: int) -> int:
     if config.batch_size % process_count:
         raise errors.ConfigError(
             f"data.batch_size: {config.batch_size} cannot be divided among "
@@ -312,7 +265,7 @@ def _rows_per_process(config: DataConfig, process_count: int) -> int:
 
 
 def _windows(
-    split_tokens: np.ndarray, config: DataConfig, *, split: str
+    split_tokens: np.ndarray, config: settings.DataConfig, *, split: str
 ) -> tokens.Windows:
     windows = tokens.Windows(split_tokens, config.seq_len)
     if len(windows) < config.batch_size:
@@ -326,7 +279,7 @@ def _windows(
 
 
 def _batch(
-    window_rows: np.ndarray, corpus: Corpus, config: DataConfig
+    window_rows: np.ndarray, corpus: Corpus, config: settings.DataConfig
 ) -> dict[str, np.ndarray]:
     """The batch of windows (rows, seq_len + 1)."""
     largest = int(window_rows.max())

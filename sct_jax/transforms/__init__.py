@@ -12,6 +12,11 @@ from sct_jax.transforms.inactive import (
     HoldInactiveState,
     hold_inactive,
 )
+from sct_jax.transforms.low_precision import (
+    round_stochastically,
+    scale_by_adam,
+    scale_by_low_precision_adam,
+)
 from sct_jax.transforms.retraction import project_to_tangent, retract_to_stiefel
 from sct_jax.transforms.scaling import limit_rotation, scale_components
 from sct_jax.transforms.spectron import PowerVectors, SpectronState, scale_by_spectron
@@ -40,6 +45,9 @@ __all__ = [
     "project_to_tangent",
     "retract_losslessly",
     "retract_to_stiefel",
+    "round_stochastically",
+    "scale_by_adam",
+    "scale_by_low_precision_adam",
     "scale_by_spectron",
     "scale_by_stiefel_muon",
     "scale_components",

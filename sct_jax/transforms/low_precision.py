@@ -1,0 +1,112 @@
+"""Adam with moments in bfloat16, rounded at random so that small changes are kept."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+def scale_by_low_precision_adam(
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's direction, with both moments stored in bfloat16: 4 bytes per parameter.
+
+    .. math::
+      m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
+      \Delta = \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
+
+    in float32; what is stored is m and v rounded stochastically, so that the stored
+    moment is right on average. To the nearest number, a v that has nothing added would
+    stay for ever: with b2 = .999 it falls by 1/1000 a step, and neighbouring bfloat16
+    numbers are 1/256 to 1/128 apart.
+
+    The state is `optax.ScaleByAdamState`. All leaves are treated alike.
+
+    References:
+      Kingma, Ba, Adam: a method for stochastic optimization, arXiv 1412.6980, 2014
+      Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, 2020
+    """
+
+    def init_fn(params):
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(), zeros())
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = jnp.asarray(optax.safe_increment(state.count))
+        mean = lambda old, new, decay: (
+            decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
+        )
+        mu = jax.tree.map(lambda m, g: mean(m, g, b1), state.mu, updates)
+        nu = jax.tree.map(
+            lambda v, g: mean(v, jnp.square(g.astype(jnp.float32)), b2),
+            state.nu,
+            updates,
+        )
+        directions = jax.tree.map(
+            lambda m, v, g: (
+                (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
+            ).astype(g.dtype),
+            mu,
+            nu,
+            updates,
+        )
+        mu, nu = (
+            jax.tree.map(lambda x, salt=salt: round_stochastically(x, salt), moment)
+            for moment, salt in ((mu, 2 * count), (nu, 2 * count + 1))
+        )
+        return directions, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_adam(
+    b1: float | jax.Array,
+    b2: float | jax.Array,
+    eps: float | jax.Array,
+    *,
+    moment_dtype: jax.typing.DTypeLike,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Adam by optax, or for bfloat16 `scale_by_low_precision_adam`.
+
+    Raises:
+      ValueError: for another type of the moments.
+    """
+    dtype = jnp.dtype(moment_dtype)
+    if dtype == jnp.bfloat16:
+        return scale_by_low_precision_adam(b1, b2, eps)
+    if dtype != jnp.float32:
+        raise ValueError(f"moments are float32 or bfloat16, not {dtype.name}")
+    return optax.with_extra_args_support(
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype)
+    )
+
+
+def round_stochastically(
+    x: Float[Array, "*N"], salt: Int[Array, ""]
+) -> Float[Array, "*N"]:
+    """Returns x in bfloat16: one of its two neighbours, the nearer one more often.
+
+    Up with the probability of what is cut off, over all values of `salt`. The random
+    bits are a hash of x and salt, so equal arguments give equal results, whatever the
+    order, sharding or stacking of the arrays. Infinities and NaN stay.
+
+    Args:
+      x: float32.
+      salt: another one at each step.
+
+    References:
+      Wellons, Prospecting for hash functions, 2018, https://nullprogram.com/blog/2018
+      (the mixing constants)
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = bits + salt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    noise = (noise ^ (noise >> 16)) * jnp.uint32(0x21F0AAAD)
+    noise = (noise ^ (noise >> 15)) * jnp.uint32(0x735A2D97)
+    noise = (noise ^ (noise >> 15)) & jnp.uint32(0xFFFF)
+    # Adding to the bits of a NaN could carry into its sign.
+    upper = jnp.where(jnp.isfinite(x), bits + noise, bits) >> 16
+    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)
