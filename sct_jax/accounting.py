@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from sct_jax import model, train_state
+from sct_jax import layerwise, model, spectral, train_state
 
 
 def count(tree: Any) -> int:
@@ -99,6 +99,54 @@ def step_bytes(
         "parameters": num_bytes(state.params),
         "gradients": num_bytes(state.params),
         "optimizer": num_bytes(state.opt_state),
+    }
+    return sizes | {"total": sum(sizes.values())}
+
+
+def matrix_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
+    """Returns bytes to train one matrix by Adam in float32; rank None: a dense one.
+
+    Weight, gradient and two moments, 16 bytes for each of R (I + O + 1) or I O numbers.
+
+    References:
+      Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026 (the table of
+      memory per layer)
+    """
+    if rank is None:
+        return 16 * fan_in * fan_out
+    return 16 * rank * (fan_in + fan_out + 1)
+
+
+def layerwise_bytes(
+    stack: layerwise.Stack, tx: optax.GradientTransformation, batch: Any
+) -> dict[str, int]:
+    """Returns the bytes of a step of `layerwise`, and their total.
+
+    The state, the gradients of one layer (or of the ends), what the forward pass leaves
+    for the backward pass, and what the backward pass of one block holds beside its
+    weights. Temporary copies inside of a compiled function are not included.
+
+    Args:
+      stack: the model.
+      tx: the chain.
+      batch: arrays or abstract arrays.
+    """
+    step = layerwise.make_train_step(stack, tx)
+    state = jax.eval_shape(step.init, jax.random.key(0))
+    layer, ends = state.params["layers"][0], state.params | {"layers": ()}
+    tape = jax.eval_shape(step.forward, state.params, batch)
+
+    def pull_back(layer, x):
+        block = lambda layer, x: stack.block(layer, x, batch, spectral.linear)
+        return jax.vjp(block, layer, x)[1]
+
+    kept = num_bytes(jax.eval_shape(pull_back, layer, tape.streams[0]))
+    sizes = {
+        "parameters": num_bytes(state.params),
+        "optimizer": num_bytes(state.opt_state),
+        "gradients": max(num_bytes(layer), num_bytes(ends)),
+        "streams": num_bytes(tape.streams) + num_bytes(tape.bottlenecks),
+        "block": max(0, kept - num_bytes(layer)),
     }
     return sizes | {"total": sum(sizes.values())}
 

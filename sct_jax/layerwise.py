@@ -10,7 +10,6 @@ It takes the chains of `optimizers` as they are, where their rules are local: wh
 weight does may depend on no other layer. `check_local` says which are.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,19 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from sct_jax import errors, losses, model, optimizers, sharding, train_state, train_step
+from sct_jax import (
+    errors,
+    losses,
+    model,
+    optimizers,
+    sharding,
+    spectral,
+    train_state,
+    train_step,
+)
+
+# Up to so many rows a weight's gradient is cheaper to compute again than to read.
+_FEW_ROWS = 16
 
 
 class Stack(NamedTuple):
@@ -31,7 +42,8 @@ class Stack(NamedTuple):
       draw_ends: from a key to the parameters outside the layers, a dict.
       draw_layer: from a key to the parameters of one block.
       enter: (ends, batch) -> x, the stream before the first block.
-      block: (layer, x, batch) -> x.
+      block: (layer, x, batch, linear) -> x, which multiplies by its matrices with
+        `linear`, see `spectral.linear`, in the same order every time.
       leave: (ends, x, batch) -> loss.
       enter_keys: which of the ends `enter` reads.
       leave_keys: which of the ends `leave` reads.
@@ -41,7 +53,7 @@ class Stack(NamedTuple):
     draw_ends: Callable[[PRNGKeyArray], dict[str, Any]]
     draw_layer: Callable[[PRNGKeyArray], Any]
     enter: Callable[[dict[str, Any], Any], Array]
-    block: Callable[[Any, Array, Any], Array]
+    block: Callable[[Any, Array, Any, model.Linear], Array]
     leave: Callable[[dict[str, Any], Array, Any], Float[Array, ""]]
     enter_keys: tuple[str, ...]
     leave_keys: tuple[str, ...]
@@ -50,9 +62,9 @@ class Stack(NamedTuple):
 def stack_of(config: model.ModelConfig) -> Stack:
     """Returns the pieces of the transformer of `model`."""
 
-    def block(layer, x, batch):
+    def block(layer, x, batch, linear):
         rope, mask = model.positions(batch["inputs"], config, batch.get("segment_ids"))
-        return model.block(layer, x, rope, mask, config=config)
+        return model.block(layer, x, rope, mask, config=config, linear=linear)
 
     def leave(ends, x, batch):
         scores = model.logits(ends, x, config)
@@ -87,31 +99,6 @@ def check_local(config: optimizers.OptimizerConfig) -> None:
         )
 
 
-def init(
-    key: PRNGKeyArray, stack: Stack, tx: optax.GradientTransformation
-) -> train_state.TrainState:
-    """Returns the state before the first update, drawn a layer at a time.
-
-    The same numbers as `train_state.init` draws, with separate layers; to rounding,
-    where the small matrices need the guard of the retraction. Beside the state itself
-    it needs the memory of one layer.
-    """
-    with_state = lambda part: (part, tx.init(part))
-    draw_layer = jax.jit(lambda key: with_state({"layers": (stack.draw_layer(key),)}))
-    draw_ends = jax.jit(lambda key: with_state(stack.draw_ends(key) | {"layers": ()}))
-    keys = model.layer_keys(key, stack.num_layers)
-    parts = [draw_ends(key), *(draw_layer(k) for k in keys)]
-    params = _join([part for part, _ in parts])
-    opt_states = [_take_apart(state) for _, state in parts]
-    mirrors = [_join(nodes) for nodes in zip(*(m for m, *_ in opt_states), strict=True)]
-    _, shared, layout = opt_states[0]
-    return train_state.TrainState(
-        step=jnp.zeros([], jnp.int32),
-        params=params,
-        opt_state=_put_together(mirrors, shared, layout),
-    )
-
-
 def make_train_step(
     stack: Stack, tx: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> "LayerwiseStep":
@@ -140,15 +127,44 @@ class LayerwiseStep:
         self._mesh: Mesh | None = mesh
         self._own = tuple(k for k in stack.leave_keys if k not in stack.enter_keys)
         self._lent = tuple(k for k in stack.leave_keys if k in stack.enter_keys)
+        self._draw_ends = jax.jit(
+            lambda key: self._with_state(stack.draw_ends(key) | {"layers": ()})
+        )
+        self._draw_layer = jax.jit(
+            lambda key: self._with_state({"layers": (stack.draw_layer(key),)})
+        )
         self._enter = jax.jit(stack.enter)
-        self._forward = jax.jit(stack.block)
-        jit = functools.partial(jax.jit, static_argnames=("layout", "diagnose"))
-        donated = ("params", "mirrors")
-        self._leave = jit(self._leave_fn, donate_argnames=donated)
-        # One stream goes in beside it, one comes out: a second has no use.
-        self._backward = jit(self._backward_fn, donate_argnames=(*donated, "dx"))
-        self._finish = jit(self._finish_fn, donate_argnames=donated)
+        self._forward = jax.jit(self._forward_fn)
+        self._leave_grads = jax.jit(self._leave_grads_fn)
+        # The stream that comes out takes the place of the one that goes in.
+        self._block_grads = jax.jit(self._block_grads_fn, donate_argnames="dx")
+        self._enter_grads = jax.jit(self._enter_grads_fn)
+        self._update = jax.jit(
+            self._update_fn,
+            static_argnames=("layout", "diagnose"),
+            donate_argnames=("params", "mirrors"),
+        )
         self._summarise = jax.jit(_summarise)
+
+    def init(
+        self, key: PRNGKeyArray, *, num_layers: int | None = None
+    ) -> train_state.TrainState:
+        """Returns the state before the first update, drawn a layer at a time.
+
+        The same numbers as `train_state.init` draws, with separate layers; to rounding,
+        where small matrices need the guard of the retraction. Beside the state itself
+        it needs the memory of one layer. A smaller `num_layers` than the model's gives
+        a model of the first layers, for a look at what a step does.
+        """
+        keys = model.layer_keys(key, self._stack.num_layers)[:num_layers]
+        parts = [self._draw_ends(key), *(self._draw_layer(k) for k in keys)]
+        whole = _join(parts, _merge)
+        *_, layout = _take_apart(jax.eval_shape(self._tx.init, whole.params))
+        return train_state.TrainState(
+            step=jnp.zeros([], jnp.int32),
+            params=whole.params,
+            opt_state=_put_together(whole.mirrors, whole.shared, layout),
+        )
 
     def __call__(
         self,
@@ -157,90 +173,113 @@ class LayerwiseStep:
         diagnose: bool | Bool[Array, ""],
     ) -> tuple[train_state.TrainState, train_step.Metrics]:
         """Returns the state after one update, and its metrics; consumes `state`."""
-        streams = self.forward(state.params, batch)
-        return self.backward(state, streams, batch, bool(diagnose))
+        tape = self.forward(state.params, batch)
+        return self.backward(state, tape, batch, bool(diagnose))
 
-    def forward(self, params: model.Params, batch: Any) -> list[Array]:
-        """Returns the stream before every block, and after the last one."""
-        streams = [self._enter(_only(params, self._stack.enter_keys), batch)]
+    def forward(self, params: model.Params, batch: Any) -> "Tape":
+        """Returns what the backward pass needs of the forward pass."""
+        x = self._enter(_only(params, self._stack.enter_keys), batch)
+        streams, bottlenecks = [x], []
         for layer in params["layers"]:
-            streams.append(self._forward(layer, streams[-1], batch))
-        return streams
+            x, narrow = self._forward(layer, x, batch)
+            streams.append(x)
+            bottlenecks.append(narrow)
+        return Tape(streams, bottlenecks)
 
     def backward(
         self,
         state: train_state.TrainState,
-        streams: list[Array],
+        tape: "Tape",
         batch: Any,
         diagnose: bool,
     ) -> tuple[train_state.TrainState, train_step.Metrics]:
-        """Returns the updated state and metrics; consumes `state` and `streams`."""
-        params, layers = state.params, state.params["layers"]
+        """Returns the updated state and metrics; consumes `state` and `tape`."""
+        params = state.params
         mirrors, shared, layout = _take_apart(state.opt_state)
+        metrics = []
 
-        def run(step, *inputs, **part):
-            """One part of the model through its step: donated, then replaced."""
-            return step(
-                _part(params, **part),
-                [_part(node, **part) for node in mirrors],
+        def update(grads: dict[str, Any], take: Callable[[Any], Any]) -> _Part:
+            """The part that `take` takes of everything, after the chain."""
+            *part, part_metrics = self._update(
+                take(params),
+                [take(node) for node in mirrors],
                 shared,
-                *inputs,
-                batch,
+                grads,
                 layout=layout,
                 diagnose=diagnose,
             )
+            metrics.append(part_metrics)
+            return _Part(*part)
 
         lent = _only(params, self._lent)
-        (loss, dx, lent_grads), updated = run(
-            self._leave, streams.pop(), lent, keys=self._own
+        loss, grads, lent_grads, dx = self._leave_grads(
+            _only(params, self._own), lent, tape.streams.pop(), batch
         )
-        parts = [updated]
-        for index in reversed(range(len(layers))):
-            dx, updated = run(self._backward, streams.pop(), dx, index=index)
-            parts.append(updated)
-        updated = run(self._finish, dx, lent_grads, keys=self._stack.enter_keys)
-        parts.append(updated)
+        parts = [update(grads | {"layers": ()}, lambda node: _ends(node, self._own))]
+        for index in reversed(range(len(params["layers"]))):
+            grads, dx = self._block_grads(
+                params["layers"][index],
+                tape.streams.pop(),
+                tape.bottlenecks.pop(),
+                dx,
+                batch,
+            )
+            pieces = [
+                update(
+                    {"layers": (_only(grads, keys),)},
+                    lambda node, index=index, keys=keys: {
+                        "layers": (_only(node["layers"][index], keys),)
+                    },
+                )
+                for keys in _weights_of(params["layers"][index])
+            ]
+            del grads
+            parts.append(_join(pieces, _merge_layer))
+        entering = self._stack.enter_keys
+        grads = self._enter_grads(_only(params, entering), lent_grads, dx, batch)
+        parts.append(update(grads | {"layers": ()}, lambda node: _ends(node, entering)))
         parts.reverse()  # the layers were met from the last to the first
 
-        step, metrics = self._summarise(state.step, loss, [p.metrics for p in parts])
-        new_mirrors = [
-            _join(nodes) for nodes in zip(*(p.mirrors for p in parts), strict=True)
-        ]
+        whole = _join(parts, _merge)
+        step, summary = self._summarise(state.step, loss, metrics)
         new_state = train_state.TrainState(
             step=step,
-            params=_join([part.params for part in parts]),
-            opt_state=_put_together(new_mirrors, parts[0].shared, layout),
+            params=whole.params,
+            opt_state=_put_together(whole.mirrors, whole.shared, layout),
         )
-        return new_state, metrics
+        return new_state, summary
 
-    def _leave_fn(self, params, mirrors, shared, x, lent, batch, *, layout, diagnose):
+    def _with_state(self, part):
+        mirrors, shared, _ = _take_apart(self._tx.init(part))
+        return _Part(part, mirrors, shared)
+
+    def _forward_fn(self, layer, x, batch):
+        narrow = []
+        x = self._stack.block(layer, x, batch, _recording(narrow))
+        return x, narrow
+
+    def _leave_grads_fn(self, own, lent, x, batch):
         def loss_fn(own, lent, x):
             return self._stack.leave(own | lent, x, batch)
 
-        loss, (grads, lent_grads, dx) = jax.value_and_grad(loss_fn, (0, 1, 2))(
-            params, lent, x
-        )
-        updated = self._update(params, mirrors, shared, grads, layout, diagnose)
-        return (loss, dx, lent_grads), updated
+        loss, grads = jax.value_and_grad(loss_fn, (0, 1, 2))(own, lent, x)
+        return loss, *grads
 
-    def _backward_fn(self, params, mirrors, shared, x, dx, batch, *, layout, diagnose):
-        _, pull_back = jax.vjp(
-            lambda layer, x: self._stack.block(layer, x, batch), params["layers"][0], x
-        )
-        grads, dx = pull_back(dx)
-        grads = {"layers": (grads,)}
-        return dx, self._update(params, mirrors, shared, grads, layout, diagnose)
+    def _block_grads_fn(self, layer, x, narrow, dx, batch):
+        def block(layer, x):
+            return self._stack.block(layer, x, batch, _replaying(narrow))
 
-    def _finish_fn(
-        self, params, mirrors, shared, dx, lent_grads, batch, *, layout, diagnose
-    ):
-        _, pull_back = jax.vjp(lambda ends: self._stack.enter(ends, batch), params)
+        _, pull_back = jax.vjp(block, layer, x)
+        return pull_back(dx)
+
+    def _enter_grads_fn(self, ends, lent_grads, dx, batch):
+        _, pull_back = jax.vjp(lambda ends: self._stack.enter(ends, batch), ends)
         (grads,) = pull_back(dx)
         for name, lent in lent_grads.items():
             grads[name] = jax.tree.map(jnp.add, grads[name], lent)
-        return self._update(params, mirrors, shared, grads, layout, diagnose)
+        return grads
 
-    def _update(self, params, mirrors, shared, grads, layout, diagnose) -> "_Updated":
+    def _update_fn(self, params, mirrors, shared, grads, *, layout, diagnose):
         opt_state = _put_together(mirrors, shared, layout)
         updates, opt_state = self._tx.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates)
@@ -248,7 +287,7 @@ class LayerwiseStep:
         if diagnose:
             metrics |= train_step.diagnose(params, new)
         mirrors, shared, _ = _take_apart(self._place(opt_state))
-        return _Updated(self._place(new), mirrors, shared, metrics)
+        return self._place(new), mirrors, shared, metrics
 
     def _place(self, tree):
         if self._mesh is None:
@@ -257,13 +296,17 @@ class LayerwiseStep:
         return jax.lax.with_sharding_constraint(tree, shardings)
 
 
-class _Updated(NamedTuple):
-    """One part of a model after the chain, and what it adds to the metrics."""
+class Tape(NamedTuple):
+    """What the forward pass leaves for the backward pass.
 
-    params: dict[str, Any]
-    mirrors: list[dict[str, Any]]
-    shared: list[Any]
-    metrics: train_step.Metrics
+    Attributes:
+      streams: (B, L, D) before every block, and after the last one.
+      bottlenecks: per block, (B L, R) of every factorised matrix in order of use. They
+        are small, and half of the products that the backward pass would repeat.
+    """
+
+    streams: list[Array]
+    bottlenecks: list[list[Array]]
 
 
 def _summarise(step, loss, parts: Sequence[train_step.Metrics]):
@@ -276,26 +319,132 @@ def _summarise(step, loss, parts: Sequence[train_step.Metrics]):
     return step + 1, {"loss": loss, "grad_norm": jnp.sqrt(jnp.sum(squares))} | largest
 
 
-# A part of a model is a tree of the same form with some of its keys, and with one layer
-# or none: what a chain does by path or by name it does to a part as to the whole.
+def _recording(narrow: list[Array]) -> model.Linear:
+    """`spectral.linear` that leaves its bottlenecks in a list."""
+
+    def linear(x, w):
+        if not spectral.is_factors(w):
+            return spectral.linear(x, w)
+        narrow.append(spectral.contract(x.reshape(-1, x.shape[-1]), w))
+        y = spectral.expand(narrow[-1], w)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return linear
+
+
+def _replaying(narrow: Sequence[Array]) -> model.Linear:
+    """`spectral.linear` that takes its bottlenecks from a list."""
+    remaining = iter(narrow)
+
+    def linear(x, w):
+        if not spectral.is_factors(w):
+            return spectral.linear(x, w)
+        y = _expand_known(x.reshape(-1, x.shape[-1]), w, next(remaining))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return linear
+
+
+@jax.custom_vjp
+def _expand_known(
+    x: Float[Array, "N I"],
+    w: spectral.SpectralFactors | spectral.LowRankFactors,
+    h: Float[Array, "N R"],
+) -> Float[Array, "N O"]:
+    """`spectral.linear` for a known h = `contract(x, w)`, with its gradient."""
+    del x
+    return spectral.expand(h, w)
+
+
+def _expand_known_forward(x, w, h):
+    return spectral.expand(h, w), (x, w, h)
+
+
+def _expand_known_backward(residuals, dy):
+    x, w, h = residuals
+    first, last = w[0].astype(x.dtype), w[-1].astype(x.dtype)
+    dh, wide = dy @ last, h
+    middle = {}
+    if isinstance(w, spectral.SpectralFactors):
+        s = w.s.astype(x.dtype)
+        middle["s"] = jnp.sum(h * dh, axis=0).astype(w.s.dtype)
+        dh, wide = dh * s, h * s
+    grads = (_outer_sum(x, dh, w[0].dtype), _outer_sum(dy, wide, w[-1].dtype))
+    ends = dict(zip((w._fields[0], w._fields[-1]), grads, strict=True))
+    return dh @ first.T, w._replace(**ends, **middle), jnp.zeros_like(h)
+
+
+_expand_known.defvjp(_expand_known_forward, _expand_known_backward)
+
+
+def _outer_sum(x: Float[Array, "N I"], h: Float[Array, "N R"], dtype) -> Array:
+    """x.T @ h; for few rows as a sum that fuses into what is done with each entry.
+
+    A product would be written to memory and read again by every part of an update.
+    """
+    if x.shape[0] > _FEW_ROWS:
+        return (x.T @ h).astype(dtype)
+    total = sum(
+        x[n][:, None].astype(dtype) * h[n][None, :].astype(dtype)
+        for n in range(x.shape[0])
+    )
+    return jnp.asarray(total)
+
+
+# A part of a model is a tree of the same form with some of its keys: what a chain does
+# by path or by name it does to a part as to the whole.
+
+
+class _Part(NamedTuple):
+    """Parameters of a part, and the optimizer state that belongs to them."""
+
+    params: dict[str, Any]
+    mirrors: Sequence[dict[str, Any]]
+    shared: Sequence[Any]
 
 
 def _only(node: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: node[key] for key in keys}
 
 
-def _part(
-    node: dict[str, Any], *, keys: Sequence[str] = (), index: int | None = None
-) -> dict[str, Any]:
-    layers = () if index is None else (node["layers"][index],)
-    return _only(node, keys) | {"layers": layers}
+def _ends(node: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return _only(node, keys) | {"layers": ()}
 
 
-def _join(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    joined: dict[str, Any] = {}
-    for part in parts:
-        joined |= part
-    return joined | {"layers": tuple(w for part in parts for w in part["layers"])}
+def _weights_of(layer: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Keys of a layer that are updated together: one matrix, the first with all norms.
+
+    A matrix, its moments and all that an update makes of it then fit into a cache.
+    """
+    is_matrix = lambda key: spectral.is_factors(layer[key]) or layer[key].ndim >= 2
+    matrices = [key for key in layer if is_matrix(key)]
+    others = [key for key in layer if not is_matrix(key)]
+    return [(*matrices[:1], *others), *((key,) for key in matrices[1:])]
+
+
+def _join(parts: Sequence[_Part], merge: Callable[[Sequence[Any]], Any]) -> _Part:
+    mirrors = zip(*(part.mirrors for part in parts), strict=True)
+    return _Part(
+        merge([part.params for part in parts]),
+        [merge(nodes) for nodes in mirrors],
+        parts[0].shared,
+    )
+
+
+def _merge(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Ends and layers of several parts, in order, as one model."""
+    merged: dict[str, Any] = {}
+    for node in nodes:
+        merged |= node
+    return merged | {"layers": tuple(w for node in nodes for w in node["layers"])}
+
+
+def _merge_layer(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Matrices of one layer, each in a part of its own, as a part with that layer."""
+    layer: dict[str, Any] = {}
+    for node in nodes:
+        layer |= node["layers"][0]
+    return {"layers": (layer,)}
 
 
 _Layout = tuple[Any, tuple[bool, ...]]

@@ -11,6 +11,7 @@ blocks, "head" is absent when tied, and any matrix may be a factor tuple.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from sct_jax import errors, spectral
 
 Params = dict[str, Any]
+Linear = Callable[[Array, spectral.Weight], Array]
 
 BLOCK_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = (*BLOCK_MATRICES, "embedding", "head")
@@ -445,24 +447,28 @@ def block(
     mask: Bool[Array, "B 1 L M"] | None,
     *,
     config: ModelConfig,
+    linear: Linear = spectral.linear,
 ) -> Float[Array, "B L D"]:
-    """Returns the residual stream after one layer: causal attention, then SwiGLU."""
+    """Returns the residual stream after one layer: causal attention, then SwiGLU.
+
+    `linear` is what multiplies by the seven matrices, in the order of their use.
+    """
     batch, length, _ = x_BLD.shape
     heads = lambda y, n: y.reshape(batch, length, n, config.head_dim)
     h_BLD = rms_norm(x_BLD, params["attention_norm"], config.norm_eps)
-    q_BLHK = heads(spectral.linear(h_BLD, params["q"]), config.num_heads)
-    k_BMGK = heads(spectral.linear(h_BLD, params["k"]), config.num_kv_heads)
-    v_BMGK = heads(spectral.linear(h_BLD, params["v"]), config.num_kv_heads)
+    q_BLHK = heads(linear(h_BLD, params["q"]), config.num_heads)
+    k_BMGK = heads(linear(h_BLD, params["k"]), config.num_kv_heads)
+    v_BMGK = heads(linear(h_BLD, params["v"]), config.num_kv_heads)
     attended_BLHK = jax.nn.dot_product_attention(
         rotate(q_BLHK, rope), rotate(k_BMGK, rope), v_BMGK, mask=mask, is_causal=True
     )
-    x_BLD = x_BLD + spectral.linear(
+    x_BLD = x_BLD + linear(
         attended_BLHK.reshape(batch, length, config.d_model), params["o"]
     )
     h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
-    gate_BLF = jax.nn.silu(spectral.linear(h_BLD, params["gate"]))
-    up_BLF = spectral.linear(h_BLD, params["up"])
-    return x_BLD + spectral.linear(gate_BLF * up_BLF, params["down"])
+    gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
+    up_BLF = linear(h_BLD, params["up"])
+    return x_BLD + linear(gate_BLF * up_BLF, params["down"])
 
 
 def rms_norm(

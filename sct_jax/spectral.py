@@ -68,16 +68,26 @@ def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
       x: activations; their dtype is the compute dtype.
       w: a dense array (I, O) or factors without layer axes.
     """
-    w = jax.tree.map(lambda p: p.astype(x.dtype), w)
     # One axis of rows: for gradients over two, XLA on CPU transposes the activations.
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, SpectralFactors):
-        y = ((rows @ w.u) * w.s) @ w.v.T
-    elif isinstance(w, LowRankFactors):
-        y = (rows @ w.a) @ w.b.T
-    else:
-        y = rows @ w
+    y = expand(contract(rows, w), w) if is_factors(w) else rows @ w.astype(x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def contract(
+    x: Float[Array, "N I"], w: SpectralFactors | LowRankFactors
+) -> Float[Array, "N R"]:
+    """Returns x @ u, or x @ a: the low-rank bottleneck, all that `expand` needs."""
+    return x @ w[0].astype(x.dtype)
+
+
+def expand(
+    h: Float[Array, "N R"], w: SpectralFactors | LowRankFactors
+) -> Float[Array, "N O"]:
+    """Returns what `linear` does from its bottleneck h: h diag(s) v.T, or h b.T."""
+    if isinstance(w, SpectralFactors):
+        h = h * w.s.astype(h.dtype)
+    return h @ w[-1].astype(h.dtype).T
 
 
 def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:

@@ -1,0 +1,42 @@
+"""Llama-3-70B's shape with every matrix at rank 32, in the memory of a laptop.
+
+  python -m experiments.step70b                                  # five measured steps
+  python -m experiments.pretrain --config=configs/llama70b_r32.py
+
+All seven matrices of a layer, the embedding and the head are factors: 424,257,024
+parameters for 70,553,706,496 (SCT, arXiv 2604.00733, has 452 million, attention without
+a softmax, and neither embedding nor head). Hardware: two CPU cores and 8 GB. It shows
+what a step costs, with 8 tokens; it is no recipe for training such a model.
+"""
+
+from sct_jax import config, data, model, optimizers
+
+VARIANTS = ("70b",)
+
+
+def get_config(variant: str = "70b") -> config.ExperimentConfig:
+    del variant  # there is one
+    return config.ExperimentConfig(
+        num_steps=5,
+        step="layerwise",
+        log_every=1,
+        model=model.ModelConfig(
+            d_model=8192,
+            d_ff=28672,
+            num_layers=80,
+            num_heads=64,
+            num_kv_heads=8,
+            vocab_size=128256,
+            rank=32,
+            spectral=model.MATRICES,
+            tie_embeddings=False,
+            rope_theta=500_000.0,
+            scan_layers=False,
+        ),
+        data=data.DataConfig(batch_size=1, seq_len=8),
+        optimizer=optimizers.OptimizerConfig(
+            peak_learning_rate=3e-4, schedule="constant"
+        ),
+        checkpoint=config.CheckpointConfig(every=1000, keep=1),
+        eval=config.EvalConfig(every=1000, num_batches=1),
+    )
