@@ -3,7 +3,10 @@
   python -m experiments.step70b                                  # five measured steps
   python -m experiments.pretrain --config=configs/llama70b_r32.py
 
-All seven matrices of a layer, the embedding and the head are factors: 424,257,024
+Variants:
+  70b    the only one.
+
+All seven matrices of a layer, the embedding and the head are factors: 424,257,088
 parameters for 70,553,706,496 (SCT, arXiv 2604.00733, has 452 million, attention without
 a softmax, and neither embedding nor head). Hardware: two CPU cores and 8 GB. It shows
 what a step costs, with 8 tokens; it is no recipe for training such a model.

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from sct_jax import errors, spectral
 
@@ -243,7 +243,7 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     return params if config.scan_layers else unstack_layers(params)
 
 
-def layer_keys(key: PRNGKeyArray, num_layers: int) -> PRNGKeyArray:
+def layer_keys(key: PRNGKeyArray, num_layers: int) -> Key[Array, " N"]:
     """Returns the keys of all layers, (num_layers,), from the key of a model."""
     return jax.random.split(jax.random.fold_in(key, 2), num_layers)
 

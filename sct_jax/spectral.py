@@ -70,7 +70,10 @@ def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
     """
     # One axis of rows: for gradients over two, XLA on CPU transposes the activations.
     rows = x.reshape(-1, x.shape[-1])
-    y = expand(contract(rows, w), w) if is_factors(w) else rows @ w.astype(x.dtype)
+    if is_factors(w):
+        y = expand(contract(rows, w), w)
+    else:
+        y = rows @ jnp.asarray(w, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -272,6 +272,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(experiment, finished, workdir
     assert_same_params(loop.load_run(workdir).params, loop.load_run(finished[0]).params)
 
 
+def test_a_layerwise_run_resumes_and_is_the_ordinary_one(experiment, tmp_path):
+    config = dataclasses.replace(
+        experiment,
+        step="layerwise",
+        model=dataclasses.replace(experiment.model, scan_layers=False),
+        optimizer=dataclasses.replace(experiment.optimizer, grad_clip=None),
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(config, whole)[0] == 0
+    shutil.copytree(whole, parts)
+    forget_after(parts, 3)
+    assert train(config, parts)[0] == 0
+    assert timeless(rows(parts)) == timeless(rows(whole))
+    assert_same_params(loop.load_run(parts).params, loop.load_run(whole).params)
+    ordinary = dataclasses.replace(config, step="whole")
+    assert train(ordinary, tmp_path / "ordinary")[0] == 0
+    found, wanted = rows(whole), rows(tmp_path / "ordinary")
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for row, other in zip(found, wanted, strict=True):
+        if "train/loss" in row:
+            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
+
+
 def test_a_run_can_be_made_longer_and_logged_otherwise(experiment, finished, workdir):
     longer = dataclasses.replace(experiment, num_steps=11, log_every=1)
     code, text = train(longer, workdir)

@@ -90,8 +90,9 @@ def round_stochastically(
     """Returns x in bfloat16: one of its two neighbours, the nearer one more often.
 
     Up with the probability of what is cut off, over all values of `salt`. The random
-    bits are a hash of x and salt, so equal arguments give equal results, whatever the
-    order, sharding or stacking of the arrays. Infinities and NaN stay.
+    bits are a hash of x, of its place in the last two axes, and of salt, so equal
+    arguments give equal results, whatever the sharding or stacking of the arrays.
+    Infinities and NaN stay.
 
     Args:
       x: float32.
@@ -103,6 +104,10 @@ def round_stochastically(
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = bits + salt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    # Equal numbers at different places are rounded apart; layers need not be.
+    for axis, odd in zip(range(x.ndim)[-2:], (0x85EBCA6B, 0xC2B2AE35), strict=False):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        noise = noise + place * jnp.uint32(odd)
     noise = (noise ^ (noise >> 16)) * jnp.uint32(0x21F0AAAD)
     noise = (noise ^ (noise >> 15)) * jnp.uint32(0x735A2D97)
     noise = (noise ^ (noise >> 15)) & jnp.uint32(0xFFFF)

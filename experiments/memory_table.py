@@ -1,0 +1,144 @@
+"""Prints what training takes in memory: per matrix, and for whole models.
+
+python -m experiments.memory_table
+python -m experiments.memory_table --rank=64 --json=memory.json
+
+Bytes are weight, gradient and Adam's two moments in float32, computed from shapes; in
+the column "measured" a step of Adam was taken on one matrix, and the arrays that it
+needs were counted on the device. Activations are not included.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import rich.console
+import rich.table
+
+from configs import llama70b_r32, smollm_r128
+from sct_jax import accounting, config, layerwise, optimizers, spectral
+
+# The MLP matrices of the paper's table.
+MATRICES = {
+    "SmolLM2-135M": (576, 1536),
+    "SmolLM2-1.7B": (2048, 8192),
+    "LLaMA-7B": (4096, 11008),
+    "Qwen-27B": (4096, 17408),
+    "LLaMA-70B": (8192, 28672),
+}
+MEASURED_BYTES = 2_000_000_000  # larger ones are computed alone
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    parser = config.FlagParser(__doc__ or "")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the matrices")
+    parser.add_argument("--json", help="file for the same figures")
+    flags, overrides = parser.parse(sys.argv[1:] if argv is None else argv)
+    if overrides:
+        config.fail("--config: there is nothing to configure here")
+    smallest = min(min(shape) for shape in MATRICES.values())
+    if not 1 <= flags.rank <= smallest:
+        config.fail(f"--rank: {flags.rank} is not in 1..{smallest}")
+    figures = {"matrices": matrices(flags.rank), "models": models()}
+    console = rich.console.Console()
+    console.print(_table(f"one MLP matrix at rank {flags.rank}", figures["matrices"]))
+    console.print(_table("whole models, as configured", figures["models"]))
+    if flags.json:
+        pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def matrices(rank: int) -> dict[str, dict[str, float | None]]:
+    """Returns bytes per matrix: dense and spectral, computed and measured."""
+    rows = {}
+    for name, (fan_in, fan_out) in MATRICES.items():
+        dense = accounting.matrix_bytes(fan_in, fan_out, None)
+        low_rank = accounting.matrix_bytes(fan_in, fan_out, rank)
+        rows[f"{name}, {fan_in} x {fan_out}"] = {
+            "dense": dense,
+            "dense, measured": (
+                measured_bytes(fan_in, fan_out, None)
+                if dense <= MEASURED_BYTES
+                else None
+            ),
+            "spectral": low_rank,
+            "spectral, measured": measured_bytes(fan_in, fan_out, rank),
+            "ratio": dense / low_rank,
+        }
+    return rows
+
+
+def measured_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
+    """Returns the bytes on the device after a gradient and a step on one matrix."""
+    before = {id(x) for x in jax.live_arrays()}
+    if rank is None:
+        w, tx = jnp.zeros((fan_in, fan_out)), optax.adamw(1e-3)
+    else:
+        w = spectral.init(jax.random.key(0), fan_in, fan_out, rank)
+        tx = optimizers.sct(1e-3)
+    state = tx.init(w)
+    x = jnp.ones((1, fan_in))
+    grads = jax.jit(jax.grad(lambda w: spectral.linear(x, w).sum()))(w)
+
+    @jax.jit
+    def step(grads, state, w):
+        updates, state = tx.update(grads, state, w)
+        return optax.apply_updates(w, updates), state
+
+    w, state = jax.block_until_ready(step(grads, state, w))
+    ours = jax.tree.leaves((w, grads, state))
+    return sum(a.nbytes for a in ours if id(a) not in before)
+
+
+def models() -> dict[str, dict[str, float]]:
+    """Returns bytes of whole models, dense and spectral, with both kinds of step."""
+    rows = {}
+    shapes = {
+        f"SmolLM2-{variant.upper()}, MLP at R 128": smollm_r128.get_config(variant)
+        for variant in ("135m", "360m", "1.7b")
+    } | {"Llama-3-70B, all at R 32": llama70b_r32.get_config()}
+    for name, experiment in shapes.items():
+        shape = experiment.model
+        tx = optimizers.sct(1e-3)
+        dense = accounting.parameters(accounting.dense_config(shape))
+        batch: dict[str, Any] = {
+            key: jax.ShapeDtypeStruct((1, 8), jnp.int32)
+            for key in ("inputs", "targets")
+        }
+        walked = accounting.layerwise_bytes(layerwise.stack_of(shape), tx, batch)
+        rows[name] = {
+            "parameters": accounting.parameters(shape),
+            "dense": 16 * dense,
+            "spectral": accounting.step_bytes(shape, tx)["total"],
+            "layerwise, 8 tokens": walked["total"],
+            "ratio": 16 * dense / walked["total"],
+        }
+    return rows
+
+
+def _table(title: str, rows: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table(title=title, title_justify="left")
+    table.add_column("")
+    for column in next(iter(rows.values())):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(_cell(column, value) for column, value in row.items()))
+    return table
+
+
+def _cell(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if column == "parameters":
+        return f"{value:,.0f}"
+    return f"{value:.1f}x" if column == "ratio" else f"{value / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

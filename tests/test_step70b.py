@@ -1,0 +1,166 @@
+"""The measured 70B-class step, on tiny shapes; no figure of time is asserted."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from experiments import first_tokens, memory_table, step70b
+from sct_jax import accounting, config, errors, layerwise
+
+CONFIG = "configs/llama70b_r32.py"
+TINY = [
+    f"--config.model.{name}={value}"
+    for name, value in {
+        "d_model": 32,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "vocab_size": 4096,
+        "rank": 4,
+    }.items()
+]
+
+
+@pytest.fixture(autouse=True)
+def tokens(monkeypatch):
+    """Ids without the child process and its corpus."""
+    monkeypatch.setattr(
+        first_tokens, "read_first_tokens", lambda count: list(range(count))
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        ([], None),
+        (["--reference-attention"], 2 * (4 * (64 * 4 + 4) + 3 * (80 * 4 + 4) + 64)),
+        (["--moment-dtype=bfloat16", "--tokens=20"], None),
+    ],
+    ids=["real", "reference", "bfloat16"],
+)
+def test_it_prints_and_writes_what_it_measured(tmp_path, capsys, flags, parameters):
+    path = tmp_path / "step.json"
+    faster = "--config.optimizer.peak_learning_rate=1e-2"
+    assert step70b.main([*TINY, "--steps=4", faster, f"--json={path}", *flags]) == 0
+    figures = json.loads(path.read_text())
+    printed = capsys.readouterr().out
+    assert f"{figures['parameters']:,}" in printed
+    if parameters is not None:
+        assert figures["parameters"] == parameters
+    assert len(figures["losses"]) == 4
+    assert figures["losses"][-1] < figures["losses"][0]
+    assert 0 < figures["orthonormality_error"] < 4e-6
+    assert figures["seconds_per_step"] > 0
+    sizes = figures["bytes_by_formula"]
+    per_parameter = 4 if "--moment-dtype=bfloat16" in flags else 8
+    assert sizes["parameters"] == 4 * figures["parameters"]
+    # Counts of the chain are a few bytes more.
+    extra = sizes["optimizer"] - per_parameter * figures["parameters"]
+    assert 0 <= extra <= 64
+    assert figures["peak_rss_bytes"] > sizes["total"]
+    assert figures["tokens_per_step"] == (20 if "--tokens=20" in flags else 8)
+
+
+def test_the_shapes_are_those_of_the_papers():
+    experiment = config.load(CONFIG)
+    dense = accounting.dense_config(experiment.model)
+    assert accounting.parameters(experiment.model) == 424_257_088
+    assert accounting.parameters(dense) == 70_553_706_496  # Llama-3-70B
+    job = step70b.make_job(experiment, reference_attention=True)
+    step = layerwise.make_train_step(job.stack, job.tx)
+    params = jax.eval_shape(step.init, jax.random.key(0)).params
+    assert accounting.count(params) == 452_216_320  # of the SCT paper
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank=64"], "model.rank: rank 64"),
+        (["--moment-dtype=float16"], "optimizer.moment_dtype"),
+        (["--token=3"], "did you mean '--tokens'"),
+        (["--steps=1"], "--steps"),
+        (["--config.step=whole"], "step: "),
+        (["--config.model.vocab_size=100"], "model.vocab_size"),
+        (["--config.optimizer.grad_clip=1"], "optimizer.grad_clip"),
+    ],
+)
+def test_bad_flags_are_refused(capsys, flags, message):
+    with pytest.raises(SystemExit) as caught:
+        step70b.main([*TINY, *flags])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(capsys, monkeypatch):
+    # Two million tokens of 8,192 numbers, in 81 streams.
+    monkeypatch.setattr(step70b, "measure", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as caught:
+        step70b.main(["--tokens=2000000"])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "memory: the step needs" in message
+    assert "GB are free" in message
+
+
+def test_memory_that_is_enough_or_unknown_is_no_error(monkeypatch):
+    step70b.check_memory({"total": 10}, available=10)
+    with pytest.raises(errors.ConfigError, match="memory"):
+        step70b.check_memory({"total": 11}, available=10)
+    monkeypatch.setattr(step70b, "available_memory", lambda: None)
+    step70b.check_memory({"total": 10**18})
+
+
+def test_the_formula_counts_the_state_and_one_layer_of_gradients():
+    shape = dataclasses.replace(
+        config.load(CONFIG).model,
+        d_model=32,
+        d_ff=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=64,
+        rank=4,
+    )
+    tx = config.load(CONFIG).optimizer.build(5)
+    batch = {
+        name: jax.ShapeDtypeStruct((2, 8), "int32") for name in ("inputs", "targets")
+    }
+    sizes = accounting.layerwise_bytes(layerwise.stack_of(shape), tx, batch)
+    params = 4 * accounting.parameters(shape)
+    assert sizes["parameters"] == params
+    assert 2 * params < sizes["optimizer"] <= 2 * params + 64
+    # Embedding and head, (64 + 32) x 4 numbers and 4 each, are less than a layer.
+    assert sizes["gradients"] == 4 * accounting.block_parameters(shape)
+    # Four streams of 16 rows, and of three layers seven bottlenecks of rank 4.
+    assert sizes["streams"] == 4 * 16 * (4 * 32 + 3 * 7 * 4)
+    assert sizes["total"] == sum(sizes.values()) - sizes["total"]
+    longer = batch | {
+        name: jax.ShapeDtypeStruct((2, 16), "int32") for name in ("inputs", "targets")
+    }
+    more = accounting.layerwise_bytes(layerwise.stack_of(shape), tx, longer)
+    assert more["block"] > 2 * sizes["block"]  # scores grow with the square
+
+
+def test_a_matrix_takes_what_the_paper_says():
+    assert round(accounting.matrix_bytes(8192, 28672, 32) / 1e6, 1) == 18.9
+    assert round(accounting.matrix_bytes(8192, 28672, None) / 1e6) == 3758
+    for rank in (None, 4):
+        found = memory_table.measured_bytes(48, 80, rank)
+        # Counts of the chain are a few bytes more.
+        assert 0 <= found - accounting.matrix_bytes(48, 80, rank) <= 64
+
+
+def test_the_memory_table_is_printed_and_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory_table, "MATRICES", {"tiny": (48, 80)})
+    path = tmp_path / "memory.json"
+    assert memory_table.main(["--rank=4", f"--json={path}"]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["matrices"]["tiny, 48 x 80"]["dense"] == 16 * 48 * 80
+    assert figures["models"]["Llama-3-70B, all at R 32"]["parameters"] == 424_257_088
+    assert "424,257,088" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        memory_table.main(["--rank=49"])
+    assert caught.value.code == 2
