@@ -136,11 +136,11 @@ def layerwise_bytes(
     layer, ends = state.params["layers"][0], state.params | {"layers": ()}
     tape = jax.eval_shape(step.forward, state.params, batch)
 
-    def pull_back(layer, x):
+    def pull_back(layer, x, batch):
         block = lambda layer, x: stack.block(layer, x, batch, spectral.linear)
         return jax.vjp(block, layer, x)[1]
 
-    kept = num_bytes(jax.eval_shape(pull_back, layer, tape.streams[0]))
+    kept = num_bytes(jax.eval_shape(pull_back, layer, tape.streams[0], batch))
     sizes = {
         "parameters": num_bytes(state.params),
         "optimizer": num_bytes(state.opt_state),

@@ -1,6 +1,7 @@
 """The measured 70B-class step, on tiny shapes; no figure of time is asserted."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from experiments import first_tokens, memory_table, step70b
 from sct_jax import accounting, config, errors, layerwise
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CONFIG = "configs/llama70b_r32.py"
 TINY = [
     f"--config.model.{name}={value}"
@@ -36,8 +38,8 @@ def tokens(monkeypatch):
     ("flags", "parameters"),
     [
         ([], None),
-        (["--reference-attention"], 2 * (4 * (64 * 4 + 4) + 3 * (80 * 4 + 4) + 64)),
-        (["--moment-dtype=bfloat16", "--tokens=20"], None),
+        slow(["--reference-attention"], 2 * (4 * (64 * 4 + 4) + 3 * (80 * 4 + 4) + 64)),
+        slow(["--moment-dtype=bfloat16", "--tokens=20"], None),
     ],
     ids=["real", "reference", "bfloat16"],
 )
