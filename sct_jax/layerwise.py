@@ -1,10 +1,11 @@
 """The training step that walks the layers backwards, one at a time.
 
 For each layer in turn it computes the gradient, runs the optimizer chain and replaces
-the parameters, so that the gradients of two layers never exist together and nothing of
-the state is copied: the memory of a step is parameters, optimizer state, one residual
-stream per layer, and one layer's gradients. The loop runs on the host, over two
-compiled functions per shape of layer (as a `lax.fori_loop` XLA would copy the state).
+the parameters, so that gradients never exist all at once and nothing of the state is
+copied: the memory of a step is parameters, optimizer state, one residual stream per
+layer, and the gradients of one layer, or two while work is dispatched ahead. The loop
+runs on the host, over functions that are compiled once per shape of layer or matrix (as
+a `lax.fori_loop` XLA would copy the state).
 
 It takes the chains of `optimizers` as they are, where their rules are local: what a
 weight does may depend on no other layer. `check_local` says which are.
@@ -217,6 +218,9 @@ class LayerwiseStep:
         )
         parts = [update(grads | {"layers": ()}, lambda node: _ends(node, self._own))]
         for index in reversed(range(len(params["layers"]))):
+            # Dispatch runs ahead of the device, and what it allocates with it: without
+            # this wait the gradients of many layers would exist.
+            jax.block_until_ready(parts[-2:][0].params)
             grads, dx = self._block_grads(
                 params["layers"][index],
                 tape.streams.pop(),
