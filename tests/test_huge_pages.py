@@ -1,0 +1,35 @@
+"""Programs start again with huge pages once, and only where that does something."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments import huge_pages
+
+PROGRAM = (
+    "from experiments import huge_pages; huge_pages.restart_with_huge_pages(); "
+    "import os, sys; print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.check=0"])
+def test_the_same_command_goes_on(given):
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    if given:
+        environment["GLIBC_TUNABLES"] = given
+    command = [sys.executable, "-c", PROGRAM, "--flag=1", "two words"]
+    child = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    wanted = given or "glibc.malloc.hugetlb=1"
+    assert child.stdout.strip() == f"{wanted} ['--flag=1', 'two words']"
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again"))
+    huge_pages.restart_with_huge_pages()
