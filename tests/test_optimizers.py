@@ -191,16 +191,6 @@ def test_a_decay_mask_replaces_the_rule():
     np.testing.assert_array_equal(updates["stack"].s, np.zeros((2, 4)))
 
 
-def test_the_first_moment_may_be_bfloat16():
-    params = as_params(start())
-    state = optimizers.sct(1e-2, moment_dtype=jnp.bfloat16).init(params)
-    dtypes = lambda name: {
-        x.dtype for x in jax.tree.leaves(optax.tree.get(state, name))
-    }
-    assert dtypes("mu") == {jnp.dtype("bfloat16")}
-    assert dtypes("nu") == {jnp.dtype("float32")}
-
-
 @pytest.mark.parametrize(
     "static",
     [
