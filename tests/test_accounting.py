@@ -175,9 +175,9 @@ def test_bytes_of_a_step(moment_dtype):
     tx = optimizer.build(10, decay_mask=model.decay_mask)
     sizes = accounting.step_bytes(config, tx)
     entries = expected_parameters(config)
-    first = 4 if moment_dtype == "float32" else 2
+    moment = 4 if moment_dtype == "float32" else 2
     assert sizes["parameters"] == sizes["gradients"] == 4 * entries
-    counters = sizes["optimizer"] - (first + 4) * entries
+    counters = sizes["optimizer"] - 2 * moment * entries
     assert 0 < counters <= 64  # Adam's and the schedule's step counts
     assert sizes["total"] == 8 * entries + sizes["optimizer"]
 
