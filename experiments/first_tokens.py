@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = config.FlagParser(__doc__ or "")
     parser.add_argument("--count", type=int, default=9, help="how many")
-    flags, _ = parser.parse(sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     with contextlib.redirect_stdout(sys.stderr):
         corpus = data.prepare(data.DataConfig(), vocab_size=VOCAB_SIZE)
     available = len(corpus.train)

@@ -234,7 +234,7 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
         "orthonormality_error": error,
         "losses": losses,
         "machine": rates,
-        "roofline": roofline(job, rates),
+        "roofline": roofline(state, _num_tokens(job), rates),
         "shares": _shares(job, step, state),
     }
 
@@ -267,21 +267,19 @@ def machine_rates() -> dict[str, float]:
     }
 
 
-def roofline(job: Job, rates: dict[str, float]) -> dict[str, float]:
+def roofline(
+    state: train_state.TrainState, num_tokens: int, rates: dict[str, float]
+) -> dict[str, float]:
     """Returns the least a step moves and computes, and the seconds that alone takes.
 
     Bytes: parameters are read by the forward pass and again by the backward pass,
     parameters and optimizer state are read and written by the update. FLOPs: matrix
     products of both passes, and 4 R per entry of a factor for its retraction.
     """
-    step = layerwise.make_train_step(job.stack, job.tx)
-    state = jax.eval_shape(step.init, jax.random.key(0))
     params = accounting.num_bytes(state.params)
     moved = 4 * params + 2 * accounting.num_bytes(state.opt_state)
     products = sum(
-        6 * _num_tokens(job) * x.size
-        for x in jax.tree.leaves(state.params)
-        if x.ndim == 2
+        6 * num_tokens * x.size for x in jax.tree.leaves(state.params) if x.ndim == 2
     )
     retraction = sum(
         4 * w.s.shape[-1] * (w.u.size + w.v.size)

@@ -263,6 +263,13 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"unknown argument {flag!r}{errors.nearest(flag, known)}")
         return namespace, overrides
 
+    def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Returns the flags of a command that has no configuration to override."""
+        flags, overrides = self.parse(argv)
+        if overrides:
+            self.error("--config: there is nothing to configure here")
+        return flags
+
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with code 2."""
         self.exit(2, f"error: {message}\n(--help lists the flags)\n")

@@ -326,24 +326,26 @@ def _summarise(step, loss, parts: Sequence[train_step.Metrics]):
 def _recording(narrow: list[Array]) -> model.Linear:
     """`spectral.linear` that leaves its bottlenecks in a list."""
 
-    def linear(x, w):
-        if not spectral.is_factors(w):
-            return spectral.linear(x, w)
-        narrow.append(spectral.contract(x.reshape(-1, x.shape[-1]), w))
-        y = spectral.expand(narrow[-1], w)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+    def expand(rows, w):
+        narrow.append(spectral.contract(rows, w))
+        return spectral.expand(narrow[-1], w)
 
-    return linear
+    return _linear_by(expand)
 
 
 def _replaying(narrow: Sequence[Array]) -> model.Linear:
     """`spectral.linear` that takes its bottlenecks from a list."""
     remaining = iter(narrow)
+    return _linear_by(lambda rows, w: _expand_known(rows, w, next(remaining)))
+
+
+def _linear_by(expand: Callable[[Array, Any], Array]) -> model.Linear:
+    """`spectral.linear`, with another way from rows (N, I) and factors to (N, O)."""
 
     def linear(x, w):
         if not spectral.is_factors(w):
             return spectral.linear(x, w)
-        y = _expand_known(x.reshape(-1, x.shape[-1]), w, next(remaining))
+        y = expand(x.reshape(-1, x.shape[-1]), w)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return linear
