@@ -422,7 +422,7 @@ def spectral_radius_bound(
       m: real matrices; with a threshold, products of two positive semidefinite ones,
         whose traces bound the radius from below: trace(m^2p) <= k radius^2p.
       squarings: at most so many.
-      threshold: fewer are done once every radius is known to a fifth, and known to
+      threshold: fewer are done once every radius is known to a tenth, and known to
         lie on one side of its threshold: the result is then on that side too.
     """
     tiny = jnp.finfo(m.dtype).tiny
@@ -456,7 +456,7 @@ def spectral_radius_bound(
         upper, lower = jnp.exp(total), jnp.exp(total + log_ratio)
         decided = (upper <= threshold) | (lower > threshold)
         # A NaN is as settled as it will ever be.
-        return (decided & (log_ratio > -math.log(1.2))) | zero | jnp.isnan(total)
+        return (decided & (log_ratio > -math.log(1.1))) | zero | jnp.isnan(total)
 
     m, peak, norm = normalise(m)
     zero = peak == 0

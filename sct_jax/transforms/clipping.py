@@ -17,7 +17,7 @@ LOSSLESS = "lossless"  # keeps all of the product, see `transport.retract_lossle
 # for ranks up to 256; the promise is 1 %.
 _SQUARINGS = 8
 _AIM = 0.97  # of the bound: where the next trial should land
-_ENOUGH = 0.9  # of the bound: then the search ends
+_ENOUGH = 0.95  # of the bound: then the search ends; the norm itself is above 0.9
 _MAX_ROUNDS = 14
 
 
