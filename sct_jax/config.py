@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from sct_jax import data as data_lib
 from sct_jax import errors, layerwise, optimizers, sharding
@@ -109,7 +109,7 @@ class ExperimentConfig:
             self.checkpoint,
             self.eval,
         )
-        for name, value in _flatten(dataclasses.asdict(self)).items():
+        for name, value in flatten(dataclasses.asdict(self)).items():
             finite = not isinstance(value, float) or math.isfinite(value)
             errors.check(name, finite, f"{value} is not finite")
         for group in groups:
@@ -162,6 +162,17 @@ RESUMABLE = (
 )
 
 
+@typing.runtime_checkable
+class Validated(Protocol):
+    """A configuration that can tell whether it fits together."""
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field."""
+
+
+V = TypeVar("V", bound=Validated)
+
+
 def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ExperimentConfig:
     """Returns the validated configuration of "path.py" or "path.py:variant".
 
@@ -172,8 +183,18 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> ExperimentConf
     Raises:
       ConfigError: for a file, variant, field or value that does not exist or fit.
     """
+    return load_as(ExperimentConfig, spec, overrides)
+
+
+def load_as(kind: type[V], spec: str, overrides: Iterable[tuple[str, str]] = ()) -> V:
+    """Returns what `load` does, for a file whose `get_config` returns a `kind`."""
     path, _, variant = spec.partition(":")
     config = _call_get_config(pathlib.Path(path), variant)
+    errors.check(
+        "--config",
+        isinstance(config, kind),
+        f"get_config of {path} returned {type(config).__name__}, no {kind.__name__}",
+    )
     for field, text in overrides:
         config = override(config, field, text)
     config.validate()
@@ -207,15 +228,18 @@ def from_dict(values: Mapping[str, Any], kind: type[T] = ExperimentConfig) -> T:
         if dataclasses.is_dataclass(hints[name]):
             errors.check(f"config.json {name}", isinstance(value, dict), "not a group")
             value = from_dict(value, typing.cast(type, hints[name]))
-        elif isinstance(value, list):
-            value = tuple(value)
-        arguments[name] = value
+        arguments[name] = _as_tuples(value)
     return kind(**arguments)
+
+
+def _as_tuples(value: Any) -> Any:
+    """The value with tuples for the lists that JSON makes of them."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     """Returns a sentence for every difference that forbids resuming old as new."""
-    flat_old, flat_new = _flatten(to_dict(old)), _flatten(to_dict(new))
+    flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
     found = []
     for name in sorted(flat_old.keys() | flat_new.keys()):
         before, after = flat_old.get(name), flat_new.get(name)
@@ -333,20 +357,14 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
     return module
 
 
-def _call_get_config(path: pathlib.Path, variant: str) -> ExperimentConfig:
+def _call_get_config(path: pathlib.Path, variant: str) -> Any:
     module = _load_module(path)
     if variant:
         errors.check_choice("--config variant", variant, tuple(_variants(module)))
     try:
-        config = module.get_config(variant=variant) if variant else module.get_config()
+        return module.get_config(variant=variant) if variant else module.get_config()
     except (AttributeError, TypeError) as error:
         raise errors.ConfigError(f"--config: {path}: {error}") from error
-    errors.check(
-        "--config",
-        isinstance(config, ExperimentConfig),
-        f"get_config of {path} returned {type(config).__name__}, no ExperimentConfig",
-    )
-    return config
 
 
 def _variants(module: types.ModuleType) -> Iterable[str]:
@@ -377,7 +395,7 @@ def _override(config: Any, keys: list[str], text: str, *, prefix: str) -> Any:
 
 
 def _nearest_anywhere(key: str) -> str:
-    names = list(_flatten(to_dict(ExperimentConfig())))
+    names = list(flatten(to_dict(ExperimentConfig())))
     same = [name for name in names if name.rpartition(".")[2] == key]
     return f"; did you mean {same[0]!r}?" if same else ""
 
@@ -402,7 +420,8 @@ def _parse(name: str, kind: Any, text: str) -> Any:
             if option is str:
                 return text
             if typing.get_origin(option) is tuple:
-                return _parse_tuple(text)
+                item_kind = typing.get_args(option)[0]
+                return tuple(_parse(name, item_kind, x) for x in _split_tuple(text))
         except (KeyError, ValueError, OverflowError):
             continue
     wanted = " or ".join(
@@ -412,7 +431,7 @@ def _parse(name: str, kind: Any, text: str) -> Any:
     raise errors.ConfigError(f"{name}: {text!r} is not a value of type {wanted}")
 
 
-def _parse_tuple(text: str) -> tuple[str, ...]:
+def _split_tuple(text: str) -> tuple[str, ...]:
     if text.startswith(("(", "[")):
         try:
             return tuple(str(item) for item in ast.literal_eval(text))
@@ -421,18 +440,19 @@ def _parse_tuple(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one, with dotted keys."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
 
 
 def _field_help() -> str:
-    defaults = _flatten(to_dict(ExperimentConfig()))
+    defaults = flatten(to_dict(ExperimentConfig()))
     lines = [f"  --config.{name}={value}" for name, value in defaults.items()]
     return "Fields, with the defaults that a config file starts from:\n" + "\n".join(
         lines

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import math
 import os
 import pathlib
 import signal
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import rich.console
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray
 
@@ -28,6 +26,7 @@ from sct_jax import (
     checkpoint,
     data,
     errors,
+    evaluation,
     layerwise,
     metrics,
     model,
@@ -217,7 +216,7 @@ def _train(
         vocab_size=config.model.vocab_size,
         log=lambda text: metrics.say(console, text),
     )
-    evaluate = _make_evaluation(setup, corpus)
+    evaluate = evaluation.make_evaluation(config, corpus, setup.mesh)
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.checkpoint.keep
     )
@@ -327,7 +326,7 @@ class _Run:
         for step in range(start_step + 1, config.num_steps + 1):
             last = step == config.num_steps
             logged = last or step == 1 or step % config.log_every == 0
-            batch = _to_devices(next(batches), mesh)
+            batch = evaluation.to_devices(next(batches), mesh)
             state, values = compiled(state, batch, jnp.asarray(logged))
             self._log_pending()
             self._progress.advance(step)
@@ -359,14 +358,13 @@ class _Run:
     ) -> train_state.TrainState | None:
         """The state with the ranks of this step; None where all stay as they are."""
         config, mesh = self._setup.config, self._setup.mesh
-        found = rank.weights(state.params, state.opt_state)
-        active = rank.decide(found, config.rank, budget=self._rank_budget)
-        if all(np.array_equal(active[name], w.active) for name, w in found.items()):
+        change = rank.next_change(
+            state.params, state.opt_state, config.rank, budget=self._rank_budget
+        )
+        if change is None:
             return None
-        ranks = {
-            name: rank.stored_rank(w, active[name], config.rank)
-            for name, w in found.items()
-        }
+        before = rank.stored_ranks(state.params)
+        active, ranks = change.active, change.ranks
         began = time.monotonic()
         after = rank.with_ranks(jax.eval_shape(lambda x: x, state), ranks)
 
@@ -386,9 +384,9 @@ class _Run:
             | {f"active_rank/{n}": float(np.mean(a)) for n, a in active.items()}
         )
         changed = [
-            f"{name} {w.rank} -> {ranks[name]}"
-            for name, w in found.items()
-            if w.rank != ranks[name]
+            f"{name} {before[name]} -> {stored}"
+            for name, stored in ranks.items()
+            if before[name] != stored
         ]
         self._progress.print(
             f"step {step}: stored ranks {', '.join(changed) or 'as before'}; in use "
@@ -471,45 +469,6 @@ class _Run:
                 "corpus": self._corpus_hash,
             },
         )
-
-
-def _make_evaluation(
-    setup: _Setup, corpus: data.Corpus
-) -> Callable[[model.Params], metrics.Row]:
-    """From parameters to the held-out loss of the same text every time."""
-    batches = data.eval_batches(
-        corpus,
-        setup.config.data,
-        num_batches=setup.config.eval.num_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    lengths = corpus.tokenizer.byte_lengths()
-    num_bytes = sum(int(lengths[batch["targets"]].sum()) for batch in batches)
-    num_bytes = int(np.sum(multihost_utils.process_allgather(np.array(num_bytes))))
-    num_tokens = sum(b["targets"].size for b in batches) * jax.process_count()
-    eval_step = jax.jit(train_step.make_eval_step(setup.config.model))
-    placed = [_to_devices(batch, setup.mesh) for batch in batches]
-
-    def evaluate(params: model.Params) -> metrics.Row:
-        losses = [eval_step(params, batch) for batch in placed]
-        loss = float(np.mean([float(value) for value in losses]))
-        return {
-            "eval/loss": loss,
-            # A diverged run is a row too, not an overflow.
-            "eval/perplexity": math.exp(min(loss, 700.0)),
-            "eval/bits_per_byte": loss * num_tokens / num_bytes / math.log(2),
-        }
-
-    return evaluate
-
-
-def _to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> train_step.Batch:
-    rows = NamedSharding(mesh, sharding.BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(rows, array)
-        for name, array in batch.items()
-    }
 
 
 class _Signals:

@@ -385,6 +385,7 @@ def forward(
     config: ModelConfig,
     *,
     segment_ids: Int[Array, "B L"] | None = None,
+    linear: Linear = spectral.linear,
 ) -> Float[Array, "B L V"]:
     """Returns the logits of the next token at every position, in float32.
 
@@ -393,10 +394,13 @@ def forward(
       tokens_BL: token ids.
       config: shape of the model.
       segment_ids: document of each position; attention does not cross documents.
+      linear: what multiplies by the matrices of a layer, see `block`.
     """
     x_BLD = embed(params, tokens_BL, config)
     rope, mask = positions(tokens_BL, config, segment_ids)
-    apply = _rematerialised(functools.partial(block, config=config), config.remat)
+    apply = _rematerialised(
+        functools.partial(block, config=config, linear=linear), config.remat
+    )
     if isinstance(params["layers"], tuple):
         for layer in params["layers"]:
             x_BLD = apply(layer, x_BLD, rope, mask)

@@ -593,7 +593,7 @@ class OptimizerConfig:
                 f"{field.default!r}",
             )
         try:
-            self._chain(0.0)
+            self.chain(0.0)
         except ValueError as error:
             raise errors.ConfigError(f"optimizer: {error}") from error
 
@@ -638,25 +638,32 @@ class OptimizerConfig:
           decay_mask: which leaves decay, where the axes alone do not tell.
           matrix_mask: which leaves are matrices to Muon, likewise.
         """
-        tx = self._chain(
+        return self.chain(
             self.learning_rate(num_steps),
             decay_mask=decay_mask,
             matrix_mask=matrix_mask,
         )
-        if self.grad_clip is not None:
-            tx = optax.chain(optax.clip_by_global_norm(self.grad_clip), tx)
-        return optax.with_extra_args_support(tx)
 
-    def _chain(
-        self, learning_rate: transforms.ScalarOrSchedule, **masks: Mask | None
+    def chain(
+        self, learning_rate: transforms.ScalarOrSchedule, **keywords: Any
     ) -> optax.GradientTransformationExtraArgs:
-        fields = dataclasses.asdict(self) | masks
+        """Returns the transformation at a rate of one's own.
+
+        Args:
+          learning_rate: in the place of `peak_learning_rate` and its schedule.
+          **keywords: of the chain's function, in the place of the fields; those that it
+            does not have are ignored.
+        """
+        fields = dataclasses.asdict(self) | keywords
         if self.nesterov is None:
             del fields["nesterov"]
         known = inspect.signature(CHAINS[self.name]).parameters
-        return CHAINS[self.name](
+        tx = CHAINS[self.name](
             learning_rate, **{k: v for k, v in fields.items() if k in known}
         )
+        if self.grad_clip is not None:
+            tx = optax.chain(optax.clip_by_global_norm(self.grad_clip), tx)
+        return optax.with_extra_args_support(tx)
 
 
 CHAINS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {

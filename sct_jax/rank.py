@@ -206,6 +206,33 @@ def decide(
     return chosen if cost(chosen) <= budget else {n: w.active for n, w in found.items()}
 
 
+class Change(NamedTuple):
+    """A decision that differs from what is in use.
+
+    Attributes:
+      active: columns to use, per weight and layer.
+      ranks: columns to store, per weight.
+    """
+
+    active: dict[str, np.ndarray]
+    ranks: dict[str, int]
+
+
+def next_change(
+    params: Any, opt_state: Any, config: RankConfig, *, budget: int | None = None
+) -> Change | None:
+    """Returns what `resize` should do now; None where all stays as it is.
+
+    See `decide` for the rule and its errors.
+    """
+    found = weights(params, opt_state)
+    active = decide(found, config, budget=budget)
+    if all(np.array_equal(active[name], w.active) for name, w in found.items()):
+        return None
+    ranks = {name: stored_rank(w, active[name], config) for name, w in found.items()}
+    return Change(active, ranks)
+
+
 def stored_rank(w: Weight, active: np.ndarray, config: RankConfig) -> int:
     """Returns the rank to store for so many columns in use: the largest, rounded up."""
     rounded = math.ceil(int(np.max(active)) / config.multiple) * config.multiple

@@ -19,11 +19,19 @@ TrainStep = Callable[
 
 
 def loss_fn(
-    params: model.Params, batch: Batch, config: model.ModelConfig
+    params: model.Params,
+    batch: Batch,
+    config: model.ModelConfig,
+    *,
+    linear: model.Linear = spectral.linear,
 ) -> Float[Array, ""]:
     """Returns the mean next-token loss of a batch, in nats per token."""
     logits = model.forward(
-        params, batch["inputs"], config, segment_ids=batch.get("segment_ids")
+        params,
+        batch["inputs"],
+        config,
+        segment_ids=batch.get("segment_ids"),
+        linear=linear,
     )
     return losses.next_token_cross_entropy(logits, batch["targets"])
 
@@ -33,6 +41,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
+    linear_at: Callable[[Int[Array, ""]], model.Linear] = lambda _: spectral.linear,
 ) -> TrainStep:
     """Returns `train_step(state, batch, diagnose) -> (state, metrics)`, to be jitted.
 
@@ -42,13 +51,20 @@ def make_train_step(
     Metrics are `loss` and `grad_norm` (before clipping) and, where there are factors,
     `orthonormality_error` and `composite_update_norm` of the applied update. Those two
     are computed where `diagnose` is true, and 0 elsewhere.
+
+    Args:
+      config: shape of the model.
+      tx: the update rule.
+      num_microbatches: divides the batch size.
+      linear_at: what multiplies by the matrices of a layer, from the number of updates
+        already applied: for methods that change the forward pass.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def value_and_grad(params, batch):
-        return jax.value_and_grad(loss_fn)(params, batch, config)
+    def accumulate(params, batch, linear):
+        def value_and_grad(params, batch):
+            return jax.value_and_grad(loss_fn)(params, batch, config, linear=linear)
 
-    def accumulate(params, batch):
         if num_microbatches == 1:
             return value_and_grad(params, batch)
         # Each device keeps its rows: micro-batch i takes every n-th of them.
@@ -65,7 +81,7 @@ def make_train_step(
         return jax.tree.map(lambda x: x / num_microbatches, total)
 
     def train_step(state, batch, diagnose):
-        loss, grads = accumulate(state.params, batch)
+        loss, grads = accumulate(state.params, batch, linear_at(state.step))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
@@ -79,10 +95,10 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: model.ModelConfig,
+    config: model.ModelConfig, *, linear: model.Linear = spectral.linear
 ) -> Callable[[model.Params, Batch], Float[Array, ""]]:
     """Returns `eval_step(params, batch) -> loss` in nats per token, to be jitted."""
-    return lambda params, batch: loss_fn(params, batch, config)
+    return lambda params, batch: loss_fn(params, batch, config, linear=linear)
 
 
 def _diagnostics(old: Any, new: Any, wanted: Bool[Array, ""]) -> Metrics:

@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+import texts
 
 # Rank promotion stays allowed: one identity (R, R) serves any stack of layers.
 STRICT = {"test_orthogonalize", "test_stiefel", "test_spectral", "test_transforms"}
@@ -32,3 +33,9 @@ def bounded_memory():
     """Compiled functions of one module do not stay for the next."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    """A glob of small files of text."""
+    return texts.write_corpus(tmp_path_factory.mktemp("text") / "corpus")

@@ -5,7 +5,6 @@ import gc
 import io
 import json
 import math
-import random
 import shutil
 import warnings
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+from texts import write_corpus
 
 from sct_jax import accounting, data, errors, loop, metrics, model, optimizers, rank
 from sct_jax import config as config_lib
@@ -38,17 +38,6 @@ TRAIN_KEYS = {
     "composite_update_norm",
 }
 EVAL_KEYS = {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte"}
-
-
-def write_corpus(folder, *, files=100):
-    """ASCII, so that bytes are characters."""
-    folder.mkdir()
-    for number in range(files):
-        rng = random.Random(number)
-        syllables = ["ka", "to", "mi", "ren", "lu", "\n", "sha"]
-        words = ["".join(rng.choices(syllables, k=3)) for _ in range(100)]
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return str(folder / "*.txt")
 
 
 @pytest.fixture(scope="module")

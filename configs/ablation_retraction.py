@@ -1,0 +1,44 @@
+"""Does the Stiefel constraint change the loss that can be reached?
+
+  python -m experiments.ablation_retraction
+
+Dense AdamW, and Adam on u, s and v of full rank and of rank d/4, with the retraction
+after each step and without it, from the same start, on the same data, for the same
+steps.
+"""
+
+from configs import compare_methods
+from experiments import grid
+
+RATES = (1.5e-3, 3e-3, 6e-3)
+# A retraction that never comes.
+WITHOUT = (("optimizer.name", "tsvd"), ("optimizer.retraction_every", "1000000000"))
+
+
+def get_config() -> grid.Comparison:
+    small = compare_methods.get_config("small")
+    width = small.base.model.d_model
+    dense = next(arm for arm in compare_methods.ARMS if arm.name == "dense AdamW")
+    arms = [dense]
+    for title, rank in (("full rank", width), ("R = d/4", width // 4)):
+        ranked = ("model.rank", str(rank))
+        arms += [
+            grid.Arm(
+                name=f"{title}, retracted",
+                rates=RATES,
+                overrides=(ranked,),
+                always=True,
+            ),
+            grid.Arm(
+                name=f"{title}, free",
+                rates=RATES,
+                overrides=(ranked, *WITHOUT),
+                always=True,
+            ),
+        ]
+    return grid.Comparison(
+        base=small.base,
+        arms=tuple(arms),
+        tokens_per_parameter=(2.0,),
+        protocols=("tokens",),
+    )

@@ -1,0 +1,195 @@
+"""Every method that the papers propose or compare with, each tuned alike.
+
+  python -m experiments.compare --config=configs/compare_methods.py
+
+Variants, on the Python standard library's source text, R = d/4 in all seven matrices:
+  short   d 256, 4 layers, 4.2 M parameters dense, .4 tokens for each (the default);
+          about eight hours on two cores.
+  small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each; an hour.
+  long    the model of `small`, five methods, .4 to 20 tokens for each; a day.
+"""
+
+import dataclasses
+
+from configs import smollm_r128
+from experiments import grid
+from sct_jax import config, data, model, optimizers
+
+ADAM_RATE = 3e-3  # of embedding and norms, where the matrices have a rule of their own
+
+# Fields of the experiment by arm; the base has spectral factors and the chain sct.
+DENSE = (("model.spectral", "()"),)
+LOW_RANK = (("model.factors", "low_rank"),)
+
+
+def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
+    return (("optimizer.name", name), *fields)
+
+
+ADAMW = chain("adamw")
+
+ARMS = (
+    grid.Arm(
+        name="dense AdamW",
+        rates=(7.5e-4, 1.5e-3, 3e-3),
+        overrides=(*DENSE, *ADAMW),
+        always=True,
+    ),
+    grid.Arm(
+        name="dense Muon",
+        rates=(0.01, 0.02, 0.04),
+        overrides=(*DENSE, *chain("muon")),
+        adam_rate=ADAM_RATE,
+        always=True,
+    ),
+    grid.Arm(
+        name="low-rank AdamW",
+        rates=(1.5e-3, 3e-3, 6e-3),
+        overrides=(*LOW_RANK, *ADAMW),
+    ),
+    grid.Arm(
+        name="SCT, s = 1",
+        rates=(1.5e-3, 3e-3, 6e-3),
+        method="unit_spectrum",
+        always=True,
+    ),
+    grid.Arm(name="SCT, dense spectrum", rates=(1.5e-3, 3e-3, 6e-3)),
+    grid.Arm(
+        name="SCT + clip",
+        rates=(3e-3, 6e-3, 1.2e-2),
+        overrides=(("optimizer.max_update_norm", "0.1"),),
+    ),
+    grid.Arm(
+        name="SCT, lossless",
+        rates=(1.5e-3, 3e-3, 6e-3),
+        overrides=(("optimizer.retraction", "lossless"),),
+    ),
+    grid.Arm(
+        name="Spectron",
+        rates=(0.1, 0.2, 0.4),
+        overrides=(*LOW_RANK, *chain("spectron")),
+        adam_rate=ADAM_RATE,
+        always=True,
+    ),
+    grid.Arm(
+        name="Spectron, authors' code",
+        rates=(0.05, 0.1, 0.2),
+        overrides=(
+            *LOW_RANK,
+            *chain(
+                "spectron",
+                ("optimizer.nesterov", "true"),
+                ("optimizer.shape_factor", "true"),
+                ("optimizer.weight_decay", "0.01"),
+            ),
+        ),
+        adam_rate=ADAM_RATE,
+    ),
+    grid.Arm(
+        name="TSVD, adaptive",
+        rates=(1.5e-3, 3e-3, 6e-3),
+        overrides=(
+            *chain("tsvd"),
+            ("rank.energy", "0.95"),
+            ("rank.budget_neutral", "true"),
+            ("rank.every", "50"),
+            ("rank.warmup_steps", "50"),
+            ("rank.floor", "8"),
+            ("rank.multiple", "8"),
+        ),
+    ),
+    grid.Arm(
+        name="Stiefel Muon",
+        rates=(0.01, 0.02, 0.04),
+        overrides=chain("stiefel_muon", ("optimizer.singular_value_rate", "0.2")),
+        adam_rate=ADAM_RATE,
+        always=True,
+    ),
+    grid.Arm(
+        name="Stiefel Muon, svd gauge",
+        rates=(0.05, 0.1, 0.2),
+        overrides=chain(
+            "stiefel_muon",
+            ("optimizer.gauge", "svd"),
+            ("optimizer.retraction", "lossless"),
+            ("optimizer.singular_value_rate", "0.2"),
+        ),
+        adam_rate=ADAM_RATE,
+    ),
+    grid.Arm(
+        name="self-guided",
+        rates=(1.5e-3, 3e-3, 6e-3),
+        overrides=(*LOW_RANK, *ADAMW),
+        method="self_guided",
+    ),
+    grid.Arm(
+        name="CoLA",
+        rates=(1.5e-3, 3e-3, 6e-3),
+        overrides=(*LOW_RANK, *ADAMW),
+        method="cola",
+    ),
+)
+
+
+def base(
+    *, d_model: int, d_ff: int, vocab_size: int, seq_len: int
+) -> config.ExperimentConfig:
+    """The experiment that the arms override: SCT from a dense start's spectrum."""
+    return config.ExperimentConfig(
+        model=model.ModelConfig(
+            d_model=d_model,
+            d_ff=d_ff,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            vocab_size=vocab_size,
+            rank=d_model // 4,
+            spectral=smollm_r128.ATTENTION_AND_MLP,
+            remat="dots",
+        ),
+        data=data.DataConfig(batch_size=16, seq_len=seq_len),
+        optimizer=optimizers.OptimizerConfig(
+            schedule="wsd",
+            warmup_steps=20,
+            decay_ratio=0.2,
+            final_rate_ratio=0.0,
+            grad_clip=1.0,
+            b2=0.95,
+        ),
+        eval=config.EvalConfig(num_batches=16),
+    )
+
+
+def _short() -> grid.Comparison:
+    return grid.Comparison(
+        base=base(d_model=256, d_ff=688, vocab_size=4096, seq_len=256),
+        arms=ARMS,
+        tokens_per_parameter=(0.4,),
+        protocols=("tokens", "flops", "seconds"),
+        reference="dense AdamW",
+    )
+
+
+def _small() -> grid.Comparison:
+    return dataclasses.replace(
+        _short(),
+        base=base(d_model=128, d_ff=344, vocab_size=1024, seq_len=128),
+        protocols=("tokens", "flops"),
+        reference="",
+    )
+
+
+def _long() -> grid.Comparison:
+    small = _small()
+    names = ("dense AdamW", "dense Muon", "SCT, s = 1", "Spectron", "Stiefel Muon")
+    return dataclasses.replace(
+        small.with_arms(tuple(arm for arm in ARMS if arm.name in names)),
+        tokens_per_parameter=(20.0, 0.4, 2.0, 10.0),
+    )
+
+
+VARIANTS = {"short": _short, "small": _small, "long": _long}
+
+
+def get_config(variant: str = "short") -> grid.Comparison:
+    return VARIANTS[variant]()

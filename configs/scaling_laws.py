@@ -1,0 +1,32 @@
+"""Iso-FLOP sweeps at a scale that two cores can train: dense against low rank.
+
+python -m experiments.scaling_laws
+"""
+
+from configs import compare_methods
+from experiments import scaling_laws
+
+KINDS = ("dense Muon", "Stiefel Muon")
+
+
+def get_config() -> scaling_laws.ScalingLaws:
+    small = compare_methods.get_config("small")
+    kinds = [arm for arm in compare_methods.ARMS if arm.name in KINDS]
+    return scaling_laws.ScalingLaws(
+        base=small.base,
+        kinds=tuple(
+            # One rate each: the middle one of the search.
+            scaling_laws.at_rate(arm, arm.rates[1])
+            for arm in kinds
+        ),
+        sizes=tuple(
+            scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
+            for d, d_ff, layers, heads in (
+                (64, 172, 3, 2),
+                (96, 256, 4, 3),
+                (144, 384, 4, 4),
+                (216, 576, 5, 6),
+            )
+        ),
+        budgets=(4e12, 1.2e13, 3.6e13),
+    )

@@ -1,0 +1,129 @@
+"""Compares training methods: every arm tuned alike, with seeds, on held-out text.
+
+python -m experiments.compare --config=configs/compare_methods.py
+python -m experiments.compare --config=configs/compare_methods.py:small --arms=muon,ours
+
+Trains what is missing in the folder of the results, a row per finished trial in
+cells.jsonl, and stops when nothing is. The same command goes on after an interruption;
+several at once share the work. `python -m experiments.report FOLDER` draws it.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from experiments import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart_with_huge_pages()
+
+from experiments import grid, ledger, trial
+from sct_jax import config, data, errors
+
+RESULTS = "experiments/results"
+INTERRUPTED = "interrupted: finished trials are kept; the same command goes on"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 nothing is missing, 2 bad input, 130 interrupted."""
+    return command(argv, __doc__ or "")
+
+
+def command(
+    argv: Sequence[str] | None, description: str, *, default: str | None = None
+) -> int:
+    """Returns the exit code of a program that fills a comparison, see `main`.
+
+    Args:
+      argv: the words of its command line; those of this process if None.
+      description: for `--help`.
+      default: of `--config`, which is required where there is none.
+    """
+    parser = config.FlagParser(description)
+    parser.add_argument(
+        "--config",
+        default=default,
+        required=default is None,
+        help="config file, with :variant if it has several",
+    )
+    parser.add_argument(
+        "--results", help=f"folder (default: {RESULTS}/<file>-<variant>)"
+    )
+    parser.add_argument("--arms", help="only these arms, by comma")
+    flags, overrides = parser.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        comparison = config.load_as(grid.Comparison, flags.config, overrides)
+        comparison = choose(comparison, flags.arms)
+        run(comparison, results_folder(flags.config, flags.results))
+    except errors.ConfigError as error:
+        config.fail(str(error))
+    except KeyboardInterrupt:
+        print(INTERRUPTED)
+        return 130
+    return 0
+
+
+def results_folder(spec: str, given: str | None) -> str:
+    """Returns the folder of the results: the given one, or named by the config."""
+    name = pathlib.Path(config.default_workdir(spec)).name
+    return given or os.path.join(RESULTS, name)
+
+
+def choose(comparison: grid.Comparison, arms: str | None) -> grid.Comparison:
+    """Returns the comparison with the named arms alone.
+
+    Raises:
+      ConfigError: for an arm that it does not have.
+    """
+    if arms is None:
+        return comparison
+    names = arms.split(",")
+    for name in names:
+        errors.check_choice("--arms", name, [arm.name for arm in comparison.arms])
+    chosen = tuple(arm for arm in comparison.arms if arm.name in names)
+    return comparison.with_arms(chosen)
+
+
+def run(comparison: grid.Comparison, folder: str | os.PathLike[str]) -> None:
+    """Returns once the folder holds every trial of the comparison."""
+    corpus = data.prepare(
+        comparison.base.data, vocab_size=comparison.base.model.vocab_size
+    )
+    book = ledger.Ledger(folder)
+    seconds = _seconds(comparison, book, corpus)
+    grid.check_same(comparison, book.rows(), seconds=seconds)
+    ledger.fill(
+        book,
+        lambda rows: grid.missing(comparison, rows, seconds=seconds),
+        lambda missing: trial.run(missing, corpus),
+    )
+
+
+def _seconds(
+    comparison: grid.Comparison, book: ledger.Ledger, corpus: data.Corpus
+) -> dict[str, float] | None:
+    """Time per step of every arm, measured once, where a protocol asks for it."""
+    if "seconds" not in comparison.protocols:
+        return None
+    path = book.folder / "seconds.json"
+    with book.hold("seconds"):
+        if not path.exists():
+            print("measuring the time per step of every arm: keep the machine quiet")
+            trials = {
+                arm.name: comparison.trial(arm, arm.rates[0], comparison.seeds[0])
+                for arm in comparison.arms
+            }
+            taken = trial.seconds_per_step(trials, corpus)
+            path.write_text(json.dumps(taken, indent=2) + "\n")
+    seconds = json.loads(path.read_text())
+    for arm in comparison.arms:
+        errors.check(str(path), arm.name in seconds, f"has no {arm.name!r}: remove it")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Figures of a comparison, from its rows. Every function returns one figure."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments import summary
+
+matplotlib.use("Agg")
+
+# Okabe and Ito's colours, safe for the colour-blind, in turn with line styles and
+# markers, so that no two arms share all three.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+Figure = matplotlib.figure.Figure
+
+
+def style(index: int) -> dict[str, Any]:
+    """Returns colour, line and marker of the arm with this number."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINES[index // len(COLOURS) % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
+    """Returns held-out losses as points with one standard deviation, best on top."""
+    shown = [a for a in arms if math.isfinite(a.mean(protocol))]
+    shown.sort(key=lambda arm: -arm.mean(protocol))
+    figure, axes = _figure(height=1.2 + 0.34 * len(shown))
+    for place, arm in enumerate(shown):
+        axes.errorbar(
+            arm.mean(protocol),
+            place,
+            xerr=arm.deviation(protocol) if arm.num_seeds > 1 else None,
+            capsize=4,
+            markersize=7,
+            **style(arm.index),
+        )
+    axes.set_yticks(
+        range(len(shown)),
+        [f"{arm.name} ({_seeds(arm.num_seeds)})" for arm in shown],
+    )
+    axes.set_xlabel(f"held-out loss, nats per token ({summary.words(protocol)})")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def tuning(arms: Sequence[summary.Arm], protocol: str) -> Figure:
+    """Returns the loss of the first seed over the learning rate, per arm."""
+    figure, axes = _figure()
+    for arm in arms:
+        points = [(r, loss) for r, loss in arm.tuning(protocol) if math.isfinite(loss)]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=arm.name, **style(arm.index))
+    axes.set_xscale("log")
+    axes.set_xlabel("peak learning rate (of the matrices)")
+    axes.set_ylabel("held-out loss, nats per token")
+    _legend(axes)
+    return figure
+
+
+def curves(arms: Sequence[summary.Arm]) -> Figure:
+    """Returns training losses at the best rate, with a band of one deviation."""
+    figure, axes = _figure()
+    for arm in arms:
+        steps, mean, deviation = arm.curve("train_loss")
+        if not len(steps):
+            continue
+        look = style(arm.index) | {"marker": ""}
+        axes.plot(steps, mean, label=arm.name, **look)
+        axes.fill_between(
+            steps, mean - deviation, mean + deviation, color=look["color"], alpha=0.15
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats per token (means of 10 steps)")
+    _legend(axes)
+    return figure
+
+
+def costs(arms: Sequence[summary.Arm], protocols: Sequence[str]) -> Figure:
+    """Returns losses over total training FLOPs, a point per horizon."""
+    figure, axes = _figure()
+    for arm in arms:
+        points = sorted(
+            (arm.results(p)[0]["flops"], arm.mean(p), arm.deviation(p))
+            for p in protocols
+            if p in arm.protocols and math.isfinite(arm.mean(p))
+        )
+        if points:
+            flops, mean, deviation = zip(*points, strict=True)
+            axes.errorbar(
+                flops, mean, yerr=deviation, label=arm.name, **style(arm.index)
+            )
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs, head included")
+    axes.set_ylabel("held-out loss, nats per token")
+    _legend(axes)
+    return figure
+
+
+def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
+    """Returns losses over the bytes of parameters, gradients and optimizer state."""
+    figure, axes = _figure()
+    for arm in arms:
+        if math.isfinite(arm.mean(protocol)):
+            look = style(arm.index) | {"linestyle": "none"}
+            axes.errorbar(
+                arm.rows[0]["train_bytes"] / 1e6,
+                arm.mean(protocol),
+                yerr=arm.deviation(protocol) if arm.num_seeds > 1 else None,
+                markersize=8,
+                label=arm.name,
+                **look,
+            )
+    axes.set_xlabel("parameters, gradients and optimizer state, MB")
+    axes.set_ylabel(f"held-out loss, nats per token ({summary.words(protocol)})")
+    axes.grid(alpha=0.3)
+    _legend(axes)
+    return figure
+
+
+def update_norms(arms: Sequence[summary.Arm]) -> Figure:
+    """Returns the largest ||W' - W||_2 over the first seed's run, spikes marked."""
+    figure, axes = _figure()
+    for arm in arms:
+        points = [p for p in arm.rows[0]["update_norms"] if p[1]]
+        if not points:
+            continue
+        steps, norms = np.array(points).T
+        look = style(arm.index)
+        axes.plot(steps, norms, label=arm.name, **(look | {"marker": ""}))
+        spikes = arm.rows[0]["spikes"]
+        at = np.interp(spikes, steps, norms)
+        axes.plot(spikes, at, "x", color=look["color"], markersize=9, mew=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("step (crosses: loss spikes)")
+    axes.set_ylabel("largest ||W' - W||, spectral norm")
+    _legend(axes)
+    return figure
+
+
+def effective_ranks(arms: Sequence[summary.Arm]) -> Figure:
+    """Returns the effective rank over the run, mean of all kinds of matrices."""
+    figure, axes = _figure()
+    for arm in arms:
+        kinds = list(arm.rows[0]["effective_ranks"].values())
+        steps = [point[0] for point in kinds[0]]
+        ranks = np.mean([[point[1] for point in kind] for kind in kinds], axis=0)
+        axes.plot(steps, ranks, label=arm.name, **style(arm.index))
+    axes.set_xlabel("step")
+    axes.set_ylabel("effective rank, mean of the matrices")
+    _legend(axes)
+    return figure
+
+
+def spectra(arms: Sequence[summary.Arm], matrix: str = "down") -> Figure:
+    """Returns the final singular values of one kind of matrix, mean of layers."""
+    figure, axes = _figure()
+    for arm in arms:
+        values = np.asarray(arm.rows[0]["spectra"][matrix])
+        look = style(arm.index) | {"marker": ""}
+        axes.plot(np.arange(1, len(values) + 1), values, label=arm.name, **look)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"index of the singular value ({matrix}, first seed)")
+    axes.set_ylabel("singular value at the end, mean of layers")
+    _legend(axes)
+    return figure
+
+
+def _figure(*, height: float = 4.8) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set_fontsize(12)
+    axes.tick_params(labelsize=12)
+    axes.xaxis.label.set_fontsize(13)
+    axes.yaxis.label.set_fontsize(13)
+    return figure, axes
+
+
+def _legend(axes) -> None:
+    """Outside of the axes, where it covers no data."""
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=11
+    )
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"

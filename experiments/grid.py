@@ -1,0 +1,257 @@
+"""What is compared, and which trials are missing: arms, rates, seeds, horizons."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import summary
+from experiments import trial as trial_lib
+from sct_jax import accounting, config, errors, model
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One method, and the rates among which its best one is looked for.
+
+    Attributes:
+      name: what tables call it.
+      rates: peak learning rates, ascending; more are added beyond an end that is best.
+      overrides: pairs of a field of the experiment and its value as text.
+      method: one of `baselines.METHODS`.
+      adam_rate: see `trial.Trial`.
+      always: whether it gets all seeds, however it ranks.
+    """
+
+    name: str
+    rates: tuple[float, ...]
+    overrides: tuple[tuple[str, str], ...] = ()
+    method: str = "plain"
+    adam_rate: float | None = None
+    always: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A grid of arms x rates x seeds on one architecture and corpus.
+
+    Every arm is tuned alike: the first seed is trained at its rates; while the best of
+    them is at an end, one more beyond it, by the ratio of its neighbours, up to
+    `max_rates`. The best rate is that with the least held-out loss at the first horizon
+    of `tokens_per_parameter`, at equal tokens. Then the best `finalists` arms, and
+    those marked `always`, are trained with the other seeds too.
+
+    Attributes:
+      base: the experiment that arms override; its model is that of the low-rank arms.
+      arms: the methods.
+      seeds: of parameters and data order.
+      tokens_per_parameter: lengths, in training tokens per parameter when dense.
+      protocols: what is held equal to the dense model at each length: "tokens",
+        "flops", "seconds".
+      reference: the arm whose time per step "seconds" refers to.
+      max_rates: most rates of an arm.
+      finalists: how many arms get all seeds.
+    """
+
+    base: config.ExperimentConfig
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens_per_parameter: tuple[float, ...] = (0.4,)
+    protocols: tuple[str, ...] = ("tokens", "flops")
+    reference: str = ""
+    max_rates: int = 5
+    finalists: int = 6
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field."""
+        names = [arm.name for arm in self.arms]
+        errors.check("arms", bool(names), "there are none")
+        errors.check("arms", len(set(names)) == len(names), "a name stands twice")
+        errors.check("seeds", bool(self.seeds), "there are none")
+        errors.check("tokens_per_parameter", bool(self.tokens_per_parameter), "none")
+        errors.check(
+            "protocols",
+            self.protocols[:1] == ("tokens",),
+            'the first must be "tokens": rates are chosen by it',
+        )
+        for protocol in self.protocols:
+            errors.check_choice("protocols", protocol, ("tokens", "flops", "seconds"))
+        if "seconds" in self.protocols:
+            errors.check_choice("reference", self.reference, tuple(names))
+        for arm in self.arms:
+            field = f"arms.{arm.name}.rates"
+            errors.check(field, len(arm.rates) >= 1, "there are none")
+            errors.check(field, arm.rates[0] > 0, f"{arm.rates[0]} must be > 0")
+            errors.check(field, list(arm.rates) == sorted(set(arm.rates)), "not sorted")
+            self.trial(arm, arm.rates[0], self.seeds[0]).validate()
+
+    def with_arms(self, arms: tuple[Arm, ...]) -> "Comparison":
+        """Returns the comparison of these arms alone."""
+        return dataclasses.replace(self, arms=arms)
+
+    def trial(
+        self,
+        arm: Arm,
+        rate: float,
+        seed: int,
+        *,
+        seconds: Mapping[str, float] | None = None,
+    ) -> trial_lib.Trial:
+        """Returns the trial of an arm.
+
+        Args:
+          arm: the method.
+          rate: peak learning rate.
+          seed: of parameters and data order.
+          seconds: time per step of every arm, for the protocol "seconds".
+
+        Raises:
+          ConfigError: for an override that does not fit.
+        """
+        experiment = self.base
+        for field, text in arm.overrides:
+            experiment = config.override(experiment, field, text)
+        experiment = dataclasses.replace(
+            experiment,
+            seed=seed,
+            optimizer=dataclasses.replace(
+                experiment.optimizer, peak_learning_rate=rate
+            ),
+        )
+        draft = trial_lib.Trial(
+            arm=arm.name,
+            experiment=experiment,
+            horizons=tuple(
+                (f"tokens {length:g}", self._steps(length))
+                for length in self.tokens_per_parameter
+            ),
+            method=arm.method,
+            adam_rate=arm.adam_rate,
+        )
+        horizons = tuple(
+            (f"{protocol} {length:g}", steps)
+            for length in self.tokens_per_parameter
+            for protocol, steps in self._equal(draft, length, seconds).items()
+        )
+        longest = max(steps for _, steps in horizons)
+        return dataclasses.replace(
+            draft,
+            experiment=dataclasses.replace(experiment, num_steps=longest),
+            horizons=horizons,
+        )
+
+    def _steps(self, tokens_per_parameter: float) -> int:
+        """Steps for so many tokens per parameter of the dense model."""
+        tokens = tokens_per_parameter * _dense_parameters(self.base.model)
+        per_step = self.base.data.batch_size * self.base.data.seq_len
+        return max(round(tokens / per_step), 2)
+
+    def _equal(
+        self,
+        draft: trial_lib.Trial,
+        length: float,
+        seconds: Mapping[str, float] | None,
+    ) -> dict[str, int]:
+        """Steps at which the arm has spent what the dense model has, per protocol."""
+        steps = self._steps(length)
+        found = {}
+        for protocol in self.protocols:
+            if protocol == "tokens":
+                found[protocol] = steps
+            elif protocol == "flops":
+                dense = accounting.flops_per_token(
+                    accounting.dense_config(self.base.model),
+                    seq_len=self.base.data.seq_len,
+                )
+                budget = steps * draft.tokens_per_step * dense
+                # Linear beyond the steps with a dense path.
+                extra = draft.flops(steps) - steps * self._plain_flops(draft)
+                found[protocol] = round((budget - extra) / self._plain_flops(draft))
+            elif seconds is not None:
+                ratio = seconds[self.reference] / seconds[draft.arm]
+                found[protocol] = max(round(steps * ratio), 2)
+        return found
+
+    def _plain_flops(self, draft: trial_lib.Trial) -> float:
+        return dataclasses.replace(draft, method="plain").flops(1)
+
+
+@functools.lru_cache
+def _dense_parameters(shape: model.ModelConfig) -> int:
+    return accounting.parameters(accounting.dense_config(shape))
+
+
+def missing(
+    comparison: Comparison,
+    rows: Mapping[str, Row],
+    *,
+    seconds: Mapping[str, float] | None = None,
+) -> list[trial_lib.Trial]:
+    """Returns the trials that the comparison still needs, most wanted first.
+
+    A middle rate of every arm comes first, then the others; the further seeds last, as
+    they need the best rates of all.
+    """
+    first = f"tokens {comparison.tokens_per_parameter[0]:g}"
+    make = lambda arm, rate, seed: comparison.trial(arm, rate, seed, seconds=seconds)
+    waiting: list[tuple[int, trial_lib.Trial]] = []
+    scores: list[tuple[float, Arm, float]] = []
+    for arm in comparison.arms:
+        rates = list(arm.rates)
+        while True:
+            trials = [make(arm, rate, comparison.seeds[0]) for rate in rates]
+            lacking = [t for t in trials if t.key not in rows]
+            if lacking:
+                middle = rates[len(rates) // 2]
+                waiting += [(t.rate != middle, t) for t in lacking]
+                break
+            losses = [summary.loss_of(rows[t.key], first) for t in trials]
+            best = losses.index(min(losses))
+            further = _beyond(rates, best)
+            if further is None or len(rates) >= comparison.max_rates:
+                scores.append((losses[best], arm, rates[best]))
+                break
+            rates = sorted([*rates, further])
+    if waiting:
+        return [t for _, t in sorted(waiting, key=lambda pair: pair[0])]
+    ranked = sorted(scores, key=lambda score: score[0])
+    chosen = ranked[: comparison.finalists]
+    chosen += [score for score in ranked if score[1].always and score not in chosen]
+    return [
+        t
+        for seed in comparison.seeds[1:]
+        for _, arm, rate in chosen
+        if (t := make(arm, rate, seed)).key not in rows
+    ]
+
+
+def check_same(
+    comparison: Comparison, rows: Mapping[str, Row], **keywords: Any
+) -> None:
+    """Raises ConfigError where a row of one of the arms is not of this comparison."""
+    arms = {arm.name: arm for arm in comparison.arms}
+    for key, row in rows.items():
+        if row["arm"] not in arms:
+            continue
+        arm = arms[row["arm"]]
+        same = comparison.trial(arm, row["rate"], row["seed"], **keywords)
+        if same.key == key:
+            continue
+        old = config.flatten(row["definition"])
+        new = config.flatten(config.to_dict(same))
+        changed = sorted(k for k in old | new if old.get(k) != new.get(k))
+        raise errors.ConfigError(
+            f"--results: holds trials of {arm.name!r} with another "
+            f"{', '.join(changed[:5])}: choose another folder"
+        )
+
+
+def _beyond(rates: Sequence[float], best: int) -> float | None:
+    """The next rate beyond an end that is best; None where the best is inside."""
+    if len(rates) < 2 or 0 < best < len(rates) - 1:
+        return None
+    if best == 0:
+        return float(f"{rates[0] ** 2 / rates[1]:.3g}")
+    return float(f"{rates[-1] ** 2 / rates[-2]:.3g}")

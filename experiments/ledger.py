@@ -1,0 +1,178 @@
+"""The finished trials of a comparison, in a folder that several processes may fill.
+
+`cells.jsonl` holds a row per finished trial and only grows. A trial that is being
+trained is claimed by a file lock, which dies with its process, so that a grid which was
+killed anywhere is taken up again with nothing lost but the trials under way.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments import trial as trial_lib
+from sct_jax import config, errors
+
+Row = dict[str, Any]
+Plan = Callable[[Mapping[str, Row]], Sequence[trial_lib.Trial]]
+
+_POLL_SECONDS = 5.0
+
+
+class Ledger:
+    """The rows of one folder, by the key of their trial.
+
+    Attributes:
+      folder: where they are.
+      compiled: a folder for compiled programs, which all its processes share.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = pathlib.Path(folder)
+        self._cells = self.folder / "cells.jsonl"
+        # Programs do not depend on rates or seeds: one compilation serves many trials.
+        self.compiled = self.folder / ".cache" / "compiled"
+        self._claims = self.folder / ".cache" / "claims"
+        try:
+            for path in (self.compiled, self._claims):
+                path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"--results: cannot write to {self.folder}: {error.strerror}"
+            ) from error
+
+    def rows(self) -> dict[str, Row]:
+        """Returns all rows by the key of their trial; a torn last line is left out."""
+        return {trial_of(row).key: row for row in read(self._cells)}
+
+    def add(self, row: Row) -> None:
+        """Appends a row, on disk when this returns."""
+        stamped = row | {"environment": environment()}
+        line = json.dumps(stamped, allow_nan=False) + "\n"
+        with self._cells.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # What a killed process left of a line goes.
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Yields whether the trial is this process's to train, until the block ends."""
+        with (self._claims / key).open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield key not in self.rows()
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Waits until no other process holds the name, and holds it in the block."""
+        with (self._claims / name).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def trial_of(row: Row) -> trial_lib.Trial:
+    """Returns the trial that a row is of; fields added since are at their defaults."""
+    return config.from_dict(row["definition"], trial_lib.Trial)
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """Returns the rows of a file of JSON lines, without a torn last one.
+
+    Raises:
+      ConfigError: for any other line that is no JSON.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise errors.ConfigError(f"{path}:{number}: {error}") from error
+    return rows
+
+
+def fill(
+    ledger: Ledger,
+    plan: Plan,
+    train: Callable[[trial_lib.Trial], Row],
+    *,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Trains what `plan` asks for until it asks for nothing more.
+
+    Args:
+      ledger: where rows are found and go.
+      plan: from the rows so far to the trials that are missing, most wanted first.
+      train: from a trial to its row.
+      log: receives a line per trial.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(ledger.compiled))
+    while missing := plan(ledger.rows()):
+        for trial in missing:
+            with ledger.claim(trial.key) as mine:
+                if not mine:
+                    continue
+                log(f"training {describe(trial)}; {len(missing)} missing")
+                row = train(trial)
+                ledger.add(row)
+                log(f"finished {describe(trial)}: {outcome(row)}")
+                break
+        else:
+            # All of them are being trained by other processes.
+            time.sleep(_POLL_SECONDS)
+
+
+def describe(trial: trial_lib.Trial) -> str:
+    """Returns the trial in a few words."""
+    return f"{trial.arm}, rate {trial.rate:g}, seed {trial.experiment.seed}"
+
+
+def outcome(row: Row) -> str:
+    """Returns the held-out losses of a row in a few words."""
+    losses = [
+        f"{name} " + ("diverged" if result["loss"] is None else f"{result['loss']:.4f}")
+        for name, result in row["results"].items()
+    ]
+    return ", ".join(losses) + f" ({row['wall_seconds']:.0f} s)"
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a figure was made with: commit, versions, processors."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "optax": importlib.metadata.version("optax"),
+        "device": jax.devices()[0].device_kind,
+        "processors": len(os.sched_getaffinity(0)),
+    }

@@ -1,0 +1,363 @@
+"""Fits how the best model size grows with compute, for dense and low-rank models.
+
+python -m experiments.scaling_laws --config=configs/scaling_laws.py
+
+Trains every kind of model at several sizes for each budget of FLOPs, with the folder of
+results, the resumption and the sharing of work of `experiments.compare`; then fits, per
+kind and budget, a parabola of the held-out loss in the logarithm of the parameters, and
+through the least points of the parabolas the power laws N = k C^a and D = k' C^b.
+Intervals are bootstrapped. `--fit_only` fits what has been trained.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from experiments import huge_pages
+
+if __name__ == "__main__":
+    huge_pages.restart_with_huge_pages()
+
+import numpy as np
+
+from experiments import compare, grid, ledger, summary
+from experiments import trial as trial_lib
+from sct_jax import config, data, errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size of model; ranks follow from `ScalingLaws.rank_ratio`."""
+
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScalingLaws:
+    """Kinds of models x sizes x budgets x seeds.
+
+    Attributes:
+      base: the experiment that kinds and sizes override.
+      kinds: methods with one rate each, that of `base_width`.
+      sizes: at least three, for a parabola.
+      budgets: training FLOPs, head included.
+      seeds: of parameters and data order.
+      rank_ratio: rank over d_model.
+      base_width: d_model at which the rates hold; at others they are scaled by
+        base_width / d_model where a kind is named in `scaled`.
+      scaled: kinds whose rate is scaled.
+    """
+
+    base: config.ExperimentConfig
+    kinds: tuple[grid.Arm, ...]
+    sizes: tuple[Size, ...]
+    budgets: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    rank_ratio: float = 0.25
+    base_width: int = 128
+    scaled: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field."""
+        errors.check("sizes", len(self.sizes) >= 3, "a parabola needs three")
+        errors.check("budgets", len(self.budgets) >= 2, "an exponent needs two")
+        for kind in self.kinds:
+            errors.check(f"kinds.{kind.name}.rates", len(kind.rates) == 1, "give one")
+        for trial in self.trials():
+            trial.validate()
+
+    def trials(self) -> list[trial_lib.Trial]:
+        """Returns all trials, cheapest budget first."""
+        return [
+            self.trial(kind, size, budget, seed)
+            for budget in sorted(self.budgets)
+            for seed in self.seeds
+            for size in self.sizes
+            for kind in self.kinds
+        ]
+
+    def trial(
+        self, kind: grid.Arm, size: Size, budget: float, seed: int
+    ) -> trial_lib.Trial:
+        """Returns the trial of a kind at a size that spends the budget."""
+        rank = max(1, round(self.rank_ratio * size.d_model))
+        shape = dataclasses.replace(
+            self.base.model,
+            d_model=size.d_model,
+            d_ff=size.d_ff,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            num_kv_heads=size.num_heads,
+            rank=rank,
+        )
+        scale = self.base_width / size.d_model if kind.name in self.scaled else 1.0
+        sized = grid.Comparison(
+            base=dataclasses.replace(self.base, model=shape), arms=(kind,)
+        )
+        draft = sized.trial(kind, kind.rates[0] * scale, seed)
+        steps = max(round(budget / draft.flops(1)), 2)
+        return dataclasses.replace(
+            draft,
+            arm=f"{kind.name}, d {size.d_model}",
+            experiment=dataclasses.replace(draft.experiment, num_steps=steps),
+            horizons=((f"budget {budget:g}", steps),),
+        )
+
+
+def at_rate(arm: grid.Arm, rate: float) -> grid.Arm:
+    """Returns the arm with this rate alone."""
+    return dataclasses.replace(arm, rates=(rate,))
+
+
+class Run(NamedTuple):
+    """One finished run: compute C, parameters N, tokens D, held-out loss."""
+
+    flops: float
+    parameters: float
+    tokens: float
+    loss: float
+
+
+class Optimum(NamedTuple):
+    """The least point of a budget's parabola; `inside` the sizes that were trained."""
+
+    flops: float
+    parameters: float
+    tokens: float
+    loss: float
+    inside: bool
+
+
+class Law(NamedTuple):
+    """Exponents of N ~ C^a and D ~ C^b, and the optima that they were fitted to."""
+
+    a: float
+    b: float
+    optima: list[Optimum]
+
+
+def optimum(runs: Sequence[Run]) -> Optimum | None:
+    """Returns the least point of the parabola through runs of one budget.
+
+    Loss is fitted as a quadratic of log N; None where that opens downwards, or with
+    less than three sizes. Tokens at the optimum follow from C / (N D), interpolated in
+    log N: with the head included that is no constant.
+    """
+    sizes = np.log([run.parameters for run in runs])
+    if len(set(sizes)) < 3:
+        return None
+    centre = sizes.mean()
+    curve = np.polynomial.Polynomial.fit(
+        sizes - centre, [run.loss for run in runs], deg=2, domain=[]
+    )
+    constant, slope, bend = curve.convert().coef
+    if bend <= 0:
+        return None
+    vertex = -slope / (2 * bend)
+    order = np.argsort(sizes)
+    tokens = np.interp(
+        vertex + centre, sizes[order], np.log([runs[i].tokens for i in order])
+    )
+    return Optimum(
+        flops=float(np.exp(np.mean(np.log([run.flops for run in runs])))),
+        parameters=float(np.exp(vertex + centre)),
+        tokens=float(np.exp(tokens)),
+        loss=float(constant - slope**2 / (4 * bend)),
+        inside=bool(sizes.min() <= vertex + centre <= sizes.max()),
+    )
+
+
+def fit(runs: Sequence[Run]) -> Law | None:
+    """Returns the power laws through the optima of all budgets; None for less than two.
+
+    Runs belong to one budget where their FLOPs agree to 2 %.
+    """
+    optima = [found for group in by_budget(runs) if (found := optimum(group))]
+    if len(optima) < 2:
+        return None
+    flops = np.log([o.flops for o in optima])
+    a, b = (
+        float(np.polyfit(flops, np.log([getattr(o, field) for o in optima]), 1)[0])
+        for field in ("parameters", "tokens")
+    )
+    return Law(a, b, optima)
+
+
+def bootstrap(
+    runs: Sequence[Run], *, samples: int = 1000, level: float = 0.9, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Returns intervals of the exponents "a" and "b" at a level.
+
+    Residuals of each parabola, scaled for its three parameters, are drawn anew with
+    replacement and added to the fitted losses; a sample without a law is dropped.
+    """
+    generator = np.random.default_rng(seed)
+    groups = by_budget(runs)
+    fitted, residuals = [], []
+    for group in groups:
+        sizes = np.log([run.parameters for run in group])
+        losses = np.array([run.loss for run in group])
+        curve = np.polynomial.Polynomial.fit(sizes, losses, deg=2)
+        fitted.append(curve(sizes))
+        freedom = max(len(group) - 3, 1)
+        residuals.append((losses - curve(sizes)) * math.sqrt(len(group) / freedom))
+    drawn: dict[str, list[float]] = {"a": [], "b": []}
+    for _ in range(samples):
+        noisy = [
+            run._replace(loss=float(value))
+            for group, curve, rest in zip(groups, fitted, residuals, strict=True)
+            for run, value in zip(
+                group, curve + generator.choice(rest, len(rest)), strict=True
+            )
+        ]
+        law = fit(noisy)
+        if law is not None:
+            drawn["a"].append(law.a)
+            drawn["b"].append(law.b)
+    tail = 50 * (1 - level)
+    return {
+        name: (
+            (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
+            if v
+            else (math.nan, math.nan)
+        )
+        for name, v in drawn.items()
+    }
+
+
+def by_budget(runs: Sequence[Run]) -> list[list[Run]]:
+    """Returns the runs in groups of equal FLOPs, to 2 %, ascending."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: run.flops):
+        if groups and run.flops <= 1.02 * groups[-1][0].flops:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
+
+
+def runs_of(rows: Sequence[summary.Row]) -> dict[str, list[Run]]:
+    """Returns the runs of every kind, those that diverged left out."""
+    found: dict[str, list[Run]] = {}
+    for row in rows:
+        (result,) = row["results"].values()
+        if result["loss"] is not None:
+            kind = row["arm"].rpartition(", d ")[0]
+            run = Run(
+                result["flops"], row["parameters"], result["tokens"], result["loss"]
+            )
+            found.setdefault(kind, []).append(run)
+    return found
+
+
+def laws(kinds: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+    """Returns exponents, intervals and optima of every kind that has a law."""
+    found = {}
+    for kind, runs in kinds.items():
+        law = fit(runs)
+        if law is not None:
+            intervals = bootstrap(runs)
+            found[kind] = {
+                "N ~ C^a": law.a,
+                "a, 90 %": intervals["a"],
+                "D ~ C^b": law.b,
+                "b, 90 %": intervals["b"],
+                "optima": [o._asdict() for o in law.optima],
+            }
+    return found
+
+
+def draw(kinds: Mapping[str, Sequence[Run]]):
+    """Returns a figure of the losses over the parameters, with their parabolas."""
+    import matplotlib.pyplot as plt
+
+    from experiments import figures
+
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(5.2 * len(kinds), 4.6), sharey=True, squeeze=False
+    )
+    figure.set_layout_engine("constrained")
+    for axes, (kind, runs) in zip(panels[0], kinds.items(), strict=True):
+        for index, group in enumerate(by_budget(runs)):
+            look = figures.style(index)
+            sizes = np.array([run.parameters for run in group])
+            losses = [run.loss for run in group]
+            label = f"{group[0].flops:.1e} FLOPs"
+            axes.plot(sizes, losses, label=label, **(look | {"linestyle": "none"}))
+            if len(set(sizes)) >= 3:
+                curve = np.polynomial.Polynomial.fit(np.log(sizes), losses, deg=2)
+                fine = np.geomspace(sizes.min(), sizes.max(), 60)
+                axes.plot(fine, curve(np.log(fine)), color=look["color"])
+        axes.set_xscale("log")
+        axes.set_title(kind)
+        axes.set_xlabel("parameters, embedding included")
+        axes.legend(frameon=False, fontsize=11)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("held-out loss, nats per token")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 bad input, 130 interrupted."""
+    parser = config.FlagParser(__doc__ or "")
+    parser.add_argument("--config", default="configs/scaling_laws.py")
+    parser.add_argument("--results", help="folder (default: as of experiments.compare)")
+    parser.add_argument("--fit_only", action="store_true", help="train nothing")
+    flags, overrides = parser.parse(sys.argv[1:] if argv is None else argv)
+    try:
+        study = config.load_as(ScalingLaws, flags.config, overrides)
+        folder = pathlib.Path(compare.results_folder(flags.config, flags.results))
+        book = ledger.Ledger(folder)
+        if not flags.fit_only:
+            train(study, book)
+        write(folder, runs_of(list(book.rows().values())))
+    except errors.ConfigError as error:
+        config.fail(str(error))
+    except KeyboardInterrupt:
+        print(compare.INTERRUPTED)
+        return 130
+    return 0
+
+
+def train(study: ScalingLaws, book: ledger.Ledger) -> None:
+    """Returns once every trial of the study is in the ledger."""
+    corpus = data.prepare(study.base.data, vocab_size=study.base.model.vocab_size)
+    ledger.fill(
+        book,
+        lambda rows: [t for t in study.trials() if t.key not in rows],
+        lambda trial: trial_lib.run(trial, corpus),
+    )
+
+
+def write(folder: pathlib.Path, kinds: Mapping[str, Sequence[Run]]) -> None:
+    """Prints the laws; writes laws.json and iso-flop.png into the folder.
+
+    Raises:
+      ConfigError: where nothing has been trained.
+    """
+    errors.check("--results", bool(kinds), f"no finished trial in {folder}")
+    found = laws(kinds)
+    (folder / "laws.json").write_text(json.dumps(found, indent=2) + "\n")
+    for kind, law in found.items():
+        low, high = law["a, 90 %"]
+        print(f"{kind}: N ~ C^{law['N ~ C^a']:.3f} [{low:.3f}, {high:.3f}]")
+        low, high = law["b, 90 %"]
+        print(f"{kind}: D ~ C^{law['D ~ C^b']:.3f} [{low:.3f}, {high:.3f}]")
+    figure = draw(kinds)
+    (folder / "figures").mkdir(exist_ok=True)
+    figure.savefig(folder / "figures" / "iso-flop.png", dpi=130)
+    print(f"written: {folder}/laws.json, {folder}/figures/iso-flop.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

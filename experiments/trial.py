@@ -1,0 +1,506 @@
+"""One training of a comparison: a trunk at the full rate, and a branch per horizon.
+
+With a warm-up-stable-decay schedule the runs of several lengths share their stable
+phase. So a trial trains that trunk once, and from it a branch, with a decay of its own,
+for every length that is asked for: equal tokens, equal FLOPs, equal seconds.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import baselines
+from sct_jax import (
+    accounting,
+    config,
+    data,
+    errors,
+    evaluation,
+    model,
+    optimizers,
+    orthogonalize,
+    rank,
+    sharding,
+    spectral,
+    train_state,
+    train_step,
+)
+
+DIAGNOSE_EVERY = 10  # steps between measured norms of the update of W
+SPIKE_WINDOW = 100  # trailing steps whose mean and deviation tell a loss spike
+SPIKE_DEVIATIONS = 4.0
+_SPECTRA = 5  # measurements of the effective ranks, spread over the trunk
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is trained.
+
+    Attributes:
+      arm: name of the method in tables.
+      experiment: model, data, seed and optimizer, with the schedule "wsd";
+        `num_steps` is the longest horizon.
+      horizons: pairs of a name and the length of its run, in steps.
+      method: one of `baselines.METHODS`.
+      adam_rate: peak rate of the arrays outside factors and hidden matrices where it is
+        not that of the matrices; None: through `optimizer.dense_rate`.
+    """
+
+    arm: str
+    experiment: config.ExperimentConfig
+    horizons: tuple[tuple[str, int], ...]
+    method: str = "plain"
+    adam_rate: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the trial: the same for the same definition, and for no other."""
+        text = json.dumps(config.to_dict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate."""
+        return self.experiment.optimizer.peak_learning_rate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one batch."""
+        return self.experiment.data.batch_size * self.experiment.data.seq_len
+
+    @property
+    def fade_steps(self) -> int:
+        """Steps with a dense path, 0 for most methods: half of the shortest horizon."""
+        if baselines.METHODS[self.method].guided_linear is None:
+            return 0
+        return min(steps for _, steps in self.horizons) // 2
+
+    def flops(self, steps: int, *, blocks_only: bool = False) -> float:
+        """Returns the training FLOPs of so many steps, head included unless told."""
+        shape, seq_len = self.experiment.model, self.experiment.data.seq_len
+        per_token = (
+            3 * shape.num_layers * accounting.block_flops(shape, seq_len=seq_len)
+            if blocks_only
+            else accounting.flops_per_token(shape, seq_len=seq_len)
+        )
+        guided = min(self.fade_steps, steps)
+        return self.tokens_per_step * (
+            steps * per_token + guided * self._guide_flops_per_token()
+        )
+
+    def _guide_flops_per_token(self) -> int:
+        shape = self.experiment.model
+        if not self.fade_steps:
+            return 0
+        dense = accounting.dense_config(shape)
+        matrices = [n for n in model.BLOCK_MATRICES if n in shape.spectral]
+        forward = sum(accounting.matrix_flops(dense, name) for name in matrices)
+        return 3 * shape.num_layers * forward
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming the field."""
+        errors.check_choice(
+            f"arms.{self.arm}.method", self.method, tuple(baselines.METHODS)
+        )
+        self.experiment.validate()
+        needed = baselines.METHODS[self.method].factors
+        errors.check(
+            f"arms.{self.arm}.method",
+            needed is None or needed == self.experiment.model.factors,
+            f"{self.method!r} needs model.factors = {needed!r}",
+        )
+        errors.check(
+            f"arms.{self.arm}: optimizer.schedule",
+            self.experiment.optimizer.schedule == "wsd",
+            'branches need the schedule "wsd"',
+        )
+
+
+class Point(NamedTuple):
+    """The trunk, or the end of a branch, at one step."""
+
+    step: int
+    value: float
+
+
+class _Program(NamedTuple):
+    """The compiled functions that trials share which differ in rates and seed alone."""
+
+    init: Callable[..., train_state.TrainState]
+    step: Callable[..., Any]  # as of `train_step.make_train_step`
+    guided_step: Callable[..., Any]  # the same while the dense path fades
+    linear: model.Linear
+
+
+class _Record:
+    """What is kept of the trunk."""
+
+    def __init__(self):
+        self.losses: list[float] = []
+        self.update_norms: list[Point] = []
+        self.effective_ranks: dict[str, list[Point]] = {}
+        self.spectra: dict[str, list[float]] = {}
+
+    def measure(self, step: int, params: model.Params) -> None:
+        """Adds the effective rank of every kind of matrix, and the latest spectra."""
+        if not optax.tree.norm(params) < math.inf:
+            return  # diverged: there is nothing to decompose
+        for name, spectrum in spectra(params).items():
+            points = self.effective_ranks.setdefault(name, [])
+            points.append(Point(step, effective_rank(spectrum)))
+            self.spectra[name] = [float(f"{x:.5g}") for x in spectrum]
+
+
+def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
+    """Returns the row of a trial, ready for JSON: what it is, and what came out.
+
+    A loss that is not finite ends the trial: it is then `null`, in that and in every
+    longer horizon.
+    """
+    began = time.monotonic()
+    program = _program(_without_rates(trial))
+    mesh = sharding.MeshConfig().build(1)
+    evaluate = evaluation.make_evaluation(
+        trial.experiment, corpus, mesh, linear=program.linear
+    )
+    state = program.init(jax.random.key(trial.experiment.seed))
+    size = 2 * accounting.num_bytes(state.params) + accounting.num_bytes(
+        state.opt_state
+    )
+    stored = accounting.count(_served(state.params))
+    record, ends, done = _Record(), {}, 0
+    lengths = sorted({steps for _, steps in trial.horizons})
+    record.measure(0, state.params)
+    for length in lengths:
+        fork = length - decay_steps(trial.experiment.optimizer, length)
+        state = _advance(trial, program, corpus, state, done, fork, lengths[-1], record)
+        done = fork
+        last = length == lengths[-1]
+        branch = state if last else jax.tree.map(jnp.copy, state)
+        kept = record if last else None
+        branch = _advance(trial, program, corpus, branch, fork, length, length, kept)
+        ends[length] = evaluate(branch.params)
+        if not math.isfinite(ends[length]["eval/loss"]):
+            ends |= {rest: ends[length] for rest in lengths if rest > length}
+            break
+        if last:
+            record.measure(length, branch.params)
+    return {
+        "arm": trial.arm,
+        "rate": trial.rate,
+        "seed": trial.experiment.seed,
+        "definition": config.to_dict(trial),
+        "parameters": stored,
+        "train_bytes": size,
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "results": {
+            name: {
+                "steps": steps,
+                "tokens": steps * trial.tokens_per_step,
+                "flops": trial.flops(steps),
+                "block_flops": trial.flops(steps, blocks_only=True),
+                "loss": _finite(ends[steps]["eval/loss"]),
+                "bits_per_byte": _finite(ends[steps]["eval/bits_per_byte"]),
+            }
+            for name, steps in trial.horizons
+        },
+        "spikes": spikes(record.losses),
+        "train_loss": _every(record.losses, DIAGNOSE_EVERY),
+        "update_norms": [[p.step, _finite(p.value)] for p in record.update_norms],
+        "effective_ranks": {
+            name: [[p.step, round(p.value, 2)] for p in points]
+            for name, points in record.effective_ranks.items()
+        },
+        "spectra": record.spectra,
+    }
+
+
+def seconds_per_step(
+    trials: Mapping[str, Trial], corpus: data.Corpus, *, rounds: int = 5
+) -> dict[str, float]:
+    """Returns the median time of a step of every trial, measured in turns."""
+    mesh = sharding.MeshConfig().build(1)
+    states, programs, batches, times = {}, {}, {}, {}
+    for name, trial in trials.items():
+        program = programs[name] = _program(_without_rates(trial))
+        state = program.init(jax.random.key(0))
+        source = data.train_batches(corpus, trial.experiment.data, seed=0)
+        batches[name] = evaluation.to_devices(next(source), mesh)
+        states[name] = _warm(program, state, batches[name])
+        times[name] = []
+    for _ in range(rounds):
+        for name, program in programs.items():
+            began = time.monotonic()
+            states[name] = _warm(program, states[name], batches[name])
+            times[name].append(time.monotonic() - began)
+    return {name: float(np.median(taken)) for name, taken in times.items()}
+
+
+def decay_steps(optimizer: optimizers.OptimizerConfig, num_steps: int) -> int:
+    """Returns the length of the decay of a run, as its schedule has it."""
+    return max(round(optimizer.decay_ratio * num_steps), 1)
+
+
+def spikes(losses: list[float]) -> list[int]:
+    """Returns the steps whose loss is over the mean of the trailing ones by 4 sigma.
+
+    Trailing are the `SPIKE_WINDOW` steps before; without as many nothing is judged. A
+    run of such steps is one spike.
+    """
+    found, inside = [], False
+    for step in range(SPIKE_WINDOW, len(losses)):
+        before = np.asarray(losses[step - SPIKE_WINDOW : step])
+        limit = before.mean() + SPIKE_DEVIATIONS * before.std()
+        high = not losses[step] <= limit
+        if high and not inside:
+            found.append(step + 1)
+        inside = high
+    return found
+
+
+def spectra(params: model.Params) -> dict[str, np.ndarray]:
+    """Returns the singular values of every kind of matrix, descending, mean of layers.
+
+    For analysis: those of a dense matrix cost its full decomposition.
+    """
+    layers = params["layers"]
+    blocks = layers if isinstance(layers, tuple) else [layers]
+    found = {}
+    for name in model.BLOCK_MATRICES:
+        rows = [np.atleast_2d(_singular_values(block[name])) for block in blocks]
+        shortest = min(row.shape[-1] for row in rows)
+        found[name] = np.mean(
+            np.concatenate([row[:, :shortest] for row in rows]), axis=0
+        )
+    return found
+
+
+def effective_rank(spectrum: np.ndarray) -> float:
+    """Returns exp of the entropy of the singular values as shares of their sum.
+
+    References:
+      Roy and Vetterli, The effective rank, EUSIPCO 2007
+    """
+    shares = spectrum / max(float(spectrum.sum()), 1e-30)
+    shares = shares[shares > 0]
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def _without_rates(trial: Trial) -> Trial:
+    """The trial with all that its program does not depend on at fixed values."""
+    optimizer = dataclasses.replace(
+        trial.experiment.optimizer, peak_learning_rate=1.0, warmup_steps=0
+    )
+    experiment = dataclasses.replace(
+        trial.experiment, optimizer=optimizer, seed=0, num_steps=1
+    )
+    adam_rate = None if trial.adam_rate is None else 1.0
+    return dataclasses.replace(
+        trial, arm="", experiment=experiment, adam_rate=adam_rate
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _program(trial: Trial) -> _Program:
+    shape, method = trial.experiment.model, baselines.METHODS[trial.method]
+    tx = _with_rates(trial)
+
+    def init(key):
+        params = method.prepare(model.init(key, shape))
+        return train_state.TrainState(
+            step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
+        )
+
+    def compiled(linear_at):
+        bare = train_step.make_train_step(shape, tx, linear_at=linear_at)
+        return jax.jit(_with_dense_norms(bare), donate_argnums=0)
+
+    plain = compiled(lambda step: method.linear)
+    guided = plain
+    if method.guided_linear is not None:
+        mix, fade_steps = method.guided_linear, trial.fade_steps
+        guided = compiled(lambda step: mix(baselines.guide_share(step, fade_steps)))
+    return _Program(jax.jit(init), plain, guided, method.linear)
+
+
+def _with_rates(trial: Trial) -> optax.GradientTransformation:
+    """The chain with its rates in the state, so that they change without compiling."""
+    optimizer = trial.experiment.optimizer
+    masks = {
+        "decay_mask": model.decay_mask,
+        "matrix_mask": model.hidden_matrices,
+    }
+
+    def chain(learning_rate, dense_rate):
+        return optimizer.chain(learning_rate, dense_rate=dense_rate, **masks)
+
+    return optax.inject_hyperparams(chain)(
+        learning_rate=1.0, dense_rate=optimizer.dense_rate
+    )
+
+
+def _with_dense_norms(step):
+    """The step with the largest ||W' - W||_2 of a model without factors, too."""
+
+    def wrapped(state, batch, diagnose):
+        new_state, metrics = step(state, batch, diagnose)
+        if "composite_update_norm" not in metrics:
+            metrics["composite_update_norm"] = jax.lax.cond(
+                diagnose,
+                lambda: _dense_update_norm(state.params, new_state.params),
+                lambda: jnp.zeros([]),
+            )
+        return new_state, metrics
+
+    return wrapped
+
+
+def _dense_update_norm(old: model.Params, new: model.Params) -> jax.Array:
+    """The largest spectral norm of the change of a matrix of a layer."""
+    names = [n for n in model.BLOCK_MATRICES if n in old["layers"]]
+    norms = []
+    for name in names:
+        change = new["layers"][name] - old["layers"][name]
+        change = change.reshape(-1, *change.shape[-2:])
+        if change.shape[-2] < change.shape[-1]:
+            change = orthogonalize.transpose(change)
+        radius = orthogonalize.spectral_radius_bound(
+            orthogonalize.gram(change), squarings=8
+        )
+        norms.append(jnp.sqrt(jnp.max(radius)))
+    return jnp.max(jnp.stack(norms))
+
+
+def _advance(
+    trial: Trial,
+    program: _Program,
+    corpus: data.Corpus,
+    state: train_state.TrainState,
+    start: int,
+    stop: int,
+    length: int,
+    record: _Record | None,
+) -> train_state.TrainState:
+    """The state after the steps start .. stop of a run of `length` steps."""
+    if start == stop:
+        return state
+    experiment = trial.experiment
+    mesh = sharding.MeshConfig().build(1)
+    batches = data.train_batches(
+        corpus, experiment.data, seed=experiment.seed, start_step=start
+    )
+    rates = np.asarray(
+        jax.vmap(experiment.optimizer.learning_rate(length))(jnp.arange(stop))
+    )
+    measured = {round(length * i / (_SPECTRA - 1)) for i in range(1, _SPECTRA - 1)}
+    budget = _rank_budget(experiment)
+    # The norm of an update is measured in the gauge of orthonormal factors.
+    always_orthonormal = experiment.optimizer.retraction_every == 1
+    losses: list[jax.Array] = []
+    norms: list[tuple[int, jax.Array]] = []
+    for step in range(start + 1, stop + 1):
+        state = _at_rate(state, trial, float(rates[step - 1]))
+        diagnose = step % DIAGNOSE_EVERY == 0
+        compiled = program.guided_step if step <= trial.fade_steps else program.step
+        batch = evaluation.to_devices(next(batches), mesh)
+        state, metrics = compiled(state, batch, jnp.asarray(diagnose))
+        losses.append(metrics["loss"])
+        if diagnose:
+            if always_orthonormal:
+                norms.append((step, metrics["composite_update_norm"]))
+            if not math.isfinite(float(metrics["loss"])):
+                break
+        if experiment.rank.decides_at(step) and step != length:
+            state = _with_ranks(state, experiment, step, budget)
+        if record and step in measured:
+            record.measure(step, state.params)
+    if record:
+        record.losses += [float(loss) for loss in losses]
+        record.update_norms += [Point(step, float(norm)) for step, norm in norms]
+    return state
+
+
+def _at_rate(
+    state: train_state.TrainState, trial: Trial, rate: float
+) -> train_state.TrainState:
+    rates = {"learning_rate": rate}
+    if trial.adam_rate is not None:
+        # Of the same shape over the run as the rate of the matrices.
+        rates["dense_rate"] = trial.adam_rate / trial.rate
+    old = state.opt_state.hyperparams
+    new = old | {k: jnp.asarray(v, old[k].dtype) for k, v in rates.items()}
+    return state.replace(opt_state=state.opt_state._replace(hyperparams=new))
+
+
+def _rank_budget(experiment: config.ExperimentConfig) -> int:
+    shapes = jax.eval_shape(
+        lambda key: model.init(key, experiment.model), jax.random.key(0)
+    )
+    return rank.num_parameters(shapes)
+
+
+def _with_ranks(
+    state: train_state.TrainState,
+    experiment: config.ExperimentConfig,
+    step: int,
+    budget: int,
+) -> train_state.TrainState:
+    change = rank.next_change(
+        state.params, state.opt_state, experiment.rank, budget=budget
+    )
+    if change is None:
+        return state
+    key = jax.random.fold_in(jax.random.key(experiment.seed), step)
+    params, opt_state = jax.jit(functools.partial(rank.resize, ranks=change.ranks))(
+        state.params, state.opt_state, active=change.active, key=key
+    )
+    return state.replace(params=params, opt_state=opt_state)
+
+
+def _warm(program: _Program, state, batch) -> train_state.TrainState:
+    state, _ = program.step(state, batch, jnp.asarray(False))
+    return jax.block_until_ready(state)
+
+
+def _served(params: model.Params) -> model.Params:
+    """The parameters that remain after training: no dense path of a guide."""
+    return jax.tree.map(
+        lambda w: w.factors if isinstance(w, baselines.Guided) else w,
+        params,
+        is_leaf=lambda w: isinstance(w, baselines.Guided),
+    )
+
+
+def _singular_values(w: Any) -> np.ndarray:
+    if isinstance(w, baselines.Guided):
+        w = w.factors
+    if isinstance(w, spectral.SpectralFactors):
+        return -np.sort(-np.abs(np.asarray(w.s)), axis=-1)
+    if isinstance(w, spectral.LowRankFactors):
+        # W = Q_a (R_a R_b.T) Q_b.T has the singular values of the core.
+        cores = [np.linalg.qr(np.asarray(x), mode="r") for x in (w.a, w.b)]
+        w = cores[0] @ np.swapaxes(cores[1], -1, -2)
+    return np.linalg.svd(np.asarray(w), compute_uv=False)
+
+
+def _finite(value: float) -> float | None:
+    """The value to five digits; None (JSON's null) where it is not finite."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _every(losses: list[float], n: int) -> list[list[float | None]]:
+    """Means of n steps in a row, each with its last step."""
+    return [
+        [stop, _finite(float(np.mean(losses[stop - n : stop])))]
+        for stop in range(n, len(losses) + 1, n)
+    ]

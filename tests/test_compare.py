@@ -1,0 +1,415 @@
+"""A grid asks for what is missing, tunes arms alike, and survives being killed."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from experiments import compare, grid, ledger, summary
+from sct_jax import accounting, config, data, errors, model, optimizers
+
+SHAPE = model.ModelConfig(
+    d_model=16,
+    d_ff=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    vocab_size=300,
+    rank=4,
+    spectral=model.BLOCK_MATRICES,
+)
+BASE = config.ExperimentConfig(
+    model=SHAPE,
+    data=data.DataConfig(batch_size=4, seq_len=8),
+    optimizer=optimizers.OptimizerConfig(schedule="wsd"),
+    eval=config.EvalConfig(num_batches=2),
+)
+DENSE = grid.Arm(
+    name="dense",
+    rates=(0.01, 0.02, 0.04),
+    overrides=(("model.spectral", "()"), ("optimizer.name", "adamw")),
+)
+OURS = grid.Arm(name="ours", rates=(0.1, 0.2, 0.4))
+
+
+def comparison(**fields):
+    return grid.Comparison(
+        **{"base": BASE, "arms": (DENSE, OURS), "finalists": 1} | fields
+    )
+
+
+def row_of(trial, loss):
+    """A finished row as `trial.run` gives it, as far as the grid reads it."""
+    return {
+        "arm": trial.arm,
+        "rate": trial.rate,
+        "seed": trial.experiment.seed,
+        "definition": config.to_dict(trial),
+        "results": {name: {"loss": loss} for name, _ in trial.horizons},
+        "wall_seconds": 1.0,
+    }
+
+
+def fill(item, loss):
+    """All rows of a comparison whose loss is a function of arm and rate."""
+    rows, order = {}, []
+    while missing := grid.missing(item, rows):
+        trial = missing[0]
+        order.append((trial.arm, trial.rate, trial.experiment.seed))
+        rows[trial.key] = row_of(trial, loss(trial.arm, trial.rate))
+    return rows, order
+
+
+def test_middle_rates_come_first_and_seeds_last():
+    best = {"dense": 0.02, "ours": 0.2}
+    loss = lambda arm, rate: abs(math.log(rate / best[arm])) + (arm == "dense")
+    _, order = fill(comparison(), loss)
+    assert order == [
+        ("dense", 0.02, 0),
+        ("ours", 0.2, 0),
+        ("dense", 0.01, 0),
+        ("dense", 0.04, 0),
+        ("ours", 0.1, 0),
+        ("ours", 0.4, 0),
+        ("ours", 0.2, 1),
+        ("ours", 0.2, 2),
+    ]
+
+
+def test_rates_go_on_beyond_an_end_that_is_best():
+    loss = lambda arm, rate: -rate if arm == "dense" else rate
+    rows, order = fill(comparison(max_rates=5), loss)
+    tried = {
+        arm: sorted({rate for name, rate, _ in order if name == arm})
+        for arm in ("dense", "ours")
+    }
+    assert tried == {
+        "dense": [0.01, 0.02, 0.04, 0.08, 0.16],
+        "ours": [0.025, 0.05, 0.1, 0.2, 0.4],
+    }
+    assert [arm.at_edge for arm in summary.arms(list(rows.values()))] == [True, True]
+
+
+def test_marked_arms_get_all_seeds():
+    marked = dataclasses.replace(DENSE, always=True)
+    loss = lambda arm, rate: abs(math.log(rate / 0.02)) + 10 * (arm == "dense")
+    _, order = fill(comparison(arms=(marked, OURS)), loss)
+    assert {(arm, seed) for arm, _, seed in order if seed} == {
+        ("dense", 1),
+        ("dense", 2),
+        ("ours", 1),
+        ("ours", 2),
+    }
+
+
+def test_a_diverged_rate_is_never_the_best():
+    item = comparison(arms=(DENSE,))
+    rows = {}
+    for rate, loss in ((0.01, None), (0.02, 5.0), (0.04, 6.0)):
+        trial = item.trial(DENSE, rate, 0)
+        rows[trial.key] = row_of(trial, loss)
+    (arm,) = summary.arms(list(rows.values()))
+    assert arm.rate == 0.02
+    assert arm.tuning("tokens 0.4")[0] == (0.01, math.inf)
+
+
+def test_horizons_spend_what_the_dense_model_spends():
+    item = comparison(
+        protocols=("tokens", "flops", "seconds"),
+        reference="dense",
+        tokens_per_parameter=(50.0, 100.0),
+    )
+    seconds = {"dense": 0.3, "ours": 0.2}
+    dense = accounting.dense_config(SHAPE)
+    tokens = 50 * accounting.parameters(dense)
+    steps = round(tokens / 32)
+    ours = dict(item.trial(OURS, 0.1, 0, seconds=seconds).horizons)
+    theirs = dict(item.trial(DENSE, 0.1, 0, seconds=seconds).horizons)
+    assert ours["tokens 50"] == theirs["tokens 50"] == theirs["flops 50"] == steps
+    ratio = accounting.flops_per_token(dense, seq_len=8) / accounting.flops_per_token(
+        SHAPE, seq_len=8
+    )
+    assert ours["flops 50"] == pytest.approx(steps * ratio, abs=1)
+    assert ours["seconds 50"] == pytest.approx(steps * 1.5, abs=1)
+    assert ours["tokens 100"] == pytest.approx(2 * steps, abs=1)
+
+
+def test_a_guide_is_charged_for_its_dense_path():
+    arm = grid.Arm(
+        name="guided",
+        rates=(0.01,),
+        method="self_guided",
+        overrides=(("model.factors", "low_rank"), ("optimizer.name", "adamw")),
+    )
+    item = comparison(arms=(DENSE, arm), tokens_per_parameter=(50.0,))
+    dense = item.trial(DENSE, 0.01, 0)
+    guided = item.trial(arm, 0.01, 0)
+    steps = dict(guided.horizons)["flops 50"]
+    spent = dense.flops(dict(dense.horizons)["tokens 50"])
+    assert guided.flops(steps) == pytest.approx(spent, rel=1e-3)
+    plain = dataclasses.replace(guided, method="plain")
+    assert plain.flops(steps) < 0.97 * spent
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": (DENSE, DENSE)}, "arms: a name stands twice"),
+        ({"protocols": ("flops",)}, 'the first must be "tokens"'),
+        ({"protocols": ("tokens", "steps")}, "protocols"),
+        ({"protocols": ("tokens", "seconds"), "reference": "dens"}, "'dense'"),
+        (
+            {"arms": (dataclasses.replace(DENSE, rates=(0.2, 0.1)),)},
+            "arms.dense.rates: not sorted",
+        ),
+        (
+            {"arms": (dataclasses.replace(DENSE, overrides=(("model.rnk", "4"),)),)},
+            "did you mean 'rank'",
+        ),
+    ],
+)
+def test_what_is_no_comparison_is_refused(fields, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        comparison(**fields).validate()
+
+
+def test_rows_of_another_comparison_are_refused():
+    item = comparison()
+    trial = item.trial(OURS, 0.1, 0)
+    rows = {trial.key: row_of(trial, 5.0)}
+    grid.check_same(item, rows)
+    changed = dataclasses.replace(
+        BASE, optimizer=dataclasses.replace(BASE.optimizer, b2=0.9)
+    )
+    with pytest.raises(errors.ConfigError, match=r"experiment\.optimizer\.b2"):
+        grid.check_same(comparison(base=changed), rows)
+    grid.check_same(comparison(base=changed, arms=(DENSE,)), rows)
+
+
+def test_a_torn_line_goes_and_the_rest_stays(tmp_path):
+    book = ledger.Ledger(tmp_path)
+    item = comparison()
+    trials = [item.trial(OURS, rate, 0) for rate in OURS.rates]
+    book.add(row_of(trials[0], 5.0))
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"arm": "our')
+    assert list(book.rows()) == [trials[0].key]
+    book.add(row_of(trials[1], 4.0))
+    assert list(book.rows()) == [t.key for t in trials[:2]]
+    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_damaged_line_within_is_an_error(tmp_path):
+    (tmp_path / "cells.jsonl").write_text('{"arm": \n{"arm": "x"}\n')
+    with pytest.raises(errors.ConfigError, match=r"cells\.jsonl:1"):
+        ledger.Ledger(tmp_path).rows()
+
+
+def test_fields_added_since_do_not_lose_a_row(tmp_path):
+    book = ledger.Ledger(tmp_path)
+    trial = comparison().trial(OURS, 0.1, 0)
+    row = row_of(trial, 5.0)
+    del row["definition"]["experiment"]["optimizer"]["max_rotation"]
+    del row["definition"]["adam_rate"]
+    book.add(row)
+    assert list(book.rows()) == [trial.key]
+
+
+def _hold(folder, key, held, release):
+    with ledger.Ledger(folder).claim(key) as mine:
+        assert mine
+        held.set()
+        release.wait(30)
+
+
+def test_a_claimed_trial_is_left_to_its_process(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    trial = comparison().trial(OURS, 0.1, 0)
+    other = context.Process(target=_hold, args=(tmp_path, trial.key, held, release))
+    other.start()
+    try:
+        assert held.wait(60)
+        with ledger.Ledger(tmp_path).claim(trial.key) as mine:
+            assert not mine
+    finally:
+        release.set()
+        other.join(30)
+    with ledger.Ledger(tmp_path).claim(trial.key) as mine:
+        assert mine
+
+
+def test_a_finished_trial_cannot_be_claimed(tmp_path):
+    book = ledger.Ledger(tmp_path)
+    trial = comparison().trial(OURS, 0.1, 0)
+    book.add(row_of(trial, 5.0))
+    with book.claim(trial.key) as mine:
+        assert not mine
+
+
+CONFIG = """
+    from experiments import grid
+    from sct_jax import config, data, model, optimizers
+
+    def get_config():
+        base = config.ExperimentConfig(
+            model=model.ModelConfig(
+                d_model=16, d_ff=24, num_layers=2, num_heads=2, num_kv_heads=2,
+                vocab_size=300, rank=4, spectral=model.BLOCK_MATRICES,
+            ),
+            data=data.DataConfig(
+                source={source!r}, cache_dir={cache!r}, batch_size=4, seq_len=8
+            ),
+            optimizer=optimizers.OptimizerConfig(schedule="wsd"),
+            eval=config.EvalConfig(num_batches=2),
+        )
+        return grid.Comparison(
+            base=base,
+            arms=(
+                grid.Arm(
+                    name="dense",
+                    rates=(0.01, 0.02),
+                    overrides=(
+                        ("model.spectral", "()"), ("optimizer.name", "adamw")
+                    ),
+                ),
+                grid.Arm(name="ours", rates=(0.01, 0.02)),
+            ),
+            seeds=(0, 1),
+            tokens_per_parameter=({length},),
+            protocols=("tokens", "flops", "seconds"),
+            reference="dense",
+            max_rates=2,
+            finalists=1,
+        )
+"""
+
+
+def write_config(folder, text_files, *, length):
+    path = folder / "tiny.py"
+    text = textwrap.dedent(CONFIG)
+    path.write_text(
+        text.format(source=text_files, cache=str(folder / "cache"), length=length)
+    )
+    return path
+
+
+def command(path, folder):
+    words = [f"--config={path}", f"--results={folder}"]
+    return [sys.executable, "-m", "experiments.compare", *words]
+
+
+def test_a_killed_grid_goes_on(tmp_path, text_files):
+    """Killed after its second row, then run to the end: every cell stands once."""
+    path = write_config(tmp_path, text_files, length=0.5)
+    folder = tmp_path / "results"
+    environment = os.environ | {"GLIBC_TUNABLES": ""}
+    process = subprocess.Popen(command(path, folder), env=environment)
+    cells = folder / "cells.jsonl"
+    deadline = time.monotonic() + 240
+    while not cells.exists() or len(cells.read_text().splitlines()) < 2:
+        assert process.poll() is None, "ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    before = cells.read_text()
+    assert compare.main(command(path, folder)[3:]) == 0
+    assert cells.read_text().startswith(before[: before.rfind("\n") + 1])
+    rows = ledger.read(cells)
+    cells_trained = sorted((row["arm"], row["rate"], row["seed"]) for row in rows)
+    assert len(cells_trained) == len(set(cells_trained)) == 5
+    assert {row["environment"]["jax"] for row in rows}
+    names = set(rows[0]["results"])
+    assert names == {"tokens 0.5", "flops 0.5", "seconds 0.5"}
+    assert set(json.loads((folder / "seconds.json").read_text())) == {"dense", "ours"}
+    # Once more: nothing is missing.
+    again = subprocess.run(
+        command(path, folder),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "training" not in again.stdout
+    assert ledger.read(cells) == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--config"),
+        (["--config=configs/compare_method.py"], "did you mean"),
+        (["--config=configs/compare_methods.py:smal"], "did you mean 'small'"),
+        (["--config=configs/smollm_r128.py:tiny"], "no Comparison"),
+        (
+            ["--config=configs/compare_methods.py", "--arms=dense Moun"],
+            "did you mean 'dense Muon'",
+        ),
+        (
+            ["--config=configs/compare_methods.py", "--config.seeds=a"],
+            "config.seeds|seeds: 'a'",
+        ),
+        (
+            ["--config=configs/compare_methods.py", "--config.arms=x"],
+            "arms",
+        ),
+        (["--config=configs/compare_methods.py", "--result=x"], "--results"),
+    ],
+)
+def test_bad_input_ends_with_2(words, message, capfd):
+    with pytest.raises(SystemExit) as ended:
+        compare.main(words)
+    assert ended.value.code == 2
+    assert pytest.importorskip("re").search(message, capfd.readouterr().err)
+
+
+def test_an_interruption_ends_with_130(monkeypatch, tmp_path, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run", interrupt)
+    words = ["--config=configs/compare_methods.py", f"--results={tmp_path}"]
+    assert compare.main(words) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["short", "small", "long"])
+def test_the_configured_comparisons_hold(name):
+    item = config.load_as(grid.Comparison, f"configs/compare_methods.py:{name}")
+    first = grid.missing(item, {}, seconds={arm.name: 1.0 for arm in item.arms})
+    assert len({trial.key for trial in first}) == sum(
+        len(arm.rates) for arm in item.arms
+    )
+
+
+def test_seeds_can_be_overridden():
+    item = config.load_as(
+        grid.Comparison,
+        "configs/compare_methods.py:small",
+        [
+            ("seeds", "3,4"),
+            ("tokens_per_parameter", "0.1"),
+            ("base.data.batch_size", "8"),
+        ],
+    )
+    assert item.seeds == (3, 4)
+    assert item.tokens_per_parameter == (0.1,)
+    assert item.base.data.batch_size == 8
+
+
+def test_the_folder_is_named_by_the_config():
+    spec = "configs/compare_methods.py"
+    default = pathlib.Path("experiments/results/compare_methods-short")
+    assert pathlib.Path(compare.results_folder(spec, None)) == default
+    assert compare.results_folder(spec, "here") == "here"
