@@ -304,9 +304,12 @@ def _without_rates(trial: Trial) -> Trial:
     experiment = dataclasses.replace(
         trial.experiment, optimizer=optimizer, seed=0, num_steps=1
     )
-    adam_rate = None if trial.adam_rate is None else 1.0
     return dataclasses.replace(
-        trial, arm="", experiment=experiment, adam_rate=adam_rate
+        trial,
+        arm="",
+        experiment=experiment,
+        horizons=(("", max(2 * trial.fade_steps, 1)),),  # the fade stays as it is
+        adam_rate=None if trial.adam_rate is None else 1.0,
     )
 
 

@@ -1,0 +1,133 @@
+"""Known exponents are found again; trials spend the budgets they are given."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import ledger, scaling_laws
+from sct_jax import config, errors
+
+Run = scaling_laws.Run
+
+
+def synthetic(alpha, beta, *, noise=0.0, seed=0):
+    """Losses E + A N^-alpha + B D^-beta at C = 6 N D, and the exponent of N."""
+    generator = np.random.default_rng(seed)
+    a_coefficient, b_coefficient = 400.0, 900.0
+    runs = []
+    for flops in (1e18, 4e18, 1.6e19, 6.4e19):
+        ratio = alpha * a_coefficient / (beta * b_coefficient)
+        best = (ratio * (flops / 6) ** beta) ** (1 / (alpha + beta))
+        for n in best * np.geomspace(0.4, 2.5, 5):
+            d = flops / (6 * n)
+            loss = 1.7 + a_coefficient * n**-alpha + b_coefficient * d**-beta
+            runs.append(Run(flops, n, d, loss + noise * generator.normal()))
+    return runs, beta / (alpha + beta)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.34, 0.28), (0.5, 0.5), (0.3, 0.5)])
+def test_known_exponents_are_found(alpha, beta):
+    runs, expected = synthetic(alpha, beta)
+    law = scaling_laws.fit(runs)
+    assert law is not None
+    assert law.a == pytest.approx(expected, abs=0.01)
+    assert law.b == pytest.approx(1 - expected, abs=0.01)
+    assert all(optimum.inside for optimum in law.optima)
+
+
+def test_intervals_hold_the_true_exponent_about_as_often_as_they_say():
+    hits, widths = 0, []
+    for seed in range(20):
+        runs, expected = synthetic(0.34, 0.28, noise=0.003, seed=seed)
+        low, high = scaling_laws.bootstrap(runs, samples=100, seed=seed)["a"]
+        hits += low <= expected <= high
+        widths.append(high - low)
+    assert hits >= 14  # 18 of 20 at 90 %; fewer than 14 by chance once in 400 times
+    assert 0 < np.median(widths) < 0.3
+
+
+def test_a_budget_that_bends_down_has_no_optimum():
+    runs = [Run(1e12, n, 1e12 / n, loss) for n, loss in ((1, 3), (2, 4), (4, 3))]
+    assert scaling_laws.optimum(runs) is None
+    assert scaling_laws.optimum(runs[:2]) is None
+    assert scaling_laws.fit(runs) is None
+
+
+def test_an_optimum_beyond_the_sizes_is_marked():
+    sizes = np.array([1.0, 2.0, 4.0])
+    runs = [Run(1e12, n, 1e12 / n, (np.log(n) - 5) ** 2) for n in sizes]
+    found = scaling_laws.optimum(runs)
+    assert found is not None and not found.inside
+    assert found.parameters == pytest.approx(np.exp(5))
+
+
+def test_every_trial_spends_its_budget():
+    study = config.load_as(scaling_laws.ScalingLaws, "configs/scaling_laws.py")
+    trials = study.trials()
+    assert len({t.key for t in trials}) == 2 * 4 * 3
+    for trial in trials:
+        ((name, steps),) = trial.horizons
+        budget = float(name.removeprefix("budget "))
+        assert trial.flops(steps) == pytest.approx(budget, rel=0.02)
+        shape = trial.experiment.model
+        assert shape.rank == round(shape.d_model / 4) or not shape.spectral
+
+
+def test_named_kinds_have_rates_that_follow_the_width():
+    study = config.load_as(scaling_laws.ScalingLaws, "configs/scaling_laws.py")
+    scaled = dataclasses.replace(study, scaled=(study.kinds[0].name,))
+    first, second = study.kinds
+    rate = lambda kind, size: scaled.trial(kind, size, 1e12, 0).rate
+    for size in study.sizes:
+        share = study.base_width / size.d_model
+        assert rate(first, size) == pytest.approx(first.rates[0] * share)
+        assert rate(second, size) == second.rates[0]
+
+
+def test_what_was_trained_is_fitted_and_drawn(tmp_path, capsys):
+    study = config.load_as(scaling_laws.ScalingLaws, "configs/scaling_laws.py")
+    book = ledger.Ledger(tmp_path)
+    for trial in study.trials():
+        ((name, steps),) = trial.horizons
+        n = trial.experiment.model.d_model**2 * 40
+        flops = trial.flops(steps)
+        d = flops / (6 * n)
+        loss = 1 + 240 * n**-0.5 + 400 * d**-0.5
+        book.add(
+            {
+                "arm": trial.arm,
+                "rate": trial.rate,
+                "seed": 0,
+                "definition": config.to_dict(trial),
+                "parameters": n,
+                "results": {name: {"flops": flops, "tokens": d, "loss": loss}},
+            }
+        )
+    words = ["--fit_only", f"--results={tmp_path}"]
+    assert scaling_laws.main(words) == 0
+    laws = json.loads((tmp_path / "laws.json").read_text())
+    assert set(laws) == {"dense Muon", "Stiefel Muon"}
+    printed = capsys.readouterr().out
+    for kind, law in laws.items():
+        assert law["N ~ C^a"] == pytest.approx(0.5, abs=0.05)
+        assert f"{kind}: N ~ C^{law['N ~ C^a']:.3f}" in printed
+    assert (tmp_path / "figures" / "iso-flop.png").stat().st_size < 300_000
+
+
+def test_nothing_trained_is_nothing_to_fit(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        scaling_laws.main(["--fit_only", f"--results={tmp_path}"])
+    assert ended.value.code == 2
+    assert "no finished trial" in capfd.readouterr().err
+
+
+def test_a_study_that_cannot_be_fitted_is_refused():
+    study = config.load_as(scaling_laws.ScalingLaws, "configs/scaling_laws.py")
+    for fields, message in (
+        ({"sizes": study.sizes[:2]}, "sizes: a parabola needs three"),
+        ({"budgets": (1e12,)}, "budgets: an exponent needs two"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            dataclasses.replace(study, **fields).validate()
