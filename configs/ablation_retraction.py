@@ -24,13 +24,13 @@ def get_config() -> grid.Comparison:
         ranked = ("model.rank", str(rank))
         arms += [
             grid.Arm(
-                name=f"{title}, retracted",
+                name=f"{title} retracted",
                 rates=RATES,
                 overrides=(ranked,),
                 always=True,
             ),
             grid.Arm(
-                name=f"{title}, free",
+                name=f"{title} free",
                 rates=RATES,
                 overrides=(ranked, *WITHOUT),
                 always=True,

@@ -6,6 +6,8 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
   short   d 256, 4 layers, 4.2 M parameters dense, .4 tokens for each (the default);
           about eight hours on two cores.
   small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each; an hour.
+  options the model of `small`, the options of SCT one by one, three seeds of each.
+  recipe  the model of `small`, Stiefel Muon with other ranks, rates and bounds.
   long    the model of `small`, five methods, .4 to 20 tokens for each; a day.
 """
 
@@ -48,19 +50,19 @@ ARMS = (
         overrides=(*LOW_RANK, *ADAMW),
     ),
     grid.Arm(
-        name="SCT, s = 1",
+        name="SCT (s = 1)",
         rates=(1.5e-3, 3e-3, 6e-3),
         method="unit_spectrum",
         always=True,
     ),
-    grid.Arm(name="SCT, dense spectrum", rates=(1.5e-3, 3e-3, 6e-3)),
+    grid.Arm(name="SCT (dense spectrum)", rates=(1.5e-3, 3e-3, 6e-3)),
     grid.Arm(
         name="SCT + clip",
         rates=(3e-3, 6e-3, 1.2e-2),
         overrides=(("optimizer.max_update_norm", "0.1"),),
     ),
     grid.Arm(
-        name="SCT, lossless",
+        name="SCT (lossless)",
         rates=(1.5e-3, 3e-3, 6e-3),
         overrides=(("optimizer.retraction", "lossless"),),
     ),
@@ -72,7 +74,7 @@ ARMS = (
         always=True,
     ),
     grid.Arm(
-        name="Spectron, authors' code",
+        name="Spectron (code)",
         rates=(0.05, 0.1, 0.2),
         overrides=(
             *LOW_RANK,
@@ -86,7 +88,7 @@ ARMS = (
         adam_rate=ADAM_RATE,
     ),
     grid.Arm(
-        name="TSVD, adaptive",
+        name="TSVD (adaptive)",
         rates=(1.5e-3, 3e-3, 6e-3),
         overrides=(
             *chain("tsvd"),
@@ -106,7 +108,7 @@ ARMS = (
         always=True,
     ),
     grid.Arm(
-        name="Stiefel Muon, svd gauge",
+        name="Stiefel Muon (svd gauge)",
         rates=(0.05, 0.1, 0.2),
         overrides=chain(
             "stiefel_muon",
@@ -179,16 +181,73 @@ def _small() -> grid.Comparison:
     )
 
 
+def _options() -> grid.Comparison:
+    options = {
+        "SCT": (),
+        "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
+        "polar retraction": (("optimizer.retraction", "polar"),),
+        "lossless retraction": (("optimizer.retraction", "lossless"),),
+        "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
+        "tangent displacement": (("optimizer.tangent_projection", "displacement"),),
+        "transported moments": (("optimizer.transport_moments", "true"),),
+        "clip at .1": (("optimizer.max_update_norm", "0.1"),),
+    }
+    arms = [
+        grid.Arm(name=name, rates=(3e-3, 6e-3, 1.2e-2), overrides=fields, always=True)
+        for name, fields in options.items()
+    ]
+    return dataclasses.replace(_small().with_arms(tuple(arms)), protocols=("tokens",))
+
+
+def _recipe() -> grid.Comparison:
+    small = _small()
+    ours = next(arm for arm in ARMS if arm.name == "Stiefel Muon")
+    rank = small.base.model.rank
+    # The parameters of the uniform ranks, moved from q and k to the rest of a layer.
+    moved = {"q": rank // 2, "k": rank // 2, "v": rank * 3 // 2, "o": rank * 3 // 2}
+    variations = {
+        "uniform": (),
+        "ranks from q and k to v and o": tuple(
+            (f"model.ranks.{name}", str(r)) for name, r in moved.items()
+        ),
+        "rank over fan_in": (("model.rank_ratios.down", "0.25"),),
+        "rate of s as of u and v": (("optimizer.singular_value_rate", "1.0"),),
+        "rate of s at .04": (("optimizer.singular_value_rate", "0.04"),),
+        "momentum .9": (("optimizer.momentum", "0.9"),),
+        "clip at .1": (("optimizer.max_update_norm", "0.1"),),
+        "lossless": (("optimizer.retraction", "lossless"),),
+    }
+    arms = [
+        dataclasses.replace(
+            ours,
+            name=name,
+            # Of a field that is given twice the later value counts.
+            overrides=(*ours.overrides, *fields),
+            always=name == "uniform",
+        )
+        for name, fields in variations.items()
+    ]
+    return dataclasses.replace(
+        small.with_arms(tuple(arms)), protocols=("tokens", "flops"), finalists=3
+    )
+
+
 def _long() -> grid.Comparison:
     small = _small()
-    names = ("dense AdamW", "dense Muon", "SCT, s = 1", "Spectron", "Stiefel Muon")
+    names = ("dense AdamW", "dense Muon", "SCT (s = 1)", "Spectron", "Stiefel Muon")
     return dataclasses.replace(
         small.with_arms(tuple(arm for arm in ARMS if arm.name in names)),
         tokens_per_parameter=(20.0, 0.4, 2.0, 10.0),
     )
 
 
-VARIANTS = {"short": _short, "small": _small, "long": _long}
+VARIANTS = {
+    "short": _short,
+    "small": _small,
+    "options": _options,
+    "recipe": _recipe,
+    "long": _long,
+}
 
 
 def get_config(variant: str = "short") -> grid.Comparison:

@@ -25,7 +25,7 @@ def get_config() -> grid.Comparison:
     )
     apart = tuple(
         grid.Arm(
-            name=f"{arm.name}, per component",
+            name=f"{arm.name} per component",
             rates=arm.rates,
             overrides=(*arm.overrides, ("optimizer.dense_rate", "0.2")),
             always=True,

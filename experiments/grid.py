@@ -69,6 +69,7 @@ class Comparison:
         names = [arm.name for arm in self.arms]
         errors.check("arms", bool(names), "there are none")
         errors.check("arms", len(set(names)) == len(names), "a name stands twice")
+        errors.check("arms", "," not in "".join(names), "a name has a comma")
         errors.check("seeds", bool(self.seeds), "there are none")
         errors.check("tokens_per_parameter", bool(self.tokens_per_parameter), "none")
         errors.check(

@@ -160,6 +160,19 @@ class _Record:
             points.append(Point(step, effective_rank(spectrum)))
             self.spectra[name] = [float(f"{x:.5g}") for x in spectrum]
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns what a row holds of it."""
+        return {
+            "spikes": spikes(self.losses),
+            "train_loss": _every(self.losses, DIAGNOSE_EVERY),
+            "update_norms": [[p.step, _finite(p.value)] for p in self.update_norms],
+            "effective_ranks": {
+                name: [[p.step, round(p.value, 2)] for p in points]
+                for name, points in self.effective_ranks.items()
+            },
+            "spectra": self.spectra,
+        }
+
 
 def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
     """Returns the row of a trial, ready for JSON: what it is, and what came out.
@@ -179,8 +192,8 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
     )
     stored = accounting.count(_served(state.params))
     record, ends, done = _Record(), {}, 0
-    lengths = sorted({steps for _, steps in trial.horizons})
     record.measure(0, state.params)
+    lengths = sorted({steps for _, steps in trial.horizons})
     for length in lengths:
         fork = length - decay_steps(trial.experiment.optimizer, length)
         state = _advance(trial, program, corpus, state, done, fork, lengths[-1], record)
@@ -204,24 +217,9 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
         "train_bytes": size,
         "wall_seconds": round(time.monotonic() - began, 1),
         "results": {
-            name: {
-                "steps": steps,
-                "tokens": steps * trial.tokens_per_step,
-                "flops": trial.flops(steps),
-                "block_flops": trial.flops(steps, blocks_only=True),
-                "loss": _finite(ends[steps]["eval/loss"]),
-                "bits_per_byte": _finite(ends[steps]["eval/bits_per_byte"]),
-            }
-            for name, steps in trial.horizons
+            name: _result(trial, steps, ends[steps]) for name, steps in trial.horizons
         },
-        "spikes": spikes(record.losses),
-        "train_loss": _every(record.losses, DIAGNOSE_EVERY),
-        "update_norms": [[p.step, _finite(p.value)] for p in record.update_norms],
-        "effective_ranks": {
-            name: [[p.step, round(p.value, 2)] for p in points]
-            for name, points in record.effective_ranks.items()
-        },
-        "spectra": record.spectra,
+        **record.as_json(),
     }
 
 
@@ -494,6 +492,18 @@ def _singular_values(w: Any) -> np.ndarray:
         cores = [np.linalg.qr(np.asarray(x), mode="r") for x in (w.a, w.b)]
         w = cores[0] @ np.swapaxes(cores[1], -1, -2)
     return np.linalg.svd(np.asarray(w), compute_uv=False)
+
+
+def _result(trial: Trial, steps: int, figures: Mapping[str, float]) -> dict[str, Any]:
+    """What a row holds of one horizon."""
+    return {
+        "steps": steps,
+        "tokens": steps * trial.tokens_per_step,
+        "flops": trial.flops(steps),
+        "block_flops": trial.flops(steps, blocks_only=True),
+        "loss": _finite(figures["eval/loss"]),
+        "bits_per_byte": _finite(figures["eval/bits_per_byte"]),
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import pytest
 
+from experiments import grid
 from sct_jax import accounting, config, model, sharding, train_state
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -18,11 +19,22 @@ def variants(path):
     return getattr(module, "VARIANTS", ())
 
 
-SPECS = [
-    spec
-    for path in FILES
-    for spec in [str(path), *(f"{path}:{name}" for name in variants(path))]
-]
+def kind(path):
+    """What `get_config` says that it returns."""
+    module = importlib.import_module(f"configs.{path.stem}")
+    return inspect.signature(module.get_config).return_annotation
+
+
+def specs(paths):
+    return [
+        spec
+        for path in paths
+        for spec in [str(path), *(f"{path}:{name}" for name in variants(path))]
+    ]
+
+
+SPECS = specs(path for path in FILES if kind(path) is config.ExperimentConfig)
+STUDIES = specs(path for path in FILES if kind(path) is not config.ExperimentConfig)
 each_spec = pytest.mark.parametrize(
     "spec", SPECS, ids=[pathlib.Path(spec).name for spec in SPECS]
 )
@@ -30,6 +42,7 @@ each_spec = pytest.mark.parametrize(
 
 def test_there_are_configs():
     assert f"{FOLDER / 'smollm_r128.py'}:tiny" in SPECS
+    assert f"{FOLDER / 'compare_methods.py'}:small" in STUDIES
 
 
 @each_spec
@@ -58,11 +71,26 @@ def test_a_config_trains_for_as_long_as_its_schedule(spec):
     assert experiment.optimizer.warmup_steps < experiment.num_steps
 
 
+@pytest.mark.parametrize("spec", STUDIES, ids=lambda spec: pathlib.Path(spec).name)
+def test_a_study_loads_with_trials_of_its_own(spec):
+    study = config.load_as(kind(pathlib.Path(spec.partition(":")[0])), spec)
+    trials = (
+        grid.missing(study, {}, seconds={arm.name: 1.0 for arm in study.arms})
+        if isinstance(study, grid.Comparison)
+        else study.trials()
+    )
+    assert len({trial.key for trial in trials}) == len(trials) > 0
+    for trial in trials:
+        trial.validate()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_config_file_says_what_it_is(path):
     module = importlib.import_module(f"configs.{path.stem}")
     text = inspect.getdoc(module) or ""
-    assert f"--config=configs/{path.name}" in text
+    # A study with a program of its own is that program's default.
+    named = f"--config=configs/{path.name}", f"python -m experiments.{path.stem}"
+    assert any(command in text for command in named)
     assert all(name in text for name in variants(path))
 
 

@@ -265,8 +265,10 @@ def test_a_layerwise_run_resumes_and_is_the_ordinary_one(experiment, tmp_path):
     config = dataclasses.replace(
         experiment,
         step="layerwise",
-        model=dataclasses.replace(experiment.model, scan_layers=False),
-        optimizer=dataclasses.replace(experiment.optimizer, grad_clip=None),
+        model=dataclasses.replace(
+            experiment.model, scan_layers=False, spectral=("down",)
+        ),
+        optimizer=dataclasses.replace(experiment.optimizer, max_update_norm=None),
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(config, whole)[0] == 0
@@ -403,7 +405,7 @@ def test_checkpoints_without_their_config_are_not_trained_on_with_another(
     assert "resumed at step 6" in text
 
 
-@pytest.fixture(scope="module", params=["stacked", "separate"])
+@pytest.fixture(scope="module", params=["stacked", slow("separate")])
 def adaptive(request, experiment, tmp_path_factory):
     """A finished run whose ranks changed, its configuration, and what it printed."""
     config = dataclasses.replace(
@@ -456,7 +458,7 @@ def test_a_run_resumes_over_a_change_of_rank(adaptive, tmp_path, step):
 @pytest.mark.parametrize(
     ("optimizer", "factors"),
     [
-        (
+        slow(
             {"name": "stiefel_muon", "gauge": "svd", "retraction": "lossless"},
             "spectral",
         ),

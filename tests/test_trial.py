@@ -216,6 +216,7 @@ def test_a_diverged_trial_is_a_row(experiment, corpus):
     json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_factors_that_leave_the_manifold_report_no_norm(experiment, corpus):
     item = make(
         experiment, optimizer__name="tsvd", optimizer__retraction_every="1000000"
@@ -225,6 +226,7 @@ def test_factors_that_leave_the_manifold_report_no_norm(experiment, corpus):
     assert row["results"]["tokens 1"]["loss"] < 6
 
 
+@pytest.mark.slow
 def test_ranks_change_within_a_trial(experiment, corpus):
     item = make(
         experiment,
