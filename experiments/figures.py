@@ -1,5 +1,6 @@
 """Figures of a comparison, from its rows. Every function returns one figure."""
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import matplotlib
 import matplotlib.figure
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 
 from experiments import summary
 
@@ -21,6 +23,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 Figure = matplotlib.figure.Figure
 
+_DPI = 130
+_PALETTE = 256  # colours of a file: lines and text need no more, and it is a third
+
 
 def style(index: int) -> dict[str, Any]:
     """Returns colour, line and marker of the arm with this number."""
@@ -29,6 +34,16 @@ def style(index: int) -> dict[str, Any]:
         "linestyle": LINES[index // len(COLOURS) % len(LINES)],
         "marker": MARKERS[index % len(MARKERS)],
     }
+
+
+def to_png(figure: Figure) -> bytes:
+    """Returns the figure as a small file, and closes it."""
+    drawn, stored = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=_DPI, format="png")
+    plt.close(figure)
+    image = PIL.Image.open(drawn).convert("RGB").quantize(_PALETTE)
+    image.save(stored, format="png", optimize=True)
+    return stored.getvalue()
 
 
 def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
@@ -82,7 +97,7 @@ def curves(arms: Sequence[summary.Arm]) -> Figure:
         )
     axes.set_xscale("log")
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats per token (means of 10 steps)")
+    axes.set_ylabel("training loss, nats per token")
     _legend(axes)
     return figure
 
@@ -123,7 +138,7 @@ def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
                 **look,
             )
     axes.set_xlabel("parameters, gradients and optimizer state, MB")
-    axes.set_ylabel(f"held-out loss, nats per token ({summary.words(protocol)})")
+    axes.set_ylabel("held-out loss, nats per token")
     axes.grid(alpha=0.3)
     _legend(axes)
     return figure

@@ -8,7 +8,6 @@ which holds its figures, beside it. Only trials that were trained to the end are
 
 import base64
 import html
-import io
 import math
 import pathlib
 import sys
@@ -17,8 +16,6 @@ from typing import Any
 
 from experiments import ledger, summary
 from sct_jax import config, errors
-
-_DPI = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,8 +98,6 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
       ConfigError: where matplotlib is not installed.
     """
     try:
-        import matplotlib.pyplot as plt
-
         from experiments import figures
     except ImportError as error:
         raise errors.ConfigError(
@@ -128,7 +123,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         ),
         (
             "curves",
-            "Training loss at the best rate; bands: one standard deviation over seeds.",
+            "Training loss at the best rate, means of ten steps; bands: one standard "
+            "deviation over seeds.",
             lambda: figures.curves(arms),
         ),
         (
@@ -138,7 +134,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         ),
         (
             "memory",
-            "Held-out loss over the memory of the training state.",
+            "Held-out loss over the memory of the training state, "
+            f"{summary.words(first)}.",
             lambda: figures.memory(arms, first),
         ),
         (
@@ -158,14 +155,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
             lambda: figures.spectra(arms),
         ),
     ]
-    drawn = []
-    for name, caption, make in wanted:
-        figure, buffer = make(), io.BytesIO()
-        # Without a version in the file the same rows give the same bytes.
-        figure.savefig(buffer, dpi=_DPI, format="png", metadata={"Software": None})
-        plt.close(figure)
-        drawn.append((name, caption, buffer.getvalue()))
-    return drawn
+    return [(name, caption, figures.to_png(make())) for name, caption, make in wanted]
 
 
 def as_markdown(title: str, tables, drawn) -> str:

@@ -277,8 +277,8 @@ def laws(kinds: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(kinds: Mapping[str, Sequence[Run]]):
-    """Returns a figure of the losses over the parameters, with their parabolas."""
+def draw(kinds: Mapping[str, Sequence[Run]]) -> bytes:
+    """Returns the losses over the parameters, with their parabolas, as a PNG."""
     import matplotlib.pyplot as plt
 
     from experiments import figures
@@ -304,7 +304,7 @@ def draw(kinds: Mapping[str, Sequence[Run]]):
         axes.legend(frameon=False, fontsize=11)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("held-out loss, nats per token")
-    return figure
+    return figures.to_png(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -353,9 +353,8 @@ def write(folder: pathlib.Path, kinds: Mapping[str, Sequence[Run]]) -> None:
         print(f"{kind}: N ~ C^{law['N ~ C^a']:.3f} [{low:.3f}, {high:.3f}]")
         low, high = law["b, 90 %"]
         print(f"{kind}: D ~ C^{law['D ~ C^b']:.3f} [{low:.3f}, {high:.3f}]")
-    figure = draw(kinds)
     (folder / "figures").mkdir(exist_ok=True)
-    figure.savefig(folder / "figures" / "iso-flop.png", dpi=130)
+    (folder / "figures" / "iso-flop.png").write_bytes(draw(kinds))
     print(f"written: {folder}/laws.json, {folder}/figures/iso-flop.png")
 
 
