@@ -57,8 +57,11 @@ def command(
     flags, overrides = parser.parse(sys.argv[1:] if argv is None else argv)
     try:
         comparison = config.load_as(grid.Comparison, flags.config, overrides)
-        comparison = choose(comparison, flags.arms)
-        run(comparison, results_folder(flags.config, flags.results))
+        run(
+            comparison,
+            results_folder(flags.config, flags.results),
+            arms=choose(comparison, flags.arms),
+        )
     except errors.ConfigError as error:
         config.fail(str(error))
     except KeyboardInterrupt:
@@ -73,32 +76,37 @@ def results_folder(spec: str, given: str | None) -> str:
     return given or os.path.join(RESULTS, name)
 
 
-def choose(comparison: grid.Comparison, arms: str | None) -> grid.Comparison:
-    """Returns the comparison with the named arms alone.
+def choose(comparison: grid.Comparison, arms: str | None) -> tuple[grid.Arm, ...]:
+    """Returns the arms with the given names, separated by commas; all for None.
 
     Raises:
       ConfigError: for an arm that it does not have.
     """
     if arms is None:
-        return comparison
+        return comparison.arms
     names = arms.split(",")
     for name in names:
         errors.check_choice("--arms", name, [arm.name for arm in comparison.arms])
-    chosen = tuple(arm for arm in comparison.arms if arm.name in names)
-    return comparison.with_arms(chosen)
+    return tuple(arm for arm in comparison.arms if arm.name in names)
 
 
-def run(comparison: grid.Comparison, folder: str | os.PathLike[str]) -> None:
-    """Returns once the folder holds every trial of the comparison."""
+def run(
+    comparison: grid.Comparison,
+    folder: str | os.PathLike[str],
+    *,
+    arms: tuple[grid.Arm, ...],
+) -> None:
+    """Returns once the folder holds every trial of these arms of the comparison."""
     corpus = data.prepare(
         comparison.base.data, vocab_size=comparison.base.model.vocab_size
     )
     book = ledger.Ledger(folder)
     seconds = _seconds(comparison, book, corpus)
     grid.check_same(comparison, book.rows(), seconds=seconds)
+    chosen = comparison.with_arms(arms)
     ledger.fill(
         book,
-        lambda rows: grid.missing(comparison, rows, seconds=seconds),
+        lambda rows: grid.missing(chosen, rows, seconds=seconds),
         lambda missing: trial.run(missing, corpus),
     )
 
@@ -109,20 +117,23 @@ def _seconds(
     """Time per step of every arm, measured once, where a protocol asks for it."""
     if "seconds" not in comparison.protocols:
         return None
-    path = book.folder / "seconds.json"
+    path, reference = book.folder / "seconds.json", comparison.reference
     with book.hold("seconds"):
-        if not path.exists():
+        known = json.loads(path.read_text()) if path.exists() else {}
+        trials = {
+            arm.name: comparison.trial(arm, arm.rates[0], comparison.seeds[0])
+            for arm in comparison.arms
+            if arm.name not in known or arm.name == reference
+        }
+        if set(trials) - set(known):
             print("measuring the time per step of every arm: keep the machine quiet")
-            trials = {
-                arm.name: comparison.trial(arm, arm.rates[0], comparison.seeds[0])
-                for arm in comparison.arms
-            }
             taken = trial.seconds_per_step(trials, corpus)
-            path.write_text(json.dumps(taken, indent=2) + "\n")
-    seconds = json.loads(path.read_text())
-    for arm in comparison.arms:
-        errors.check(str(path), arm.name in seconds, f"has no {arm.name!r}: remove it")
-    return seconds
+            # What stands is what horizons were made of; an arm that is new is measured
+            # beside the reference, as the machine may be another one by now.
+            scale = known.get(reference, taken[reference]) / taken[reference]
+            known = {name: scale * value for name, value in taken.items()} | known
+            path.write_text(json.dumps(known, indent=2) + "\n")
+    return known
 
 
 if __name__ == "__main__":

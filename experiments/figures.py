@@ -123,6 +123,34 @@ def costs(arms: Sequence[summary.Arm], protocols: Sequence[str]) -> Figure:
     return figure
 
 
+def gaps(arms: Sequence[summary.Arm], reference: summary.Arm, kind: str) -> Figure:
+    """Returns how far arms are from one of them, over the tokens per parameter.
+
+    Args:
+      arms: the methods.
+      reference: whose loss is subtracted, seed by seed.
+      kind: the protocol that is shown, "tokens" for one.
+    """
+    figure, axes = _figure()
+    for arm in arms:
+        points = []
+        for protocol in arm.protocols:
+            name, _, length = protocol.partition(" ")
+            mean, error = summary.gap(arm, reference, protocol)
+            if name == kind and math.isfinite(mean):
+                points.append((float(length), mean, 0 if math.isnan(error) else error))
+        if points:
+            lengths, means, errors = zip(*sorted(points), strict=True)
+            axes.errorbar(
+                lengths, means, yerr=errors, label=arm.name, **style(arm.index)
+            )
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens per parameter of the dense model")
+    axes.set_ylabel(f"held-out loss, less that of {reference.name}, nats")
+    _legend(axes)
+    return figure
+
+
 def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     """Returns losses over the bytes of parameters, gradients and optimizer state."""
     figure, axes = _figure()

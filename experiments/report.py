@@ -45,7 +45,12 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     for name, _, png in drawn:
         (folder / "figures" / f"{name}.png").write_bytes(png)
     title = f"{folder.name}: {len(arms)} methods, {len(rows)} trials"
-    tables = [("Results", *table(arms)), ("What was run", *provenance(rows))]
+    tables = [("Results", *table(arms))]
+    tables += [
+        (f"Less the loss of {dense.name}, seed by seed", *differences(arms, dense))
+        for dense in _references(arms)
+    ]
+    tables.append(("What was run", *provenance(rows)))
     (folder / "report.html").write_text(as_html(title, tables, drawn))
     page = folder / "report.md"
     page.write_text(as_markdown(title, tables, drawn))
@@ -78,6 +83,33 @@ def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, body
+
+
+def differences(
+    arms: Sequence[summary.Arm], reference: summary.Arm
+) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows: losses less those of one arm, with standard errors."""
+    shared = [p for p in arms[0].protocols if p in reference.protocols]
+    body = []
+    for arm in arms:
+        if arm is reference:
+            continue
+        cells = []
+        for protocol in shared:
+            mean, error = summary.gap(arm, reference, protocol)
+            if not math.isfinite(mean):
+                cells.append("-" if math.isnan(mean) else "diverged")
+            else:
+                cells.append(
+                    f"{mean:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
+                )
+        body.append([arm.name, *cells])
+    return ["method", *map(summary.words, shared)], body
+
+
+def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
+    """The dense arms, which the others are measured by."""
+    return [arm for arm in arms if arm.name.startswith("dense")]
 
 
 def provenance(rows: Sequence[summary.Row]) -> tuple[list[str], list[list[str]]]:
@@ -155,6 +187,18 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
             lambda: figures.spectra(arms),
         ),
     ]
+    lengths = {protocol.partition(" ")[2] for protocol in protocols}
+    if len(lengths) > 1:
+        wanted += [
+            (
+                f"gap-to-{dense.name.replace(' ', '-')}-{kind}",
+                f"Held-out loss less that of {dense.name}, seed by seed, over the "
+                f"length of training; {summary.PROTOCOLS[kind]}.",
+                lambda dense=dense, kind=kind: figures.gaps(arms, dense, kind),
+            )
+            for dense in _references(arms)
+            for kind in dict.fromkeys(p.partition(" ")[0] for p in protocols)
+        ]
     return [(name, caption, figures.to_png(make())) for name, caption, make in wanted]
 
 

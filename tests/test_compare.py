@@ -16,6 +16,7 @@ import time
 import pytest
 
 from experiments import compare, grid, ledger, summary
+from experiments import trial as trial_lib
 from sct_jax import accounting, config, data, errors, model, optimizers
 
 SHAPE = model.ModelConfig(
@@ -377,8 +378,26 @@ def test_bad_input_ends_with_2(words, message, capfd):
     assert re.search(message, capfd.readouterr().err)
 
 
+def test_an_arm_that_is_new_is_timed_beside_the_reference(tmp_path, monkeypatch):
+    item = comparison(protocols=("tokens", "seconds"), reference="dense")
+    book = ledger.Ledger(tmp_path)
+    # The machine of the first call is twice as fast.
+    speed = iter((1.0, 2.0))
+
+    def measure(trials, corpus):
+        slowness = next(speed)
+        return {name: slowness * (1 + (name == "ours")) for name in trials}
+
+    monkeypatch.setattr(trial_lib, "seconds_per_step", measure)
+    first = compare._seconds(item.with_arms((DENSE,)), book, None)
+    assert first == {"dense": 1.0}
+    both = compare._seconds(item, book, None)
+    assert both == {"dense": 1.0, "ours": 2.0}
+    assert compare._seconds(item, book, None) == both
+
+
 def test_an_interruption_ends_with_130(monkeypatch, tmp_path, capsys):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare, "run", interrupt)

@@ -97,8 +97,8 @@ CHAINS = {
 }
 
 
-# Each compiles for half a minute; these three cover every branch of the step.
-FAST = ("tied and spectral", "spectron", "muon")
+# Each compiles for half a minute; these two cover factors and dense matrices.
+FAST = ("spectron", "muon")
 
 
 @pytest.mark.parametrize(

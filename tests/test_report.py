@@ -113,6 +113,23 @@ def test_markdown_and_page_hold_the_same_figures(folder, capsys):
         assert len(png) < 300_000
 
 
+def test_differences_to_the_dense_arms_are_told(folder):
+    report.main([str(folder)])
+    text = (folder / "report.md").read_text()
+    assert "## Less the loss of dense Muon, seed by seed" in text
+    assert "| ours <&> | -0.100 | -0.100 |" in text
+
+
+def test_several_lengths_show_how_a_gap_goes_on(folder):
+    longer = [
+        r | {"results": r["results"] | {"tokens 2": r["results"]["tokens 0.4"]}}
+        for r in ROWS
+    ]
+    arms = summary.arms(longer)
+    names = [name for name, _, _ in report.draw(arms)]
+    assert {"gap-to-dense-Muon-tokens", "gap-to-dense-Muon-flops"} <= set(names)
+
+
 def test_a_diverged_arm_is_named_so(folder):
     text = json.dumps(row("worst", 1.0, 0, None)) + "\n"
     with (folder / "cells.jsonl").open("a") as file:

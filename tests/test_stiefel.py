@@ -419,7 +419,7 @@ print("stepped")
     ("ranks", "num_runs", "limit"),
     [
         # Sixteen factors of eight ranks: enough for the deadlock, quick to compile.
-        pytest.param("range(5, 41, 5)", 1000, 280, id="8 ranks"),
+        pytest.param("range(5, 41, 5)", 400, 280, id="8 ranks"),
         pytest.param(
             "range(1, 41)",
             50,
