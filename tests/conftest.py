@@ -12,7 +12,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-import texts
 
 # Rank promotion stays allowed: one identity (R, R) serves any stack of layers.
 STRICT = {"test_orthogonalize", "test_stiefel", "test_spectral", "test_transforms"}
@@ -38,4 +37,6 @@ def bounded_memory():
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory):
     """A glob of small files of text."""
-    return texts.write_corpus(tmp_path_factory.mktemp("text") / "corpus")
+    import samples  # not above: it loads what the hook for types has yet to see
+
+    return samples.write_corpus(tmp_path_factory.mktemp("text") / "corpus")

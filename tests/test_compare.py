@@ -14,21 +14,12 @@ import textwrap
 import time
 
 import pytest
+from samples import SHAPE
 
 from experiments import compare, grid, ledger, summary
 from experiments import trial as trial_lib
-from sct_jax import accounting, config, data, errors, model, optimizers
+from sct_jax import accounting, config, data, errors, optimizers
 
-SHAPE = model.ModelConfig(
-    d_model=16,
-    d_ff=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    vocab_size=300,
-    rank=4,
-    spectral=("q", "down"),
-)
 BASE = config.ExperimentConfig(
     model=SHAPE,
     data=data.DataConfig(batch_size=4, seq_len=8),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from texts import write_corpus
+from samples import write_corpus
 
 from sct_jax import accounting, data, errors, loop, metrics, model, optimizers, rank
 from sct_jax import config as config_lib

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import SHAPE
 
 from experiments import baselines, trial
 from sct_jax import (
@@ -20,17 +21,6 @@ from sct_jax import (
     optimizers,
     spectral,
     train_step,
-)
-
-SHAPE = model.ModelConfig(
-    d_model=16,
-    d_ff=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    vocab_size=300,
-    rank=4,
-    spectral=("q", "down"),
 )
 
 

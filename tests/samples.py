@@ -1,6 +1,20 @@
-"""Text to train on in tests."""
+"""Text and a model that tests train."""
 
 import random
+
+from sct_jax import model
+
+# Two kinds of matrices are enough to cover stacked factors beside dense ones.
+SHAPE = model.ModelConfig(
+    d_model=16,
+    d_ff=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    vocab_size=300,
+    rank=4,
+    spectral=("q", "down"),
+)
 
 
 def write_corpus(folder, *, files=100):
