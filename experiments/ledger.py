@@ -12,7 +12,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -156,7 +158,7 @@ def outcome(row: Row) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Returns what a figure was made with: commit, versions, processors."""
+    """Returns what a figure was made with: command, commit, versions, processors."""
     git = ["git", "-C", str(pathlib.Path(__file__).parent)]
     try:
         commit = subprocess.run(
@@ -168,7 +170,10 @@ def environment() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    words = ["-m", program.name] if program else ["-c", "..."]
     return {
+        "command": shlex.join(["python", *words, *sys.argv[1:]]),
         "commit": commit,
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -115,7 +115,7 @@ def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
 def provenance(rows: Sequence[summary.Row]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows: which trials were made with what."""
     counts: dict[tuple[str, ...], int] = {}
-    header = list(rows[0]["environment"])
+    header = list(dict.fromkeys(name for row in rows for name in row["environment"]))
     for row in rows:
         made_with = tuple(str(row["environment"].get(name, "")) for name in header)
         counts[made_with] = counts.get(made_with, 0) + 1

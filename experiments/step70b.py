@@ -47,7 +47,7 @@ from sct_jax import (
 )
 
 REFERENCE_SECONDS, REFERENCE_BYTES = 6.47, 9.17e9
-_TURNS = 3  # of the variants whose difference is a share
+_TURNS = 3  # at most, of the variants whose difference is a share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
         "losses": losses,
         "machine": rates,
         "roofline": roofline(state, _num_tokens(job), rates),
-        "shares": _shares(job, step, state),
+        "shares": _shares(job, step, state, turns=min(steps - 1, _TURNS)),
     }
 
 
@@ -367,7 +367,11 @@ def _orthonormality_error(params: Any) -> jax.Array:
 
 
 def _shares(
-    job: Job, step: layerwise.LayerwiseStep, state: train_state.TrainState
+    job: Job,
+    step: layerwise.LayerwiseStep,
+    state: train_state.TrainState,
+    *,
+    turns: int,
 ) -> dict[str, float]:
     """Shares of Adam and of the retraction in a step: what it saves to leave them out.
 
@@ -387,7 +391,7 @@ def _shares(
         name: tx.init(params) for name, tx in chains.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(_TURNS + 1):
+    for _ in range(turns + 1):
         for name, variant in steps.items():
             before = train_state.TrainState(state.step, params, opt_states[name])
             with _Clock() as clock:

@@ -323,7 +323,8 @@ def test_a_killed_grid_goes_on(tmp_path, text_files):
     rows = ledger.read(cells)
     cells_trained = sorted((row["arm"], row["rate"], row["seed"]) for row in rows)
     assert len(cells_trained) == len(set(cells_trained)) == 5
-    assert {row["environment"]["jax"] for row in rows}
+    words = f"python -m experiments.compare --config={path} --results={folder}"
+    assert {row["environment"]["command"] for row in rows} == {words}
     names = set(rows[0]["results"])
     assert names == {"tokens 0.5", "flops 0.5", "seconds 0.5"}
     assert set(json.loads((folder / "seconds.json").read_text())) == {"dense", "muon"}
