@@ -18,8 +18,7 @@ WITHOUT = (("optimizer.name", "tsvd"), ("optimizer.retraction_every", "100000000
 def get_config() -> grid.Comparison:
     small = compare_methods.get_config("small")
     width = small.base.model.d_model
-    dense = next(arm for arm in compare_methods.ARMS if arm.name == "dense AdamW")
-    arms = [dense]
+    arms = list(compare_methods.arms_named("dense AdamW"))
     for title, rank in (("full rank", width), ("R = d/4", width // 4)):
         ranked = ("model.rank", str(rank))
         arms += [

@@ -133,6 +133,11 @@ ARMS = (
 )
 
 
+def arms_named(*names: str) -> tuple[grid.Arm, ...]:
+    """The arms with these names, in the order of `ARMS`."""
+    return tuple(arm for arm in ARMS if arm.name in names)
+
+
 def base(
     *, d_model: int, d_ff: int, vocab_size: int, seq_len: int
 ) -> config.ExperimentConfig:
@@ -201,7 +206,7 @@ def _options() -> grid.Comparison:
 
 def _recipe() -> grid.Comparison:
     small = _small()
-    ours = next(arm for arm in ARMS if arm.name == "Stiefel Muon")
+    (ours,) = arms_named("Stiefel Muon")
     rank = small.base.model.rank
     # The parameters of the uniform ranks, moved from q and k to the rest of a layer.
     moved = {"q": rank // 2, "k": rank // 2, "v": rank * 3 // 2, "o": rank * 3 // 2}
@@ -227,17 +232,15 @@ def _recipe() -> grid.Comparison:
         )
         for name, fields in variations.items()
     ]
-    return dataclasses.replace(
-        small.with_arms(tuple(arms)), protocols=("tokens", "flops"), finalists=3
-    )
+    return dataclasses.replace(small.with_arms(tuple(arms)), finalists=3)
 
 
 def _long() -> grid.Comparison:
-    small = _small()
-    names = ("dense AdamW", "dense Muon", "SCT (s = 1)", "Spectron", "Stiefel Muon")
+    arms = arms_named(
+        "dense AdamW", "dense Muon", "SCT (s = 1)", "Spectron", "Stiefel Muon"
+    )
     return dataclasses.replace(
-        small.with_arms(tuple(arm for arm in ARMS if arm.name in names)),
-        tokens_per_parameter=(20.0, 0.4, 2.0, 10.0),
+        _small().with_arms(arms), tokens_per_parameter=(20.0, 0.4, 2.0, 10.0)
     )
 
 

@@ -7,6 +7,8 @@ d 256. "per component" has a rate of its own for all that is no factor, a fifth 
 of the factors.
 """
 
+import dataclasses
+
 from configs import compare_methods
 from experiments import grid
 
@@ -24,16 +26,15 @@ def get_config() -> grid.Comparison:
         for rank in (4, 8, 16, 32)
     )
     apart = tuple(
-        grid.Arm(
+        dataclasses.replace(
+            arm,
             name=f"{arm.name} per component",
-            rates=arm.rates,
             overrides=(*arm.overrides, ("optimizer.dense_rate", "0.2")),
-            always=True,
         )
         for arm in shared
     )
-    dense = next(arm for arm in compare_methods.ARMS if arm.name == "dense AdamW")
-    short = compare_methods.get_config("short")
     return grid.Comparison(
-        base=short.base, arms=(dense, *shared, *apart), tokens_per_parameter=(0.4,)
+        base=compare_methods.get_config("short").base,
+        arms=(*compare_methods.arms_named("dense AdamW"), *shared, *apart),
+        tokens_per_parameter=(0.4,),
     )

@@ -3,21 +3,20 @@
 python -m experiments.scaling_laws
 """
 
+import dataclasses
+
 from configs import compare_methods
 from experiments import scaling_laws
-
-KINDS = ("dense Muon", "Stiefel Muon")
 
 
 def get_config() -> scaling_laws.ScalingLaws:
     small = compare_methods.get_config("small")
-    kinds = [arm for arm in compare_methods.ARMS if arm.name in KINDS]
     return scaling_laws.ScalingLaws(
         base=small.base,
         kinds=tuple(
             # One rate each: the middle one of the search.
-            scaling_laws.at_rate(arm, arm.rates[1])
-            for arm in kinds
+            dataclasses.replace(arm, rates=arm.rates[1:2])
+            for arm in compare_methods.arms_named("dense Muon", "Stiefel Muon")
         ),
         sizes=tuple(
             scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)

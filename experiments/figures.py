@@ -1,17 +1,27 @@
-"""Figures of a comparison, from its rows. Every function returns one figure."""
+"""Figures of a comparison, from its rows. Every function returns one figure.
+
+Raises ConfigError when it is loaded where matplotlib is not installed.
+"""
 
 import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
-import matplotlib.pyplot as plt
 import numpy as np
-import PIL.Image
 
 from experiments import summary
+from sct_jax import errors
+
+try:
+    import matplotlib
+    import matplotlib.figure
+    import matplotlib.pyplot as plt
+    import PIL.Image
+except ImportError as error:
+    raise errors.ConfigError(
+        "figures need matplotlib: pip install 'sct_jax[plots]'"
+    ) from error
 
 matplotlib.use("Agg")
 
@@ -135,7 +145,7 @@ def gaps(arms: Sequence[summary.Arm], reference: summary.Arm, kind: str) -> Figu
     for arm in arms:
         points = []
         for protocol in arm.protocols:
-            name, _, length = protocol.partition(" ")
+            name, length = summary.kind_and_length(protocol)
             mean, error = summary.gap(arm, reference, protocol)
             if name == kind and math.isfinite(mean):
                 points.append((float(length), mean, 0 if math.isnan(error) else error))
@@ -223,7 +233,6 @@ def spectra(arms: Sequence[summary.Arm], matrix: str = "down") -> Figure:
 def _figure(*, height: float = 4.8) -> tuple[Figure, Any]:
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.title.set_fontsize(12)
     axes.tick_params(labelsize=12)
     axes.xaxis.label.set_fontsize(13)
     axes.yaxis.label.set_fontsize(13)

@@ -9,8 +9,6 @@ from experiments import summary
 from experiments import trial as trial_lib
 from sct_jax import accounting, config, errors, model
 
-Row = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -78,7 +76,7 @@ class Comparison:
             'the first must be "tokens": rates are chosen by it',
         )
         for protocol in self.protocols:
-            errors.check_choice("protocols", protocol, ("tokens", "flops", "seconds"))
+            errors.check_choice("protocols", protocol, tuple(summary.PROTOCOLS))
         if "seconds" in self.protocols:
             errors.check_choice("reference", self.reference, tuple(names))
         for arm in self.arms:
@@ -125,14 +123,14 @@ class Comparison:
             arm=arm.name,
             experiment=experiment,
             horizons=tuple(
-                (f"tokens {length:g}", self._steps(length))
+                (summary.horizon("tokens", length), self._steps(length))
                 for length in self.tokens_per_parameter
             ),
             method=arm.method,
             adam_rate=arm.adam_rate,
         )
         horizons = tuple(
-            (f"{protocol} {length:g}", steps)
+            (summary.horizon(protocol, length), steps)
             for length in self.tokens_per_parameter
             for protocol, steps in self._equal(draft, length, seconds).items()
         )
@@ -168,15 +166,13 @@ class Comparison:
                 )
                 budget = steps * draft.tokens_per_step * dense
                 # Linear beyond the steps with a dense path.
-                extra = draft.flops(steps) - steps * self._plain_flops(draft)
-                found[protocol] = round((budget - extra) / self._plain_flops(draft))
+                plain = dataclasses.replace(draft, method="plain")
+                extra = draft.flops(steps) - plain.flops(steps)
+                found[protocol] = round((budget - extra) / plain.flops(1))
             elif seconds is not None:
                 ratio = seconds[self.reference] / seconds[draft.arm]
                 found[protocol] = max(round(steps * ratio), 2)
         return found
-
-    def _plain_flops(self, draft: trial_lib.Trial) -> float:
-        return dataclasses.replace(draft, method="plain").flops(1)
 
 
 @functools.lru_cache
@@ -186,7 +182,7 @@ def _dense_parameters(shape: model.ModelConfig) -> int:
 
 def missing(
     comparison: Comparison,
-    rows: Mapping[str, Row],
+    rows: Mapping[str, summary.Row],
     *,
     seconds: Mapping[str, float] | None = None,
 ) -> list[trial_lib.Trial]:
@@ -195,7 +191,7 @@ def missing(
     A middle rate of every arm comes first, then the others; the further seeds last, as
     they need the best rates of all.
     """
-    first = f"tokens {comparison.tokens_per_parameter[0]:g}"
+    first = summary.horizon("tokens", comparison.tokens_per_parameter[0])
     make = lambda arm, rate, seed: comparison.trial(arm, rate, seed, seconds=seconds)
     waiting: list[tuple[int, trial_lib.Trial]] = []
     scores: list[tuple[float, Arm, float]] = []
@@ -229,7 +225,7 @@ def missing(
 
 
 def check_same(
-    comparison: Comparison, rows: Mapping[str, Row], **keywords: Any
+    comparison: Comparison, rows: Mapping[str, summary.Row], **keywords: Any
 ) -> None:
     """Raises ConfigError where a row of one of the arms is not of this comparison."""
     arms = {arm.name: arm for arm in comparison.arms}

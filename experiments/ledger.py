@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 
+from experiments import summary
 from experiments import trial as trial_lib
 from sct_jax import config, errors
 
-Row = dict[str, Any]
-Plan = Callable[[Mapping[str, Row]], Sequence[trial_lib.Trial]]
+Plan = Callable[[Mapping[str, summary.Row]], Sequence[trial_lib.Trial]]
 
 _POLL_SECONDS = 5.0
 
@@ -52,11 +52,11 @@ class Ledger:
                 f"--results: cannot write to {self.folder}: {error.strerror}"
             ) from error
 
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, summary.Row]:
         """Returns all rows by the key of their trial; a torn last line is left out."""
         return {trial_of(row).key: row for row in read(self._cells)}
 
-    def add(self, row: Row) -> None:
+    def add(self, row: summary.Row) -> None:
         """Appends a row, on disk when this returns."""
         stamped = row | {"environment": environment()}
         line = json.dumps(stamped, allow_nan=False) + "\n"
@@ -88,12 +88,12 @@ class Ledger:
             yield
 
 
-def trial_of(row: Row) -> trial_lib.Trial:
+def trial_of(row: summary.Row) -> trial_lib.Trial:
     """Returns the trial that a row is of; fields added since are at their defaults."""
     return config.from_dict(row["definition"], trial_lib.Trial)
 
 
-def read(path: pathlib.Path) -> list[Row]:
+def read(path: pathlib.Path) -> list[summary.Row]:
     """Returns the rows of a file of JSON lines, without a torn last one.
 
     Raises:
@@ -115,7 +115,7 @@ def read(path: pathlib.Path) -> list[Row]:
 def fill(
     ledger: Ledger,
     plan: Plan,
-    train: Callable[[trial_lib.Trial], Row],
+    train: Callable[[trial_lib.Trial], summary.Row],
     *,
     log: Callable[[str], None] = print,
 ) -> None:
@@ -148,7 +148,7 @@ def describe(trial: trial_lib.Trial) -> str:
     return f"{trial.arm}, rate {trial.rate:g}, seed {trial.experiment.seed}"
 
 
-def outcome(row: Row) -> str:
+def outcome(row: summary.Row) -> str:
     """Returns the held-out losses of a row in a few words."""
     losses = [
         f"{name} " + ("diverged" if result["loss"] is None else f"{result['loss']:.4f}")

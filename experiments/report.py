@@ -129,12 +129,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
     Raises:
       ConfigError: where matplotlib is not installed.
     """
-    try:
-        from experiments import figures
-    except ImportError as error:
-        raise errors.ConfigError(
-            "figures need matplotlib: pip install 'sct_jax[plots]'"
-        ) from error
+    from experiments import figures
+
     protocols = arms[0].protocols
     first = protocols[0]
     wanted: list[tuple[str, str, Callable[[], Any]]] = [
@@ -187,8 +183,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
             lambda: figures.spectra(arms),
         ),
     ]
-    lengths = {protocol.partition(" ")[2] for protocol in protocols}
-    if len(lengths) > 1:
+    kinds, lengths = zip(*map(summary.kind_and_length, protocols), strict=True)
+    if len(set(lengths)) > 1:
         wanted += [
             (
                 f"gap-to-{dense.name.replace(' ', '-')}-{kind}",
@@ -197,7 +193,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
                 lambda dense=dense, kind=kind: figures.gaps(arms, dense, kind),
             )
             for dense in _references(arms)
-            for kind in dict.fromkeys(p.partition(" ")[0] for p in protocols)
+            for kind in dict.fromkeys(kinds)
         ]
     return [(name, caption, figures.to_png(make())) for name, caption, make in wanted]
 

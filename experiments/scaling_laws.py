@@ -114,11 +114,6 @@ class ScalingLaws:
         )
 
 
-def at_rate(arm: grid.Arm, rate: float) -> grid.Arm:
-    """Returns the arm with this rate alone."""
-    return dataclasses.replace(arm, rates=(rate,))
-
-
 class Run(NamedTuple):
     """One finished run: compute C, parameters N, tokens D, held-out loss."""
 
@@ -153,28 +148,33 @@ def optimum(runs: Sequence[Run]) -> Optimum | None:
     less than three sizes. Tokens at the optimum follow from C / (N D), interpolated in
     log N: with the head included that is no constant.
     """
-    sizes = np.log([run.parameters for run in runs])
+    sizes = log_sizes(runs)
     if len(set(sizes)) < 3:
         return None
-    centre = sizes.mean()
-    curve = np.polynomial.Polynomial.fit(
-        sizes - centre, [run.loss for run in runs], deg=2, domain=[]
-    )
-    constant, slope, bend = curve.convert().coef
-    if bend <= 0:
+    curve = parabola(runs)
+    if curve.deriv(2)(0.0) <= 0:
         return None
-    vertex = -slope / (2 * bend)
+    (vertex,) = curve.deriv().roots()
     order = np.argsort(sizes)
-    tokens = np.interp(
-        vertex + centre, sizes[order], np.log([runs[i].tokens for i in order])
-    )
+    tokens = np.interp(vertex, sizes[order], np.log([runs[i].tokens for i in order]))
     return Optimum(
         flops=float(np.exp(np.mean(np.log([run.flops for run in runs])))),
-        parameters=float(np.exp(vertex + centre)),
+        parameters=float(np.exp(vertex)),
         tokens=float(np.exp(tokens)),
-        loss=float(constant - slope**2 / (4 * bend)),
-        inside=bool(sizes.min() <= vertex + centre <= sizes.max()),
+        loss=float(curve(vertex)),
+        inside=bool(sizes.min() <= vertex <= sizes.max()),
     )
+
+
+def log_sizes(runs: Sequence[Run]) -> np.ndarray:
+    """Returns log N of every run."""
+    return np.log([run.parameters for run in runs])
+
+
+def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
+    """Returns the quadratic in log N that is nearest to the losses of runs."""
+    losses = [run.loss for run in runs]
+    return np.polynomial.Polynomial.fit(log_sizes(runs), losses, deg=2)
 
 
 def fit(runs: Sequence[Run]) -> Law | None:
@@ -205,12 +205,10 @@ def bootstrap(
     groups = by_budget(runs)
     fitted, residuals = [], []
     for group in groups:
-        sizes = np.log([run.parameters for run in group])
         losses = np.array([run.loss for run in group])
-        curve = np.polynomial.Polynomial.fit(sizes, losses, deg=2)
-        fitted.append(curve(sizes))
+        fitted.append(parabola(group)(log_sizes(group)))
         freedom = max(len(group) - 3, 1)
-        residuals.append((losses - curve(sizes)) * math.sqrt(len(group) / freedom))
+        residuals.append((losses - fitted[-1]) * math.sqrt(len(group) / freedom))
     drawn: dict[str, list[float]] = {"a": [], "b": []}
     for _ in range(samples):
         noisy = [
@@ -279,11 +277,9 @@ def laws(kinds: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
 
 def draw(kinds: Mapping[str, Sequence[Run]]) -> bytes:
     """Returns the losses over the parameters, with their parabolas, as a PNG."""
-    import matplotlib.pyplot as plt
-
     from experiments import figures
 
-    figure, panels = plt.subplots(
+    figure, panels = figures.plt.subplots(
         1, len(kinds), figsize=(5.2 * len(kinds), 4.6), sharey=True, squeeze=False
     )
     figure.set_layout_engine("constrained")
@@ -295,9 +291,8 @@ def draw(kinds: Mapping[str, Sequence[Run]]) -> bytes:
             label = f"{group[0].flops:.1e} FLOPs"
             axes.plot(sizes, losses, label=label, **(look | {"linestyle": "none"}))
             if len(set(sizes)) >= 3:
-                curve = np.polynomial.Polynomial.fit(np.log(sizes), losses, deg=2)
                 fine = np.geomspace(sizes.min(), sizes.max(), 60)
-                axes.plot(fine, curve(np.log(fine)), color=look["color"])
+                axes.plot(fine, parabola(group)(np.log(fine)), color=look["color"])
         axes.set_xscale("log")
         axes.set_title(kind)
         axes.set_xlabel("parameters, embedding included")

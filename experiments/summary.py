@@ -121,9 +121,20 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
     return found
 
 
+def horizon(kind: str, length: float) -> str:
+    """Returns the name of a horizon: what is held equal, and tokens per parameter."""
+    return f"{kind} {length:g}"
+
+
+def kind_and_length(protocol: str) -> tuple[str, str]:
+    """Returns what `horizon` was given, the length as text."""
+    kind, _, length = protocol.partition(" ")
+    return kind, length
+
+
 def words(protocol: str) -> str:
     """Returns a horizon's name as a phrase."""
-    kind, _, length = protocol.partition(" ")
+    kind, length = kind_and_length(protocol)
     phrase = PROTOCOLS.get(kind, kind)
     return f"{phrase}, {length} tokens per parameter" if length else phrase
 

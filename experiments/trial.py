@@ -27,7 +27,6 @@ from sct_jax import (
     errors,
     evaluation,
     model,
-    optimizers,
     orthogonalize,
     rank,
     sharding,
@@ -140,6 +139,7 @@ class _Program(NamedTuple):
     step: Callable[..., Any]  # as of `train_step.make_train_step`
     guided_step: Callable[..., Any]  # the same while the dense path fades
     linear: model.Linear
+    rank_budget: int  # parameters in all SpectralFactors at the start
 
 
 class _Record:
@@ -195,7 +195,7 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
     record.measure(0, state.params)
     lengths = sorted({steps for _, steps in trial.horizons})
     for length in lengths:
-        fork = length - decay_steps(trial.experiment.optimizer, length)
+        fork = length - trial.experiment.optimizer.decay_steps(length)
         state = _advance(trial, program, corpus, state, done, fork, lengths[-1], record)
         done = fork
         last = length == lengths[-1]
@@ -242,11 +242,6 @@ def seconds_per_step(
             states[name] = _warm(program, states[name], batches[name])
             times[name].append(time.monotonic() - began)
     return {name: float(np.median(taken)) for name, taken in times.items()}
-
-
-def decay_steps(optimizer: optimizers.OptimizerConfig, num_steps: int) -> int:
-    """Returns the length of the decay of a run, as its schedule has it."""
-    return max(round(optimizer.decay_ratio * num_steps), 1)
 
 
 def spikes(losses: list[float]) -> list[int]:
@@ -331,7 +326,10 @@ def _program(trial: Trial) -> _Program:
     if method.guided_linear is not None:
         mix, fade_steps = method.guided_linear, trial.fade_steps
         guided = compiled(lambda step: mix(baselines.guide_share(step, fade_steps)))
-    return _Program(jax.jit(init), plain, guided, method.linear)
+    start = jax.eval_shape(init, jax.random.key(0))
+    return _Program(
+        jax.jit(init), plain, guided, method.linear, rank.num_parameters(start.params)
+    )
 
 
 def _with_rates(trial: Trial) -> optax.GradientTransformation:
@@ -404,7 +402,6 @@ def _advance(
         jax.vmap(experiment.optimizer.learning_rate(length))(jnp.arange(stop))
     )
     measured = {round(length * i / (_SPECTRA - 1)) for i in range(1, _SPECTRA - 1)}
-    budget = _rank_budget(experiment)
     # The norm of an update is measured in the gauge of orthonormal factors.
     always_orthonormal = experiment.optimizer.retraction_every == 1
     losses: list[jax.Array] = []
@@ -422,7 +419,7 @@ def _advance(
             if not math.isfinite(float(metrics["loss"])):
                 break
         if experiment.rank.decides_at(step) and step != length:
-            state = _with_ranks(state, experiment, step, budget)
+            state = _with_ranks(state, experiment, step, program.rank_budget)
         if record and step in measured:
             record.measure(step, state.params)
     if record:
@@ -441,13 +438,6 @@ def _at_rate(
     old = state.opt_state.hyperparams
     new = old | {k: jnp.asarray(v, old[k].dtype) for k, v in rates.items()}
     return state.replace(opt_state=state.opt_state._replace(hyperparams=new))
-
-
-def _rank_budget(experiment: config.ExperimentConfig) -> int:
-    shapes = jax.eval_shape(
-        lambda key: model.init(key, experiment.model), jax.random.key(0)
-    )
-    return rank.num_parameters(shapes)
 
 
 def _with_ranks(

@@ -606,7 +606,7 @@ class OptimizerConfig:
                 peak, max(last, 1), self.final_rate_ratio
             )
         elif self.schedule == "wsd":
-            decay = max(round(self.decay_ratio * num_steps), 1)
+            decay = self.decay_steps(num_steps)
             main = optax.join_schedules(
                 [
                     optax.constant_schedule(peak),
@@ -623,6 +623,10 @@ class OptimizerConfig:
             peak / self.warmup_steps, peak, max(self.warmup_steps - 1, 1)
         )
         return optax.join_schedules([warmup, main], [self.warmup_steps])
+
+    def decay_steps(self, num_steps: int) -> int:
+        """Returns the length of the decay that ends a run with the schedule "wsd"."""
+        return max(round(self.decay_ratio * num_steps), 1)
 
     def build(
         self,

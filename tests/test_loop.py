@@ -268,7 +268,6 @@ def test_a_layerwise_run_resumes_and_is_the_ordinary_one(experiment, tmp_path):
         model=dataclasses.replace(
             experiment.model, scan_layers=False, spectral=("down",)
         ),
-        optimizer=dataclasses.replace(experiment.optimizer, max_update_norm=None),
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(config, whole)[0] == 0
