@@ -101,6 +101,7 @@ def run(
         comparison.base.data, vocab_size=comparison.base.model.vocab_size
     )
     book = ledger.Ledger(folder)
+    book.share_programs()
     seconds = _seconds(comparison, book, corpus)
     grid.check_same(comparison, book.rows(), seconds=seconds)
     chosen = comparison.with_arms(arms)

@@ -35,22 +35,27 @@ class Ledger:
 
     Attributes:
       folder: where they are.
-      compiled: a folder for compiled programs, which all its processes share.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = pathlib.Path(folder)
         self._cells = self.folder / "cells.jsonl"
-        # Programs do not depend on rates or seeds: one compilation serves many trials.
-        self.compiled = self.folder / ".cache" / "compiled"
+        self._compiled = self.folder / ".cache" / "compiled"
         self._claims = self.folder / ".cache" / "claims"
         try:
-            for path in (self.compiled, self._claims):
+            for path in (self._compiled, self._claims):
                 path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise errors.ConfigError(
                 f"--results: cannot write to {self.folder}: {error.strerror}"
             ) from error
+
+    def share_programs(self) -> None:
+        """Keeps what this process compiles from here on for all others of the folder.
+
+        Programs do not depend on rates or seeds: one compilation serves many trials.
+        """
+        jax.config.update("jax_compilation_cache_dir", str(self._compiled))
 
     def rows(self) -> dict[str, summary.Row]:
         """Returns all rows by the key of their trial; a torn last line is left out."""
@@ -127,7 +132,6 @@ def fill(
       train: from a trial to its row.
       log: receives a line per trial.
     """
-    jax.config.update("jax_compilation_cache_dir", str(ledger.compiled))
     while missing := plan(ledger.rows()):
         for trial in missing:
             with ledger.claim(trial.key) as mine:

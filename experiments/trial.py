@@ -226,12 +226,16 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
 def seconds_per_step(
     trials: Mapping[str, Trial], corpus: data.Corpus, *, rounds: int = 5
 ) -> dict[str, float]:
-    """Returns the median time of a step of every trial, measured in turns."""
+    """Returns the median time of a step of every trial, measured in turns.
+
+    At the peak rate, as a bound or an iteration may take longer beyond it, and without
+    the dense path of a guide.
+    """
     mesh = sharding.MeshConfig().build(1)
     states, programs, batches, times = {}, {}, {}, {}
     for name, trial in trials.items():
         program = programs[name] = _program(_without_rates(trial))
-        state = program.init(jax.random.key(0))
+        state = _at_rate(program.init(jax.random.key(0)), trial, trial.rate)
         source = data.train_batches(corpus, trial.experiment.data, seed=0)
         batches[name] = evaluation.to_devices(next(source), mesh)
         states[name] = _warm(program, state, batches[name])

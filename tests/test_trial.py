@@ -179,6 +179,22 @@ def test_the_other_leaves_have_a_rate_of_their_own(experiment, corpus, fields):
     assert moved[1e-3] == pytest.approx(0.005, rel=1e-3)
 
 
+def test_a_step_is_timed_at_the_rate_of_its_trial(experiment, corpus, monkeypatch):
+    item = make(experiment, adam_rate=0.003, optimizer__peak_learning_rate="0.02")
+    seen, warm = [], trial._warm
+
+    def watch(program, state, batch):
+        rates = state.opt_state.hyperparams
+        seen.append(float(rates["learning_rate"]))
+        seen.append(float(rates["learning_rate"] * rates["dense_rate"]))
+        return warm(program, state, batch)
+
+    monkeypatch.setattr(trial, "_warm", watch)
+    (seconds,) = trial.seconds_per_step({"a": item}, corpus, rounds=2).values()
+    assert seconds > 0
+    np.testing.assert_allclose(seen, [0.02, 0.003] * 3, rtol=1e-6)
+
+
 def test_the_norm_of_a_dense_update_is_its_spectral_norm():
     shape = accounting.dense_config(SHAPE)
     old = model.init(jax.random.key(0), shape)
