@@ -3,7 +3,7 @@
   python -m experiments.rank_sweep
 
 The paper has R = 32, 64, 128 and 256 in the MLP of d 2048; these are the same shares of
-d 256. "per component" has a rate of its own for all that is no factor, a fifth of that
+d 128. "per component" has a rate of its own for all that is no factor, a fifth of that
 of the factors.
 """
 
@@ -23,7 +23,7 @@ def get_config() -> grid.Comparison:
             overrides=(MLP, ("model.rank", str(rank))),
             always=True,
         )
-        for rank in (4, 8, 16, 32)
+        for rank in (2, 4, 8, 16)
     )
     apart = tuple(
         dataclasses.replace(
@@ -34,7 +34,7 @@ def get_config() -> grid.Comparison:
         for arm in shared
     )
     return grid.Comparison(
-        base=compare_methods.get_config("short").base,
+        base=compare_methods.get_config("small").base,
         arms=(*compare_methods.arms_named("dense AdamW"), *shared, *apart),
         tokens_per_parameter=(0.4,),
     )

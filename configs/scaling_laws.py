@@ -21,11 +21,11 @@ def get_config() -> scaling_laws.ScalingLaws:
         sizes=tuple(
             scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
             for d, d_ff, layers, heads in (
-                (64, 172, 3, 2),
-                (96, 256, 4, 3),
-                (144, 384, 4, 4),
-                (216, 576, 5, 6),
+                (48, 128, 3, 2),
+                (72, 192, 3, 3),
+                (104, 280, 4, 4),
+                (152, 408, 4, 4),
             )
         ),
-        budgets=(4e12, 1.2e13, 3.6e13),
+        budgets=(1.5e12, 4.5e12, 1.35e13),
     )

@@ -102,9 +102,9 @@ def run(
     )
     book = ledger.Ledger(folder)
     book.share_programs()
-    seconds = _seconds(comparison, book, corpus)
-    grid.check_same(comparison, book.rows(), seconds=seconds)
     chosen = comparison.with_arms(arms)
+    seconds = _seconds(comparison, arms, book, corpus)
+    grid.check_same(comparison, book.rows(), seconds=seconds)
     ledger.fill(
         book,
         lambda rows: grid.missing(chosen, rows, seconds=seconds),
@@ -113,9 +113,12 @@ def run(
 
 
 def _seconds(
-    comparison: grid.Comparison, book: ledger.Ledger, corpus: data.Corpus
+    comparison: grid.Comparison,
+    arms: tuple[grid.Arm, ...],
+    book: ledger.Ledger,
+    corpus: data.Corpus,
 ) -> dict[str, float] | None:
-    """Time per step of every arm, measured once, where a protocol asks for it."""
+    """Time per step of these arms, measured once, where a protocol asks for it."""
     if "seconds" not in comparison.protocols:
         return None
     path, reference = book.folder / "seconds.json", comparison.reference
@@ -124,10 +127,10 @@ def _seconds(
         trials = {
             arm.name: comparison.trial(arm, arm.rates[0], comparison.seeds[0])
             for arm in comparison.arms
-            if arm.name not in known or arm.name == reference
+            if arm.name == reference or (arm in arms and arm.name not in known)
         }
         if set(trials) - set(known):
-            print("measuring the time per step of every arm: keep the machine quiet")
+            print("measuring the time per step of the arms: keep the machine quiet")
             taken = trial.seconds_per_step(trials, corpus)
             # What stands is what horizons were made of; an arm that is new is measured
             # beside the reference, as the machine may be another one by now.

@@ -23,7 +23,7 @@ import jax
 
 from experiments import summary
 from experiments import trial as trial_lib
-from sct_jax import config, errors
+from sct_jax import config, errors, metrics
 
 Plan = Callable[[Mapping[str, summary.Row]], Sequence[trial_lib.Trial]]
 
@@ -59,7 +59,7 @@ class Ledger:
 
     def rows(self) -> dict[str, summary.Row]:
         """Returns all rows by the key of their trial; a torn last line is left out."""
-        return {trial_of(row).key: row for row in read(self._cells)}
+        return {trial_of(row).key: row for row in metrics.read_rows(self._cells)}
 
     def add(self, row: summary.Row) -> None:
         """Appends a row, on disk when this returns."""
@@ -96,25 +96,6 @@ class Ledger:
 def trial_of(row: summary.Row) -> trial_lib.Trial:
     """Returns the trial that a row is of; fields added since are at their defaults."""
     return config.from_dict(row["definition"], trial_lib.Trial)
-
-
-def read(path: pathlib.Path) -> list[summary.Row]:
-    """Returns the rows of a file of JSON lines, without a torn last one.
-
-    Raises:
-      ConfigError: for any other line that is no JSON.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise errors.ConfigError(f"{path}:{number}: {error}") from error
-    return rows
 
 
 def fill(

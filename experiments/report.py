@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import ledger, summary
-from sct_jax import config, errors
+from experiments import summary
+from sct_jax import config, errors, metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     Raises:
       ConfigError: for a folder without finished trials, or without matplotlib.
     """
-    rows = ledger.read(folder / "cells.jsonl")
+    rows = metrics.read_rows(folder / "cells.jsonl")
     errors.check("RESULTS", bool(rows), f"no finished trial in {folder}/cells.jsonl")
     arms = summary.arms(rows)
     drawn = draw(arms)

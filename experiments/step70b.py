@@ -234,7 +234,7 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
         "orthonormality_error": error,
         "losses": losses,
         "machine": rates,
-        "roofline": roofline(state, _num_tokens(job), rates),
+        "roofline": roofline(job, state, rates),
         "shares": _shares(job, step, state, turns=min(steps - 1, _TURNS)),
     }
 
@@ -268,25 +268,23 @@ def machine_rates() -> dict[str, float]:
 
 
 def roofline(
-    state: train_state.TrainState, num_tokens: int, rates: dict[str, float]
+    job: Job, state: train_state.TrainState, rates: dict[str, float]
 ) -> dict[str, float]:
     """Returns the least a step moves and computes, and the seconds that alone takes.
 
     Bytes: parameters are read by the forward pass and again by the backward pass,
     parameters and optimizer state are read and written by the update. FLOPs: matrix
-    products of both passes, and 4 R per entry of a factor for its retraction.
+    products of both passes, causal attention at half and nothing computed twice, and
+    4 R per entry of a factor for its retraction.
     """
     params = accounting.num_bytes(state.params)
     moved = 4 * params + 2 * accounting.num_bytes(state.opt_state)
-    products = sum(
-        6 * num_tokens * x.size for x in jax.tree.leaves(state.params) if x.ndim == 2
-    )
     retraction = sum(
         4 * w.s.shape[-1] * (w.u.size + w.v.size)
         for w in jax.tree.leaves(state.params, is_leaf=spectral.is_factors)
         if spectral.is_spectral(w)
     )
-    flops = products + retraction
+    flops = _product_flops(job) + retraction
     return {
         "bytes": moved,
         "flops": flops,
@@ -294,6 +292,16 @@ def roofline(
         "seconds_of_flops": flops / rates["flops_per_second"],
         "seconds_of_retraction_flops": retraction / rates["flops_per_second"],
     }
+
+
+def _product_flops(job: Job) -> int:
+    num_tokens, shape = _num_tokens(job), job.shape
+    if job.stack.enter_keys:
+        length = jax.tree.leaves(job.batch)[0].shape[1]
+        return num_tokens * accounting.flops_per_token(shape, seq_len=length)
+    # The attention of the published stack is a sum.
+    block = accounting.block_flops(shape, seq_len=0)
+    return 3 * num_tokens * shape.num_layers * block
 
 
 def print_tables(

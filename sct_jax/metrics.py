@@ -13,6 +13,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from sct_jax import errors
+
 Row = Mapping[str, int | float]
 
 
@@ -133,15 +135,21 @@ def open_sinks(workdir: pathlib.Path, *, resume_step: int) -> Sinks:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl; a torn last line is left out."""
+    """Returns the rows of a file of JSON lines, without a torn last one.
+
+    Raises:
+      ConfigError: for any other line that is no JSON, naming it.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            raise errors.ConfigError(f"{path}:{number}: {error}") from error
     return rows
 
 

@@ -18,7 +18,7 @@ from samples import SHAPE
 
 from experiments import compare, grid, ledger, summary
 from experiments import trial as trial_lib
-from sct_jax import accounting, config, data, errors, optimizers
+from sct_jax import accounting, config, data, errors, metrics, optimizers
 
 BASE = config.ExperimentConfig(
     model=SHAPE,
@@ -320,7 +320,7 @@ def test_a_killed_grid_goes_on(tmp_path, text_files):
     before = cells.read_text()
     subprocess.run(command(path, folder), env=environment, timeout=240, check=True)
     assert cells.read_text().startswith(before[: before.rfind("\n") + 1])
-    rows = ledger.read(cells)
+    rows = metrics.read_rows(cells)
     cells_trained = sorted((row["arm"], row["rate"], row["seed"]) for row in rows)
     assert len(cells_trained) == len(set(cells_trained)) == 5
     words = f"python -m experiments.compare --config={path} --results={folder}"
@@ -338,7 +338,7 @@ def test_a_killed_grid_goes_on(tmp_path, text_files):
         check=True,
     )
     assert "training" not in again.stdout
-    assert ledger.read(cells) == rows
+    assert metrics.read_rows(cells) == rows
 
 
 @pytest.mark.parametrize(
@@ -381,11 +381,11 @@ def test_an_arm_that_is_new_is_timed_beside_the_reference(tmp_path, monkeypatch)
         return {name: slowness * (1 + (name == "ours")) for name in trials}
 
     monkeypatch.setattr(trial_lib, "seconds_per_step", measure)
-    first = compare._seconds(item.with_arms((DENSE,)), book, None)
+    first = compare._seconds(item, (DENSE,), book, None)
     assert first == {"dense": 1.0}
-    both = compare._seconds(item, book, None)
+    both = compare._seconds(item, item.arms, book, None)
     assert both == {"dense": 1.0, "ours": 2.0}
-    assert compare._seconds(item, book, None) == both
+    assert compare._seconds(item, item.arms, book, None) == both
 
 
 def test_an_interruption_ends_with_130(monkeypatch, tmp_path, capsys):

@@ -5,7 +5,7 @@ import math
 import pytest
 import rich.console
 
-from sct_jax import metrics
+from sct_jax import errors, metrics
 
 
 def row(step, **values):
@@ -49,6 +49,14 @@ def test_a_lost_block_at_the_end_is_dropped(path):
     path.write_bytes(json.dumps(row(1)).encode() + b"\n" + b"\0" * 64)
     metrics.JsonLines(path, resume_step=9).close()
     assert metrics.read_rows(path) == [row(1)]
+
+
+def test_a_damaged_line_is_named_and_costs_no_other(path):
+    write_lines(path, json.dumps(row(1)), "{oops", json.dumps(row(3)))
+    before = path.read_text()
+    with pytest.raises(errors.ConfigError, match=r"metrics\.jsonl:2: "):
+        metrics.JsonLines(path, resume_step=9)
+    assert path.read_text() == before
 
 
 def test_rows_beyond_the_resumed_step_are_dropped(path):
