@@ -90,14 +90,16 @@ ARMS = (
     grid.Arm(
         name="TSVD (adaptive)",
         rates=(1.5e-3, 3e-3, 6e-3),
+        # Starts at R = 5/16 d and shrinks; charged with the FLOPs of its start.
         overrides=(
             *chain("tsvd"),
-            ("rank.energy", "0.95"),
-            ("rank.budget_neutral", "true"),
-            ("rank.every", "50"),
+            *((f"model.rank_ratios.{n}", "0.3125") for n in model.BLOCK_MATRICES[:-1]),
+            ("model.rank_ratios.down", "0.1163"),  # of d_ff: the same rank
+            ("rank.energy", "0.8"),
+            ("rank.every", "25"),
             ("rank.warmup_steps", "50"),
             ("rank.floor", "8"),
-            ("rank.multiple", "8"),
+            ("rank.multiple", "4"),
         ),
     ),
     grid.Arm(

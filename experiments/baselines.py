@@ -34,12 +34,15 @@ class Method:
       guided_linear: the same while a dense path is mixed in, from its share in [0, 1];
         None where there is none.
       factors: kind of factors that it needs, None for any.
+      is_linear: whether a weight multiplies by its W, so that singular values and
+        changes of W mean something.
     """
 
     prepare: Callable[[model.Params], model.Params] = lambda params: params
     linear: model.Linear = spectral.linear
     guided_linear: Callable[[Float[Array, ""]], model.Linear] | None = None
     factors: str | None = None
+    is_linear: bool = True
 
 
 def unit_spectrum(params: model.Params) -> model.Params:
@@ -134,5 +137,5 @@ METHODS = {
         guided_linear=guided_linear,
         factors="low_rank",
     ),
-    "cola": Method(linear=cola_linear, factors="low_rank"),
+    "cola": Method(linear=cola_linear, factors="low_rank", is_linear=False),
 }

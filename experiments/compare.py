@@ -1,7 +1,7 @@
 """Compares training methods: every arm tuned alike, with seeds, on held-out text.
 
 python -m experiments.compare --config=configs/compare_methods.py
-python -m experiments.compare --config=configs/compare_methods.py:small --arms=muon,ours
+python -m experiments.compare --config=configs/compare_methods.py:small --arms=Spectron
 
 Trains what is missing in the folder of the results, a row per finished trial in
 cells.jsonl, and stops when nothing is. The same command goes on after an interruption;
@@ -102,12 +102,11 @@ def run(
     )
     book = ledger.Ledger(folder)
     book.share_programs()
-    chosen = comparison.with_arms(arms)
     seconds = _seconds(comparison, arms, book, corpus)
     grid.check_same(comparison, book.rows(), seconds=seconds)
     ledger.fill(
         book,
-        lambda rows: grid.missing(chosen, rows, seconds=seconds),
+        lambda rows: grid.missing(comparison, rows, arms=arms, seconds=seconds),
         lambda missing: trial.run(missing, corpus),
     )
 
@@ -117,13 +116,23 @@ def _seconds(
     arms: tuple[grid.Arm, ...],
     book: ledger.Ledger,
     corpus: data.Corpus,
-) -> dict[str, float] | None:
-    """Time per step of these arms, measured once, where a protocol asks for it."""
+) -> dict[str, list[float]] | None:
+    """Times per step of these arms, measured once, where a protocol asks for them."""
     if "seconds" not in comparison.protocols:
         return None
     path, reference = book.folder / "seconds.json", comparison.reference
     with book.hold("seconds"):
         known = json.loads(path.read_text()) if path.exists() else {}
+        rows = book.rows().values()
+        trained = sorted(
+            {row["arm"] for row in rows} & {a.name for a in comparison.arms}
+        )
+        errors.check(
+            "--results",
+            set(trained) <= set(known),
+            f"{path} is gone, or lacks one of {', '.join(trained)}: their lengths were "
+            "made of it; restore it, or choose another folder",
+        )
         trials = {
             arm.name: comparison.trial(arm, arm.rates[0], comparison.seeds[0])
             for arm in comparison.arms
@@ -134,9 +143,12 @@ def _seconds(
             taken = trial.seconds_per_step(trials, corpus)
             # What stands is what horizons were made of; an arm that is new is measured
             # beside the reference, as the machine may be another one by now.
-            scale = known.get(reference, taken[reference]) / taken[reference]
-            known = {name: scale * value for name, value in taken.items()} | known
-            path.write_text(json.dumps(known, indent=2) + "\n")
+            scale = known.get(reference, taken[reference])[0] / taken[reference][0]
+            scaled = {name: [scale * t for t in pair] for name, pair in taken.items()}
+            known = scaled | known
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps(known, indent=2) + "\n")
+            aside.replace(path)
     return known
 
 

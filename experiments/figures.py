@@ -57,22 +57,25 @@ def to_png(figure: Figure) -> bytes:
 
 
 def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
-    """Returns held-out losses as points with one standard deviation, best on top."""
+    """Returns held-out losses as points with one standard deviation, best on top.
+
+    Arms with fewer seeds stand below the others.
+    """
     shown = [a for a in arms if math.isfinite(a.mean(protocol))]
-    shown.sort(key=lambda arm: -arm.mean(protocol))
+    shown = summary.ranked(shown, protocol)[::-1]
     figure, axes = _figure(height=1.2 + 0.34 * len(shown))
     for place, arm in enumerate(shown):
         axes.errorbar(
             arm.mean(protocol),
             place,
-            xerr=arm.deviation(protocol) if arm.num_seeds > 1 else None,
+            xerr=arm.deviation(protocol) if arm.num_seeds(protocol) > 1 else None,
             capsize=4,
             markersize=7,
             **style(arm.index),
         )
     axes.set_yticks(
         range(len(shown)),
-        [f"{arm.name} ({_seeds(arm.num_seeds)})" for arm in shown],
+        [f"{arm.name} ({_seeds(arm.num_seeds(protocol))})" for arm in shown],
     )
     axes.set_xlabel(f"held-out loss, nats per token ({summary.words(protocol)})")
     axes.grid(axis="x", alpha=0.3)
@@ -93,11 +96,11 @@ def tuning(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     return figure
 
 
-def curves(arms: Sequence[summary.Arm]) -> Figure:
+def curves(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     """Returns training losses at the best rate, with a band of one deviation."""
     figure, axes = _figure()
     for arm in arms:
-        steps, mean, deviation = arm.curve("train_loss")
+        steps, mean, deviation = arm.curve("train_loss", protocol)
         if not len(steps):
             continue
         look = style(arm.index) | {"marker": ""}
@@ -127,7 +130,7 @@ def costs(arms: Sequence[summary.Arm], protocols: Sequence[str]) -> Figure:
                 flops, mean, yerr=deviation, label=arm.name, **style(arm.index)
             )
     axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs, head included")
+    axes.set_xlabel("training FLOPs of forward and backward pass, head included")
     axes.set_ylabel("held-out loss, nats per token")
     _legend(axes)
     return figure
@@ -168,9 +171,9 @@ def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
         if math.isfinite(arm.mean(protocol)):
             look = style(arm.index) | {"linestyle": "none"}
             axes.errorbar(
-                arm.rows[0]["train_bytes"] / 1e6,
+                arm.rows(protocol)[0]["train_bytes"] / 1e6,
                 arm.mean(protocol),
-                yerr=arm.deviation(protocol) if arm.num_seeds > 1 else None,
+                yerr=arm.deviation(protocol) if arm.num_seeds(protocol) > 1 else None,
                 markersize=8,
                 label=arm.name,
                 **look,
@@ -182,17 +185,18 @@ def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     return figure
 
 
-def update_norms(arms: Sequence[summary.Arm]) -> Figure:
+def update_norms(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     """Returns the largest ||W' - W||_2 over the first seed's run, spikes marked."""
     figure, axes = _figure()
     for arm in arms:
-        points = [p for p in arm.rows[0]["update_norms"] if p[1]]
+        row = arm.rows(protocol)[0]
+        points = [p for p in row["update_norms"] if p[1]]
         if not points:
             continue
         steps, norms = np.array(points).T
         look = style(arm.index)
         axes.plot(steps, norms, label=arm.name, **(look | {"marker": ""}))
-        spikes = arm.rows[0]["spikes"]
+        spikes = row["spikes"] or []
         at = np.interp(spikes, steps, norms)
         axes.plot(spikes, at, "x", color=look["color"], markersize=9, mew=2)
     axes.set_yscale("log")
@@ -202,11 +206,13 @@ def update_norms(arms: Sequence[summary.Arm]) -> Figure:
     return figure
 
 
-def effective_ranks(arms: Sequence[summary.Arm]) -> Figure:
+def effective_ranks(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     """Returns the effective rank over the run, mean of all kinds of matrices."""
     figure, axes = _figure()
     for arm in arms:
-        kinds = list(arm.rows[0]["effective_ranks"].values())
+        kinds = list(arm.rows(protocol)[0]["effective_ranks"].values())
+        if not kinds:
+            continue
         steps = [point[0] for point in kinds[0]]
         ranks = np.mean([[point[1] for point in kind] for kind in kinds], axis=0)
         axes.plot(steps, ranks, label=arm.name, **style(arm.index))
@@ -216,11 +222,13 @@ def effective_ranks(arms: Sequence[summary.Arm]) -> Figure:
     return figure
 
 
-def spectra(arms: Sequence[summary.Arm], matrix: str = "down") -> Figure:
+def spectra(arms: Sequence[summary.Arm], protocol: str, matrix: str = "down") -> Figure:
     """Returns the final singular values of one kind of matrix, mean of layers."""
     figure, axes = _figure()
     for arm in arms:
-        values = np.asarray(arm.rows[0]["spectra"][matrix])
+        values = arm.rows(protocol)[0]["spectra"].get(matrix, ())
+        if not len(values):
+            continue
         look = style(arm.index) | {"marker": ""}
         axes.plot(np.arange(1, len(values) + 1), values, label=arm.name, **look)
     axes.set_yscale("log")

@@ -9,6 +9,9 @@ from experiments import summary
 from experiments import trial as trial_lib
 from sct_jax import accounting, config, errors, model
 
+# Of every arm, a step as it is and one with the dense path of a guide.
+Seconds = Mapping[str, Sequence[float]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -36,10 +39,11 @@ class Comparison:
     """A grid of arms x rates x seeds on one architecture and corpus.
 
     Every arm is tuned alike: the first seed is trained at its rates; while the best of
-    them is at an end, one more beyond it, by the ratio of its neighbours, up to
-    `max_rates`. The best rate is that with the least held-out loss at the first horizon
-    of `tokens_per_parameter`, at equal tokens. Then the best `finalists` arms, and
-    those marked `always`, are trained with the other seeds too.
+    them is at an end, at one more beyond it, by the ratio of its neighbours, up to
+    `max_rates`. There is a best rate for every protocol: that with the least held-out
+    loss at the first of `tokens_per_parameter`, see `summary.best`. Then the best
+    `finalists` arms at equal tokens, and those marked `always`, are trained with the
+    other seeds too, at all their best rates.
 
     Attributes:
       base: the experiment that arms override; its model is that of the low-rank arms.
@@ -59,7 +63,7 @@ class Comparison:
     tokens_per_parameter: tuple[float, ...] = (0.4,)
     protocols: tuple[str, ...] = ("tokens", "flops")
     reference: str = ""
-    max_rates: int = 5
+    max_rates: int = 6
     finalists: int = 6
 
     def validate(self) -> None:
@@ -73,7 +77,7 @@ class Comparison:
         errors.check(
             "protocols",
             self.protocols[:1] == ("tokens",),
-            'the first must be "tokens": rates are chosen by it',
+            'the first must be "tokens": arms are ranked by it',
         )
         for protocol in self.protocols:
             errors.check_choice("protocols", protocol, tuple(summary.PROTOCOLS))
@@ -96,7 +100,7 @@ class Comparison:
         rate: float,
         seed: int,
         *,
-        seconds: Mapping[str, float] | None = None,
+        seconds: Seconds | None = None,
     ) -> trial_lib.Trial:
         """Returns the trial of an arm.
 
@@ -104,7 +108,7 @@ class Comparison:
           arm: the method.
           rate: peak learning rate.
           seed: of parameters and data order.
-          seconds: time per step of every arm, for the protocol "seconds".
+          seconds: times per step of every arm, for the protocol "seconds".
 
         Raises:
           ConfigError: for an override that does not fit.
@@ -151,7 +155,7 @@ class Comparison:
         self,
         draft: trial_lib.Trial,
         length: float,
-        seconds: Mapping[str, float] | None,
+        seconds: Seconds | None,
     ) -> dict[str, int]:
         """Steps at which the arm has spent what the dense model has, per protocol."""
         steps = self._steps(length)
@@ -170,8 +174,10 @@ class Comparison:
                 extra = draft.flops(steps) - plain.flops(steps)
                 found[protocol] = round((budget - extra) / plain.flops(1))
             elif seconds is not None:
-                ratio = seconds[self.reference] / seconds[draft.arm]
-                found[protocol] = max(round(steps * ratio), 2)
+                plain, guided = seconds[draft.arm]
+                budget = steps * seconds[self.reference][0]
+                extra = draft.fade_steps * (guided - plain)
+                found[protocol] = max(round((budget - extra) / plain), 2)
         return found
 
 
@@ -184,17 +190,29 @@ def missing(
     comparison: Comparison,
     rows: Mapping[str, summary.Row],
     *,
-    seconds: Mapping[str, float] | None = None,
+    arms: Sequence[Arm] | None = None,
+    seconds: Seconds | None = None,
 ) -> list[trial_lib.Trial]:
     """Returns the trials that the comparison still needs, most wanted first.
 
     A middle rate of every arm comes first, then the others; the further seeds last, as
     they need the best rates of all.
+
+    Args:
+      comparison: the grid.
+      rows: what has been trained, by the key of its trial.
+      arms: those that are wanted now; None for all. Finalists are the best of all arms
+        that have been searched.
+      seconds: see `Comparison.trial`.
     """
-    first = summary.horizon("tokens", comparison.tokens_per_parameter[0])
+    arms = comparison.arms if arms is None else arms
+    horizons = [
+        summary.horizon(protocol, comparison.tokens_per_parameter[0])
+        for protocol in comparison.protocols
+    ]
     make = lambda arm, rate, seed: comparison.trial(arm, rate, seed, seconds=seconds)
     waiting: list[tuple[int, trial_lib.Trial]] = []
-    scores: list[tuple[float, Arm, float]] = []
+    searched: list[tuple[Arm, list[summary.Row]]] = []
     for arm in comparison.arms:
         rates = list(arm.rates)
         while True:
@@ -202,24 +220,31 @@ def missing(
             lacking = [t for t in trials if t.key not in rows]
             if lacking:
                 middle = rates[len(rates) // 2]
-                waiting += [(t.rate != middle, t) for t in lacking]
+                waiting += [(t.rate != middle, t) for t in lacking if arm in arms]
                 break
-            losses = [summary.loss_of(rows[t.key], first) for t in trials]
-            best = losses.index(min(losses))
-            further = _beyond(rates, best)
-            if further is None or len(rates) >= comparison.max_rates:
-                scores.append((losses[best], arm, rates[best]))
+            found = [rows[t.key] for t in trials]
+            best = [rates.index(summary.best(found, h)["rate"]) for h in horizons]
+            further = list(dict.fromkeys(_beyond(rates, index) for index in best))
+            room = comparison.max_rates - len(rates)
+            more = [rate for rate in further if rate is not None][: max(room, 0)]
+            if not more:
+                searched.append((arm, found))
                 break
-            rates = sorted([*rates, further])
+            rates = sorted([*rates, *more])
     if waiting:
         return [t for _, t in sorted(waiting, key=lambda pair: pair[0])]
-    ranked = sorted(scores, key=lambda score: score[0])
-    chosen = ranked[: comparison.finalists]
-    chosen += [score for score in ranked if score[1].always and score not in chosen]
+    loss = lambda found: min(summary.loss_of(row, horizons[0]) for row in found)
+    searched.sort(key=lambda pair: loss(pair[1]))
+    chosen = [
+        (arm, sorted({summary.best(found, h)["rate"] for h in horizons}))
+        for place, (arm, found) in enumerate(searched)
+        if (place < comparison.finalists or arm.always) and arm in arms
+    ]
     return [
         t
         for seed in comparison.seeds[1:]
-        for _, arm, rate in chosen
+        for arm, rates in chosen
+        for rate in rates
         if (t := make(arm, rate, seed)).key not in rows
     ]
 

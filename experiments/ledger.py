@@ -42,6 +42,7 @@ class Ledger:
         self._cells = self.folder / "cells.jsonl"
         self._compiled = self.folder / ".cache" / "compiled"
         self._claims = self.folder / ".cache" / "claims"
+        self._environment = environment()  # now, as the code was loaded now
         try:
             for path in (self._compiled, self._claims):
                 path.mkdir(parents=True, exist_ok=True)
@@ -58,12 +59,16 @@ class Ledger:
         jax.config.update("jax_compilation_cache_dir", str(self._compiled))
 
     def rows(self) -> dict[str, summary.Row]:
-        """Returns all rows by the key of their trial; a torn last line is left out."""
-        return {trial_of(row).key: row for row in metrics.read_rows(self._cells)}
+        """Returns all rows by the key of their trial; a torn last line is left out.
+
+        Raises:
+          ConfigError: for a line or a trial that cannot be read, naming it.
+        """
+        return {self._key_of(row): row for row in metrics.read_rows(self._cells)}
 
     def add(self, row: summary.Row) -> None:
         """Appends a row, on disk when this returns."""
-        stamped = row | {"environment": environment()}
+        stamped = row | {"environment": self._environment}
         line = json.dumps(stamped, allow_nan=False) + "\n"
         with self._cells.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -73,6 +78,15 @@ class Ledger:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+
+    def _key_of(self, row: summary.Row) -> str:
+        """Key of the trial of a row; fields added since then are at their defaults."""
+        try:
+            return config.from_dict(row["definition"], trial_lib.Trial).key
+        except errors.ConfigError as error:
+            raise errors.ConfigError(
+                f"{self._cells}: a trial of {row['arm']!r}, of another version: {error}"
+            ) from error
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -91,11 +105,6 @@ class Ledger:
         with (self._claims / name).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def trial_of(row: summary.Row) -> trial_lib.Trial:
-    """Returns the trial that a row is of; fields added since are at their defaults."""
-    return config.from_dict(row["definition"], trial_lib.Trial)
 
 
 def fill(
@@ -144,25 +153,35 @@ def outcome(row: summary.Row) -> str:
 
 def environment() -> dict[str, Any]:
     """Returns what a figure was made with: command, commit, versions, processors."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-    try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
     program = getattr(sys.modules["__main__"], "__spec__", None)
     words = ["-m", program.name] if program else ["-c", "..."]
     return {
         "command": shlex.join(["python", *words, *sys.argv[1:]]),
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "optax": importlib.metadata.version("optax"),
         "device": jax.devices()[0].device_kind,
         "processors": len(os.sched_getaffinity(0)),
     }
+
+
+def _commit() -> str:
+    """The commit of the code, marked where a Python file differs from it."""
+    folder = pathlib.Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py")
+        return git("rev-parse", "--short=12", "HEAD") + (" changed" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

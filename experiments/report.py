@@ -17,6 +17,18 @@ from typing import Any
 from experiments import summary
 from sct_jax import config, errors, metrics
 
+RESULTS = "Held-out loss: mean ± standard deviation over seeds"
+DIFFERENCES = "Less the loss of {}, seed by seed: mean ± standard error"
+NOTES = (
+    "The best rate of a protocol is that with the least held-out loss of the first "
+    "seed, on the text that the table is of. Arms with fewer seeds stand below the "
+    "others: means over different seeds do not compare.",
+    "Bits per byte, TFLOP, the largest change of a matrix in spectral norm, and loss "
+    "spikes per run belong to the first of the horizons; - where it was not measured. "
+    "FLOPs are the matrix products of forward and backward pass, head included; those "
+    "of the optimizer are not counted, in favour of methods that have many.",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
@@ -45,10 +57,10 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     for name, _, png in drawn:
         (folder / "figures" / f"{name}.png").write_bytes(png)
     title = f"{folder.name}: {len(arms)} methods, {len(rows)} trials"
-    tables = [("Results", *table(arms))]
+    tables = [(RESULTS, *table(arms))]
     tables += [
-        (f"Less the loss of {dense.name}, seed by seed", *differences(arms, dense))
-        for dense in _references(arms)
+        (DIFFERENCES.format(other.name), *differences(arms, other))
+        for other in _references(arms)
     ]
     tables.append(("What was run", *provenance(rows)))
     (folder / "report.html").write_text(as_html(title, tables, drawn))
@@ -58,28 +70,33 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 
 
 def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: losses as mean and deviation, best arm first."""
+    """Returns header and rows: losses as mean and deviation, best arm first.
+
+    What has one column and depends on the horizon is that of the first one.
+    """
     protocols = arms[0].protocols
-    header = ["method", "rate", "tried", "seeds"]
-    header += [summary.words(protocol) for protocol in protocols]
-    header += ["bits per byte", "parameters", "TFLOP", "MB", "max update", "spikes"]
     first = protocols[0]
+    kinds = {summary.kind_and_length(p)[0]: p for p in reversed(protocols)}
+    choices = list(reversed(kinds.values()))
+    header = ["method", "rates tried"]
+    header += [f"rate, {summary.words(protocol)} (seeds)" for protocol in choices]
+    header += [f"nats, {summary.words(protocol)}" for protocol in protocols]
+    header += ["bits per byte", "parameters", "TFLOP", "MB", "max update", "spikes"]
     body = []
-    for arm in sorted(arms, key=lambda arm: arm.mean(first)):
-        tried = f"{len(arm.searched)}{', best at the edge' if arm.at_edge else ''}"
+    for arm in summary.ranked(arms, first):
+        row = arm.rows(first)[0]
         body.append(
             [
                 arm.name,
-                f"{arm.rate:g}",
-                tried,
-                str(arm.num_seeds),
+                str(len(arm.searched)),
+                *(_choice(arm, protocol) for protocol in choices),
                 *(_with_error(arm, protocol, "loss") for protocol in protocols),
                 _with_error(arm, first, "bits_per_byte"),
-                f"{arm.rows[0]['parameters']:,}",
-                f"{arm.results(first)[0]['flops'] / 1e12:.1f}",
-                f"{arm.rows[0]['train_bytes'] / 1e6:.1f}",
-                f"{arm.largest_update:.2g}",
-                f"{arm.num_spikes:.1f}",
+                f"{row['parameters']:,}",
+                f"{row['results'][first]['flops'] / 1e12:.1f}",
+                f"{row['train_bytes'] / 1e6:.1f}",
+                _number(arm.largest_update(first), ".2g"),
+                _number(arm.num_spikes(first), ".1f"),
             ]
         )
     return header, body
@@ -108,8 +125,8 @@ def differences(
 
 
 def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
-    """The dense arms, which the others are measured by."""
-    return [arm for arm in arms if arm.name.startswith("dense")]
+    """The arms which the others are measured by: the dense ones, or else the first."""
+    return [arm for arm in arms if arm.name.startswith("dense")] or list(arms[:1])
 
 
 def provenance(rows: Sequence[summary.Row]) -> tuple[list[str], list[list[str]]]:
@@ -146,18 +163,18 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         (
             "tuning",
             "Held-out loss of the first seed over the learning rate, "
-            f"{summary.words(first)}.",
+            f"{summary.words(first)}; rates that diverged are left out.",
             lambda: figures.tuning(arms, first),
         ),
         (
             "curves",
             "Training loss at the best rate, means of ten steps; bands: one standard "
             "deviation over seeds.",
-            lambda: figures.curves(arms),
+            lambda: figures.curves(arms, first),
         ),
         (
             "flops",
-            "Held-out loss over total training FLOPs; left and below is better.",
+            "Held-out loss over training FLOPs; left and below is better.",
             lambda: figures.costs(arms, protocols),
         ),
         (
@@ -170,29 +187,30 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
             "update-norms",
             "Largest change of a matrix per step, in spectral norm; crosses: loss "
             "spikes.",
-            lambda: figures.update_norms(arms),
+            lambda: figures.update_norms(arms, first),
         ),
         (
             "effective-ranks",
             "Effective rank (exp of the entropy of the singular values) over time.",
-            lambda: figures.effective_ranks(arms),
+            lambda: figures.effective_ranks(arms, first),
         ),
         (
             "spectra",
             "Singular values of the down projections at the end.",
-            lambda: figures.spectra(arms),
+            lambda: figures.spectra(arms, first),
         ),
     ]
     kinds, lengths = zip(*map(summary.kind_and_length, protocols), strict=True)
     if len(set(lengths)) > 1:
         wanted += [
             (
-                f"gap-to-{dense.name.replace(' ', '-')}-{kind}",
-                f"Held-out loss less that of {dense.name}, seed by seed, over the "
-                f"length of training; {summary.PROTOCOLS[kind]}.",
-                lambda dense=dense, kind=kind: figures.gaps(arms, dense, kind),
+                f"gap-to-{other.name.replace(' ', '-')}-{kind}",
+                f"Held-out loss less that of {other.name}, seed by seed, over the "
+                f"length of training; {summary.PROTOCOLS[kind]}; bars: one standard "
+                "error.",
+                lambda other=other, kind=kind: figures.gaps(arms, other, kind),
             )
-            for dense in _references(arms)
+            for other in _references(arms)
             for kind in dict.fromkeys(kinds)
         ]
     return [(name, caption, figures.to_png(make())) for name, caption, make in wanted]
@@ -201,6 +219,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
 def as_markdown(title: str, tables, drawn) -> str:
     """Returns the report as Markdown, with links to its figures."""
     lines = [f"# {title}", ""]
+    for note in NOTES:
+        lines += [note, ""]
     for heading, header, body in tables:
         lines += [f"## {heading}", ""]
         lines += [_row(header), _row(["---"] * len(header)), *map(_row, body), ""]
@@ -217,6 +237,7 @@ def as_html(title: str, tables, drawn) -> str:
         '<link rel="icon" href="data:,">',
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
+        *(f"<p>{html.escape(note)}</p>" for note in NOTES),
     ]
     for heading, header, body in tables:
         cells = lambda tag, row: "".join(
@@ -242,9 +263,18 @@ def _with_error(arm: summary.Arm, protocol: str, field: str) -> str:
     mean = arm.mean(protocol, field)
     if not math.isfinite(mean):
         return "diverged"
-    if arm.num_seeds == 1:
+    if arm.num_seeds(protocol) == 1:
         return f"{mean:.3f}"
     return f"{mean:.3f} ± {arm.deviation(protocol, field):.3f}"
+
+
+def _choice(arm: summary.Arm, protocol: str) -> str:
+    edge = ", at the edge" if arm.at_edge(protocol) else ""
+    return f"{arm.rate(protocol):g} ({arm.num_seeds(protocol)}{edge})"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -178,11 +178,13 @@ def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
 
 
 def fit(runs: Sequence[Run]) -> Law | None:
-    """Returns the power laws through the optima of all budgets; None for less than two.
+    """Returns the power laws through the optima inside of the sizes that were trained.
 
-    Runs belong to one budget where their FLOPs agree to 2 %.
+    None for less than two of them. Runs belong to one budget where their FLOPs agree to
+    2 %.
     """
-    optima = [found for group in by_budget(runs) if (found := optimum(group))]
+    found = [optimum(group) for group in by_budget(runs)]
+    optima = [o for o in found if o is not None and o.inside]
     if len(optima) < 2:
         return None
     flops = np.log([o.flops for o in optima])
@@ -198,25 +200,28 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Returns intervals of the exponents "a" and "b" at a level.
 
-    Residuals of each parabola, scaled for its three parameters, are drawn anew with
-    replacement and added to the fitted losses; a sample without a law is dropped.
+    Parametric: the noise of a loss has the variance of the residuals of all parabolas,
+    with the tails of Student's t, as few of them are free. A sample without a law is
+    dropped. NaN where no residual is free.
     """
     generator = np.random.default_rng(seed)
     groups = by_budget(runs)
-    fitted, residuals = [], []
-    for group in groups:
-        losses = np.array([run.loss for run in group])
-        fitted.append(parabola(group)(log_sizes(group)))
-        freedom = max(len(group) - 3, 1)
-        residuals.append((losses - fitted[-1]) * math.sqrt(len(group) / freedom))
+    fitted = [parabola(group)(log_sizes(group)) for group in groups]
+    residuals = [
+        run.loss - value
+        for group, curve in zip(groups, fitted, strict=True)
+        for run, value in zip(group, curve, strict=True)
+    ]
+    freedom = len(residuals) - 3 * len(groups)
     drawn: dict[str, list[float]] = {"a": [], "b": []}
-    for _ in range(samples):
+    sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
+    for _ in range(samples if freedom > 0 else 0):
+        # One variance for a sample, as one was estimated for all.
+        scale = sigma * math.sqrt(freedom / generator.chisquare(freedom))
         noisy = [
-            run._replace(loss=float(value))
-            for group, curve, rest in zip(groups, fitted, residuals, strict=True)
-            for run, value in zip(
-                group, curve + generator.choice(rest, len(rest)), strict=True
-            )
+            run._replace(loss=float(value + scale * generator.standard_normal()))
+            for group, curve in zip(groups, fitted, strict=True)
+            for run, value in zip(group, curve, strict=True)
         ]
         law = fit(noisy)
         if law is not None:
@@ -315,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         book = ledger.Ledger(folder)
         if not flags.fit_only:
             train(study, book)
-        write(folder, runs_of(list(book.rows().values())))
+        write(folder, runs_of(rows_of(study, book)))
     except errors.ConfigError as error:
         config.fail(str(error))
     except KeyboardInterrupt:
@@ -335,6 +340,15 @@ def train(study: ScalingLaws, book: ledger.Ledger) -> None:
     )
 
 
+def rows_of(study: ScalingLaws, book: ledger.Ledger) -> list[summary.Row]:
+    """Returns the rows of the study, and says how many others the folder holds."""
+    rows, wanted = book.rows(), {trial.key for trial in study.trials()}
+    others = len(rows.keys() - wanted)
+    if others:
+        print(f"left out: {others} trials in {book.folder} of other settings")
+    return [row for key, row in rows.items() if key in wanted]
+
+
 def write(folder: pathlib.Path, kinds: Mapping[str, Sequence[Run]]) -> None:
     """Prints the laws; writes laws.json and iso-flop.png into the folder.
 
@@ -344,7 +358,19 @@ def write(folder: pathlib.Path, kinds: Mapping[str, Sequence[Run]]) -> None:
     errors.check("--results", bool(kinds), f"no finished trial in {folder}")
     found = laws(kinds)
     (folder / "laws.json").write_text(json.dumps(found, indent=2) + "\n")
-    for kind, law in found.items():
+    for kind, runs in kinds.items():
+        budgets = len(by_budget(runs))
+        if kind not in found:
+            print(
+                f"{kind}: no law, as less than two of {budgets} budgets have their "
+                "least loss inside of the sizes: train smaller or larger ones"
+            )
+            continue
+        law = found[kind]
+        print(
+            f"{kind}: fitted to {len(law['optima'])} of {budgets} budgets, those with "
+            "their least loss inside of the sizes"
+        )
         low, high = law["a, 90 %"]
         print(f"{kind}: N ~ C^{law['N ~ C^a']:.3f} [{low:.3f}, {high:.3f}]")
         low, high = law["b, 90 %"]

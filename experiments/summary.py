@@ -1,5 +1,6 @@
 """What the rows of a comparison say of each arm: best rate, means, deviations."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -16,42 +17,48 @@ PROTOCOLS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal
 class Arm:
     """The trials of one method.
 
+    A rate is chosen for every protocol, as `best` does; the rows of a horizon are those
+    of that rate, one per seed.
+
     Attributes:
       name: what tables call it.
       index: its number, for a look that stays the same over all figures.
-      searched: rows of the seed that was trained at several rates, one per rate.
-      rows: one row per seed, at the best rate; the first is of the lowest seed.
+      searched: rows of the seed that was trained at most rates, one per rate.
+      trials: all rows.
     """
 
     name: str
     index: int
     searched: Sequence[Row]
-    rows: Sequence[Row]
-
-    @property
-    def rate(self) -> float:
-        """The best rate."""
-        return self.rows[0]["rate"]
-
-    @property
-    def num_seeds(self) -> int:
-        """Seeds at the best rate."""
-        return len(self.rows)
+    trials: Sequence[Row]
 
     @property
     def protocols(self) -> tuple[str, ...]:
         """Names of the horizons."""
-        return tuple(self.rows[0]["results"])
+        return tuple(self.trials[0]["results"])
 
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best rate is the least or the greatest that was tried."""
+    def rate(self, protocol: str) -> float:
+        """Returns the best rate."""
+        return best(self.searched, protocol)["rate"]
+
+    def rows(self, protocol: str) -> list[Row]:
+        """Returns the rows at the best rate, the searched seed first."""
+        rate, first = self.rate(protocol), self.searched[0]["seed"]
+        rows = [row for row in self.trials if row["rate"] == rate]
+        return sorted(rows, key=lambda row: (row["seed"] != first, row["seed"]))
+
+    def num_seeds(self, protocol: str) -> int:
+        """Returns the number of seeds at the best rate."""
+        return len(self.rows(protocol))
+
+    def at_edge(self, protocol: str) -> bool:
+        """Returns whether the best rate is the least or greatest that was tried."""
         rates = sorted(row["rate"] for row in self.searched)
-        return len(rates) > 1 and self.rate in (rates[0], rates[-1])
+        return len(rates) > 1 and self.rate(protocol) in (rates[0], rates[-1])
 
     def results(self, protocol: str) -> list[Row]:
         """Returns what came out at one horizon, per seed."""
-        return [row["results"][protocol] for row in self.rows]
+        return [row["results"][protocol] for row in self.rows(protocol)]
 
     def mean(self, protocol: str, field: str = "loss") -> float:
         """Returns the mean over seeds; infinite where one of them diverged."""
@@ -66,32 +73,56 @@ class Arm:
         """Returns pairs of a rate and the loss of the searched seed, ascending."""
         return sorted((row["rate"], loss_of(row, protocol)) for row in self.searched)
 
-    def curve(self, field: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def curve(
+        self, field: str, protocol: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns steps, mean and deviation over seeds of a recorded curve."""
-        shortest = min(len(row[field]) for row in self.rows)
+        rows = self.rows(protocol)
+        shortest = min(len(row[field]) for row in rows)
         if not shortest:
             return np.zeros(0), np.zeros(0), np.zeros(0)
         points = np.array(
-            [[p[1] or math.nan for p in row[field][:shortest]] for row in self.rows]
+            [[p[1] or math.nan for p in row[field][:shortest]] for row in rows]
         )
-        steps = np.array([p[0] for p in self.rows[0][field][:shortest]])
+        steps = np.array([p[0] for p in rows[0][field][:shortest]])
         spread = points.std(axis=0, ddof=1) if len(points) > 1 else 0 * points[0]
         return steps, points.mean(axis=0), spread
 
-    @property
-    def num_spikes(self) -> float:
-        """Loss spikes per seed at the best rate."""
-        return float(np.mean([len(row["spikes"]) for row in self.rows]))
+    def num_spikes(self, protocol: str) -> float:
+        """Returns loss spikes per seed; NaN where none were counted."""
+        counts = [
+            len(r["spikes"]) for r in self.rows(protocol) if r["spikes"] is not None
+        ]
+        return float(np.mean(counts)) if counts else math.nan
 
-    @property
-    def largest_update(self) -> float:
-        """The largest measured ||W' - W||_2 of all seeds; NaN where there is none."""
-        norms = [p[1] for row in self.rows for p in row["update_norms"] if p[1]]
+    def largest_update(self, protocol: str) -> float:
+        """Returns the largest measured ||W' - W||_2 of all seeds; NaN without any."""
+        rows = self.rows(protocol)
+        norms = [p[1] for row in rows for p in row["update_norms"] if p[1]]
         return max(norms, default=math.nan)
 
     def _values(self, protocol: str, field: str) -> list[float]:
         values = [result[field] for result in self.results(protocol)]
         return [math.inf if value is None else value for value in values]
+
+
+def best(rows: Sequence[Row], protocol: str) -> Row:
+    """Returns the row with the least held-out loss, of equals that of the least rate.
+
+    A rate is chosen once per kind of protocol: at its first length, whichever length
+    `protocol` names.
+    """
+    kind, _ = kind_and_length(protocol)
+    first = next(p for p in rows[0]["results"] if kind_and_length(p)[0] == kind)
+    return min(rows, key=lambda row: (loss_of(row, first), row["rate"]))
+
+
+def ranked(arms: Sequence[Arm], protocol: str) -> list[Arm]:
+    """Returns arms by their mean loss, those with fewer seeds below the others.
+
+    Seeds are worth a few hundredths of a nat, so means over other ones do not compare.
+    """
+    return sorted(arms, key=lambda a: (-a.num_seeds(protocol), a.mean(protocol)))
 
 
 def loss_of(row: Row, protocol: str) -> float:
@@ -101,23 +132,16 @@ def loss_of(row: Row, protocol: str) -> float:
 
 
 def arms(rows: Sequence[Row]) -> list[Arm]:
-    """Returns the arms in the order in which their rows first appear.
-
-    The searched seed is the lowest one; the best rate has the least loss at the first
-    horizon.
-    """
+    """Returns the arms in the order in which their rows first appear."""
     named: dict[str, list[Row]] = {}
     for row in rows:
         named.setdefault(row["arm"], []).append(row)
     found = []
     for index, (name, own) in enumerate(named.items()):
-        first = next(iter(own[0]["results"]))
-        lowest = min(row["seed"] for row in own)
-        searched = [row for row in own if row["seed"] == lowest]
-        best = min(searched, key=lambda row: loss_of(row, first))["rate"]
-        chosen = [row for row in own if row["rate"] == best]
-        chosen.sort(key=lambda row: row["seed"])
-        found.append(Arm(name, index, searched, chosen))
+        tried = collections.Counter(row["seed"] for row in own)
+        seed = max(tried, key=lambda seed: (tried[seed], -seed))
+        searched = [row for row in own if row["seed"] == seed]
+        found.append(Arm(name, index, searched, own))
     return found
 
 
@@ -143,15 +167,15 @@ def gap(arm: Arm, other: Arm, protocol: str) -> tuple[float, float]:
     """Returns mean and standard error of the difference of losses, seed by seed.
 
     Seeds share the order of the data, so pairs are compared; the error is NaN for less
-    than two of them.
+    than two of them, the mean NaN where the other one diverged.
     """
     theirs: Mapping[int, float] = {
-        row["seed"]: loss_of(row, protocol) for row in other.rows
+        row["seed"]: loss_of(row, protocol) for row in other.rows(protocol)
     }
     pairs = [
         loss_of(row, protocol) - theirs[row["seed"]]
-        for row in arm.rows
-        if row["seed"] in theirs
+        for row in arm.rows(protocol)
+        if math.isfinite(theirs.get(row["seed"], math.inf))
     ]
     if len(pairs) < 2:
         return (pairs[0] if pairs else math.nan), math.nan

@@ -36,8 +36,9 @@ from sct_jax import (
 )
 
 DIAGNOSE_EVERY = 10  # steps between measured norms of the update of W
-SPIKE_WINDOW = 100  # trailing steps whose mean and deviation tell a loss spike
+SPIKE_WINDOW = 100  # trailing steps, at most, whose trend and deviation tell a spike
 SPIKE_DEVIATIONS = 4.0
+_LEAST_WINDOW = 50  # trailing steps without which nothing is judged
 _SPECTRA = 5  # measurements of the effective ranks, spread over the trunk
 
 
@@ -79,10 +80,11 @@ class Trial:
 
     @property
     def fade_steps(self) -> int:
-        """Steps with a dense path, 0 for most methods: half of the shortest horizon."""
+        """Steps with a dense path, 0 for most methods: half of the first horizon."""
         if baselines.METHODS[self.method].guided_linear is None:
             return 0
-        return min(steps for _, steps in self.horizons) // 2
+        _, steps = self.horizons[0]
+        return steps // 2
 
     def flops(self, steps: int, *, blocks_only: bool = False) -> float:
         """Returns the training FLOPs of so many steps, head included unless told."""
@@ -145,16 +147,18 @@ class _Program(NamedTuple):
 class _Record:
     """What is kept of the trunk."""
 
-    def __init__(self):
+    def __init__(self, trial: Trial):
+        self._has_spectra = baselines.METHODS[trial.method].is_linear
         self.losses: list[float] = []
         self.update_norms: list[Point] = []
         self.effective_ranks: dict[str, list[Point]] = {}
         self.spectra: dict[str, list[float]] = {}
+        self.ranks: list[tuple[int, dict[str, int]]] = []
 
     def measure(self, step: int, params: model.Params) -> None:
         """Adds the effective rank of every kind of matrix, and the latest spectra."""
-        if not optax.tree.norm(params) < math.inf:
-            return  # diverged: there is nothing to decompose
+        if not self._has_spectra or not optax.tree.norm(params) < math.inf:
+            return  # of a diverged model there is nothing to decompose
         for name, spectrum in spectra(params).items():
             points = self.effective_ranks.setdefault(name, [])
             points.append(Point(step, effective_rank(spectrum)))
@@ -171,6 +175,7 @@ class _Record:
                 for name, points in self.effective_ranks.items()
             },
             "spectra": self.spectra,
+            "ranks": self.ranks,
         }
 
 
@@ -190,8 +195,7 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
     size = 2 * accounting.num_bytes(state.params) + accounting.num_bytes(
         state.opt_state
     )
-    stored = accounting.count(_served(state.params))
-    record, ends, done = _Record(), {}, 0
+    record, ends, done = _Record(trial), {}, 0
     record.measure(0, state.params)
     lengths = sorted({steps for _, steps in trial.horizons})
     for length in lengths:
@@ -202,18 +206,20 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
         branch = state if last else jax.tree.map(jnp.copy, state)
         kept = record if last else None
         branch = _advance(trial, program, corpus, branch, fork, length, length, kept)
+        if last:
+            state = branch
         ends[length] = evaluate(branch.params)
         if not math.isfinite(ends[length]["eval/loss"]):
             ends |= {rest: ends[length] for rest in lengths if rest > length}
             break
-        if last:
-            record.measure(length, branch.params)
+    else:
+        record.measure(lengths[-1], state.params)
     return {
         "arm": trial.arm,
         "rate": trial.rate,
         "seed": trial.experiment.seed,
         "definition": config.to_dict(trial),
-        "parameters": stored,
+        "parameters": accounting.count(_served(state.params)),
         "train_bytes": size,
         "wall_seconds": round(time.monotonic() - began, 1),
         "results": {
@@ -225,43 +231,61 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
 
 def seconds_per_step(
     trials: Mapping[str, Trial], corpus: data.Corpus, *, rounds: int = 5
-) -> dict[str, float]:
-    """Returns the median time of a step of every trial, measured in turns.
+) -> dict[str, tuple[float, float]]:
+    """Returns the median times of a step of every trial, measured in turns.
 
-    At the peak rate, as a bound or an iteration may take longer beyond it, and without
-    the dense path of a guide.
+    Of a step as it is, and of one with the dense path of a guide, where there is one.
+    At the peak rate, as a bound or an iteration may take longer beyond it.
     """
     mesh = sharding.MeshConfig().build(1)
-    states, programs, batches, times = {}, {}, {}, {}
+    states, steps, batches = {}, {}, {}
+    times: dict[tuple[str, bool], list[float]] = {}
     for name, trial in trials.items():
-        program = programs[name] = _program(_without_rates(trial))
-        state = _at_rate(program.init(jax.random.key(0)), trial, trial.rate)
+        program = _program(_without_rates(trial))
+        states[name] = _at_rate(program.init(jax.random.key(0)), trial, trial.rate)
         source = data.train_batches(corpus, trial.experiment.data, seed=0)
         batches[name] = evaluation.to_devices(next(source), mesh)
-        states[name] = _warm(program, state, batches[name])
-        times[name] = []
-    for _ in range(rounds):
-        for name, program in programs.items():
+        steps[name, False] = program.step
+        if program.guided_step is not program.step:
+            steps[name, True] = program.guided_step
+    for turn in range(rounds + 1):
+        for (name, guided), step in steps.items():
             began = time.monotonic()
-            states[name] = _warm(program, states[name], batches[name])
-            times[name].append(time.monotonic() - began)
-    return {name: float(np.median(taken)) for name, taken in times.items()}
+            state, _ = step(states[name], batches[name], jnp.asarray(False))
+            states[name] = jax.block_until_ready(state)
+            if turn:  # the first one compiles
+                taken = times.setdefault((name, guided), [])
+                taken.append(time.monotonic() - began)
+    medians = {key: float(np.median(taken)) for key, taken in times.items()}
+    return {
+        name: (plain, medians.get((name, True), plain))
+        for (name, guided), plain in medians.items()
+        if not guided
+    }
 
 
 def spikes(losses: list[float]) -> list[int]:
-    """Returns the steps whose loss is over the mean of the trailing ones by 4 sigma.
+    """Returns the steps whose loss is over the trend of the trailing ones by 4 sigma.
 
-    Trailing are the `SPIKE_WINDOW` steps before; without as many nothing is judged. A
-    run of such steps is one spike.
+    The trend is a line in the logarithm of the step, as a loss that falls hides its
+    spikes from a mean; sigma is the deviation from it. A run of such steps is one
+    spike, and none of them is among the trailing ones of the next.
     """
-    found, inside = [], False
-    for step in range(SPIKE_WINDOW, len(losses)):
-        before = np.asarray(losses[step - SPIKE_WINDOW : step])
-        limit = before.mean() + SPIKE_DEVIATIONS * before.std()
-        high = not losses[step] <= limit
+    found, calm, inside = [], [], False
+    for step, loss in enumerate(losses, 1):
+        before = calm[-SPIKE_WINDOW:]
+        if len(before) < _LEAST_WINDOW:
+            high = False
+        else:
+            at, values = np.transpose(before)
+            line = np.polynomial.Polynomial.fit(np.log(at), values, deg=1)
+            sigma = np.std(values - line(np.log(at)), ddof=2)
+            high = not loss <= line(math.log(step)) + SPIKE_DEVIATIONS * sigma
         if high and not inside:
-            found.append(step + 1)
+            found.append(step)
         inside = high
+        if not high:
+            calm.append((step, loss))
     return found
 
 
@@ -323,7 +347,7 @@ def _program(trial: Trial) -> _Program:
 
     def compiled(linear_at):
         bare = train_step.make_train_step(shape, tx, linear_at=linear_at)
-        return jax.jit(_with_dense_norms(bare), donate_argnums=0)
+        return jax.jit(_with_norms(bare), donate_argnums=0)
 
     plain = compiled(lambda step: method.linear)
     guided = plain
@@ -352,36 +376,38 @@ def _with_rates(trial: Trial) -> optax.GradientTransformation:
     )
 
 
-def _with_dense_norms(step):
-    """The step with the largest ||W' - W||_2 of a model without factors, too."""
+def _with_norms(step):
+    """The step with the largest ||W' - W||_2 of all matrices of the layers."""
 
     def wrapped(state, batch, diagnose):
         new_state, metrics = step(state, batch, diagnose)
-        if "composite_update_norm" not in metrics:
-            metrics["composite_update_norm"] = jax.lax.cond(
-                diagnose,
-                lambda: _dense_update_norm(state.params, new_state.params),
-                lambda: jnp.zeros([]),
-            )
+        dense = jax.lax.cond(
+            diagnose,
+            lambda: _dense_update_norm(state.params, new_state.params),
+            lambda: jnp.zeros([]),
+        )
+        factors = metrics.get("composite_update_norm", 0.0)
+        metrics["composite_update_norm"] = jnp.maximum(factors, dense)
         return new_state, metrics
 
     return wrapped
 
 
 def _dense_update_norm(old: model.Params, new: model.Params) -> jax.Array:
-    """The largest spectral norm of the change of a matrix of a layer."""
-    names = [n for n in model.BLOCK_MATRICES if n in old["layers"]]
-    norms = []
-    for name in names:
-        change = new["layers"][name] - old["layers"][name]
-        change = change.reshape(-1, *change.shape[-2:])
+    """The largest spectral norm of the change of a dense matrix of a layer; or 0."""
+    largest = jnp.zeros([])
+    for name in model.BLOCK_MATRICES:
+        before, after = old["layers"][name], new["layers"][name]
+        if not isinstance(before, jax.Array):
+            continue
+        change = (after - before).reshape(-1, *before.shape[-2:])
         if change.shape[-2] < change.shape[-1]:
             change = orthogonalize.transpose(change)
         radius = orthogonalize.spectral_radius_bound(
             orthogonalize.gram(change), squarings=8
         )
-        norms.append(jnp.sqrt(jnp.max(radius)))
-    return jnp.max(jnp.stack(norms))
+        largest = jnp.maximum(largest, jnp.sqrt(jnp.max(radius)))
+    return largest
 
 
 def _advance(
@@ -406,8 +432,12 @@ def _advance(
         jax.vmap(experiment.optimizer.learning_rate(length))(jnp.arange(stop))
     )
     measured = {round(length * i / (_SPECTRA - 1)) for i in range(1, _SPECTRA - 1)}
-    # The norm of an update is measured in the gauge of orthonormal factors.
-    always_orthonormal = experiment.optimizer.retraction_every == 1
+    # The norm of an update is measured in the gauge of orthonormal factors, and of the
+    # matrices that multiply.
+    measurable = (
+        experiment.optimizer.retraction_every == 1
+        and baselines.METHODS[trial.method].is_linear
+    )
     losses: list[jax.Array] = []
     norms: list[tuple[int, jax.Array]] = []
     for step in range(start + 1, stop + 1):
@@ -418,12 +448,14 @@ def _advance(
         state, metrics = compiled(state, batch, jnp.asarray(diagnose))
         losses.append(metrics["loss"])
         if diagnose:
-            if always_orthonormal:
+            if measurable and step > trial.fade_steps:
                 norms.append((step, metrics["composite_update_norm"]))
             if not math.isfinite(float(metrics["loss"])):
                 break
         if experiment.rank.decides_at(step) and step != length:
             state = _with_ranks(state, experiment, step, program.rank_budget)
+            if record:
+                record.ranks.append((step, rank.stored_ranks(state.params)))
         if record and step in measured:
             record.measure(step, state.params)
     if record:
@@ -462,11 +494,6 @@ def _with_ranks(
     return state.replace(params=params, opt_state=opt_state)
 
 
-def _warm(program: _Program, state, batch) -> train_state.TrainState:
-    state, _ = program.step(state, batch, jnp.asarray(False))
-    return jax.block_until_ready(state)
-
-
 def _served(params: model.Params) -> model.Params:
     """The parameters that remain after training: no dense path of a guide."""
     return jax.tree.map(
@@ -480,7 +507,8 @@ def _singular_values(w: Any) -> np.ndarray:
     if isinstance(w, baselines.Guided):
         w = w.factors
     if isinstance(w, spectral.SpectralFactors):
-        return -np.sort(-np.abs(np.asarray(w.s)), axis=-1)
+        # Without a retraction u and v need not be orthonormal.
+        w = spectral.LowRankFactors(w.u * w.s[..., None, :], w.v)
     if isinstance(w, spectral.LowRankFactors):
         # W = Q_a (R_a R_b.T) Q_b.T has the singular values of the core.
         cores = [np.linalg.qr(np.asarray(x), mode="r") for x in (w.a, w.b)]

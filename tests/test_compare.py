@@ -89,7 +89,44 @@ def test_rates_go_on_beyond_an_end_that_is_best():
         "dense": [0.01, 0.02, 0.04, 0.08, 0.16],
         "ours": [0.025, 0.05, 0.1, 0.2, 0.4],
     }
-    assert [arm.at_edge for arm in summary.arms(list(rows.values()))] == [True, True]
+    arms = summary.arms(list(rows.values()))
+    assert [arm.at_edge("tokens 0.4") for arm in arms] == [True, True]
+
+
+def test_every_protocol_has_its_rate_and_its_seeds():
+    """At equal tokens .02 wins, at equal FLOPs the lower end: that goes on below."""
+    rows = {}
+    item = comparison(arms=(DENSE,), seeds=(0, 1))
+    while missing := grid.missing(item, rows):
+        trial = missing[0]
+        row = row_of(trial, abs(math.log(trial.rate / 0.02)))
+        row["results"]["flops 0.4"] = {"loss": abs(math.log(trial.rate / 0.009))}
+        rows[trial.key] = row
+    (arm,) = summary.arms(list(rows.values()))
+    assert sorted(row["rate"] for row in arm.searched) == [0.005, 0.01, 0.02, 0.04]
+    assert arm.rate("tokens 0.4") == 0.02 and arm.rate("flops 0.4") == 0.01
+    assert arm.num_seeds("tokens 0.4") == arm.num_seeds("flops 0.4") == 2
+    assert len(rows) == 4 + 2
+
+
+def test_a_rate_is_chosen_at_the_first_length():
+    result = lambda loss: {"loss": loss}
+    rows = [
+        {"rate": rate, "results": {"tokens 9": result(far), "tokens 2": result(near)}}
+        for rate, far, near in ((0.1, 3.0, 4.0), (0.2, 3.1, 3.5))
+    ]
+    assert summary.best(rows, "tokens 2")["rate"] == 0.1
+
+
+def test_arms_that_are_not_asked_for_are_ranked_but_not_trained():
+    loss = lambda arm, rate: abs(math.log(rate / 0.02)) + 10 * (arm == "ours")
+    item = comparison()
+    rows, _ = fill(item, loss)
+    searched = {k: row for k, row in rows.items() if row["seed"] == 0}
+    # The better arm is the one finalist.
+    assert grid.missing(item, searched, arms=(OURS,)) == []
+    assert len(grid.missing(item, searched, arms=(DENSE,))) == 2
+    assert {t.arm for t in grid.missing(item, {}, arms=(OURS,))} == {"ours"}
 
 
 def test_marked_arms_get_all_seeds():
@@ -111,7 +148,7 @@ def test_a_diverged_rate_is_never_the_best():
         trial = item.trial(DENSE, rate, 0)
         rows[trial.key] = row_of(trial, loss)
     (arm,) = summary.arms(list(rows.values()))
-    assert arm.rate == 0.02
+    assert arm.rate("tokens 0.4") == 0.02
     assert arm.tuning("tokens 0.4")[0] == (0.01, math.inf)
 
 
@@ -121,7 +158,7 @@ def test_horizons_spend_what_the_dense_model_spends():
         reference="dense",
         tokens_per_parameter=(50.0, 100.0),
     )
-    seconds = {"dense": 0.3, "ours": 0.2}
+    seconds = {"dense": (0.3, 0.3), "ours": (0.2, 0.2)}
     dense = accounting.dense_config(SHAPE)
     tokens = 50 * accounting.parameters(dense)
     steps = round(tokens / 32)
@@ -151,6 +188,14 @@ def test_a_guide_is_charged_for_its_dense_path():
     assert guided.flops(steps) == pytest.approx(spent, rel=1e-3)
     plain = dataclasses.replace(guided, method="plain")
     assert plain.flops(steps) < 0.97 * spent
+    timed = dataclasses.replace(
+        item, protocols=("tokens", "seconds"), reference="dense"
+    )
+    seconds = {"dense": (0.3, 0.3), "guided": (0.2, 0.4)}
+    lengths = dict(timed.trial(arm, 0.01, 0, seconds=seconds).horizons)
+    steps, fade = lengths["tokens 50"], guided.fade_steps
+    taken = 0.2 * lengths["seconds 50"] + 0.2 * fade
+    assert taken == pytest.approx(0.3 * steps, abs=0.2)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +264,15 @@ def test_fields_added_since_do_not_lose_a_row(tmp_path):
     del row["definition"]["adam_rate"]
     book.add(row)
     assert list(book.rows()) == [trial.key]
+
+
+def test_a_row_of_another_version_is_named(tmp_path):
+    book = ledger.Ledger(tmp_path)
+    row = row_of(comparison().trial(OURS, 0.1, 0), 5.0)
+    row["definition"]["colour"] = "red"
+    book.add(row)
+    with pytest.raises(errors.ConfigError, match=r"cells\.jsonl: a trial of 'ours'"):
+        book.rows()
 
 
 def _hold(folder, key, held, release):
@@ -322,7 +376,11 @@ def test_a_killed_grid_goes_on(tmp_path, text_files):
     assert cells.read_text().startswith(before[: before.rfind("\n") + 1])
     rows = metrics.read_rows(cells)
     cells_trained = sorted((row["arm"], row["rate"], row["seed"]) for row in rows)
-    assert len(cells_trained) == len(set(cells_trained)) == 5
+    assert len(cells_trained) == len(set(cells_trained))
+    searched = {(arm, rate) for arm, rate, seed in cells_trained if seed == 0}
+    finalists = {(arm, rate) for arm, rate, seed in cells_trained if seed == 1}
+    assert len(searched) == 4 and finalists <= searched
+    assert len({arm for arm, _ in finalists}) == 1
     words = f"python -m experiments.compare --config={path} --results={folder}"
     assert {row["environment"]["command"] for row in rows} == {words}
     names = set(rows[0]["results"])
@@ -377,15 +435,19 @@ def test_an_arm_that_is_new_is_timed_beside_the_reference(tmp_path, monkeypatch)
     speed = iter((1.0, 2.0))
 
     def measure(trials, corpus):
-        slowness = next(speed)
-        return {name: slowness * (1 + (name == "ours")) for name in trials}
+        taken = next(speed)
+        return {n: (taken * (1 + (n == "ours")), 3 * taken) for n in trials}
 
     monkeypatch.setattr(trial_lib, "seconds_per_step", measure)
     first = compare._seconds(item, (DENSE,), book, None)
-    assert first == {"dense": 1.0}
+    assert first == {"dense": [1.0, 3.0]}
     both = compare._seconds(item, item.arms, book, None)
-    assert both == {"dense": 1.0, "ours": 2.0}
+    assert both == {"dense": [1.0, 3.0], "ours": [2.0, 3.0]}
     assert compare._seconds(item, item.arms, book, None) == both
+    book.add(row_of(item.trial(OURS, 0.1, 0, seconds=both), 5.0))
+    (tmp_path / "seconds.json").unlink()
+    with pytest.raises(errors.ConfigError, match=r"seconds\.json is gone"):
+        compare._seconds(item, item.arms, book, None)
 
 
 def test_an_interruption_ends_with_130(monkeypatch, tmp_path, capsys):

@@ -181,17 +181,19 @@ def test_the_other_leaves_have_a_rate_of_their_own(experiment, corpus, fields):
 
 def test_a_step_is_timed_at_the_rate_of_its_trial(experiment, corpus, monkeypatch):
     item = make(experiment, adam_rate=0.003, optimizer__peak_learning_rate="0.02")
-    seen, warm = [], trial._warm
+    seen, program = [], trial._program(trial._without_rates(item))
 
-    def watch(program, state, batch):
+    def watch(state, batch, diagnose):
         rates = state.opt_state.hyperparams
         seen.append(float(rates["learning_rate"]))
         seen.append(float(rates["learning_rate"] * rates["dense_rate"]))
-        return warm(program, state, batch)
+        return program.step(state, batch, diagnose)
 
-    monkeypatch.setattr(trial, "_warm", watch)
-    (seconds,) = trial.seconds_per_step({"a": item}, corpus, rounds=2).values()
-    assert seconds > 0
+    watched = program._replace(step=watch, guided_step=watch)
+    monkeypatch.setattr(trial, "_program", lambda _: watched)
+    taken = trial.seconds_per_step({"a": item}, corpus, rounds=2)
+    plain, guided = taken["a"]
+    assert plain == guided > 0
     np.testing.assert_allclose(seen, [0.02, 0.003] * 3, rtol=1e-6)
 
 
@@ -246,6 +248,10 @@ def test_ranks_change_within_a_trial(experiment, corpus):
     )
     row = trial.run(item, corpus)
     assert all(len(s) == 2 for name, s in row["spectra"].items() if name == "q")
+    assert row["ranks"]
+    _, ranks = row["ranks"][-1]
+    assert ranks["layers.q"] == 2
+    assert row["parameters"] < accounting.parameters(SHAPE)
 
 
 @pytest.mark.parametrize("method", ["unit_spectrum", "flat_spectrum"])
@@ -328,10 +334,20 @@ def test_spikes_are_counted_once_each():
     losses[150] = losses[151] = 4.0
     losses[250] = math.nan
     assert trial.spikes(losses) == [151, 251]
-    assert trial.spikes([3.0] * 50 + [9.0]) == []
+    assert trial.spikes([3.0] * 49 + [9.0]) == []
 
 
-@pytest.mark.parametrize("kind", ["spectral", "low_rank", "dense"])
+def test_a_loss_that_falls_does_not_hide_its_spikes():
+    steps = np.arange(1, 351)
+    noise = np.random.default_rng(0).normal(0, 0.1, 350)
+    losses = list(7 - 0.5 * np.log(steps) + noise)
+    assert trial.spikes(losses) == []
+    losses[99] += 0.8
+    losses[299] += 0.8
+    assert trial.spikes(losses) == [100, 300]
+
+
+@pytest.mark.parametrize("kind", ["spectral", "off_manifold", "low_rank", "dense"])
 def test_spectra_are_singular_values(kind):
     shape = dataclasses.replace(
         SHAPE,
@@ -339,6 +355,13 @@ def test_spectra_are_singular_values(kind):
         spectral=() if kind == "dense" else SHAPE.spectral,
     )
     params = model.init(jax.random.key(0), shape)
+    if kind == "off_manifold":
+        bent = lambda w: w._replace(u=w.u * jnp.arange(1.0, 1 + w.u.shape[-1]))
+        params = jax.tree.map(
+            lambda w: bent(w) if spectral.is_spectral(w) else w,
+            params,
+            is_leaf=spectral.is_factors,
+        )
     found = trial.spectra(params)
     for name in model.BLOCK_MATRICES:
         dense = np.asarray(spectral.to_dense(params["layers"][name]))
