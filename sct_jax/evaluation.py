@@ -50,7 +50,11 @@ def make_evaluation(
     num_bytes = sum(int(lengths[batch["targets"]].sum()) for batch in batches)
     num_bytes = int(np.sum(multihost_utils.process_allgather(np.array(num_bytes))))
     num_tokens = sum(b["targets"].size for b in batches) * jax.process_count()
-    eval_step = jax.jit(train_step.make_eval_step(config.model, linear=linear))
+    eval_step = jax.jit(
+        train_step.make_eval_step(
+            config.model, num_microbatches=config.data.num_microbatches, linear=linear
+        )
+    )
     placed = [to_devices(batch, mesh) for batch in batches]
 
     def evaluate(params: model.Params) -> metrics.Row:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import signal
@@ -38,6 +39,7 @@ from sct_jax import (
 from sct_jax import config as config_lib
 
 FINISHED = 0
+DIVERGED = 1
 INTERRUPTED = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 # The closing sample: at most so long, and shorter for a model that is slow here.
@@ -80,10 +82,11 @@ def train(
     dry_run: bool = False,
     console: rich.console.Console | None = None,
 ) -> int:
-    """Returns the exit code once the run in `workdir` is finished or interrupted.
+    """Returns the exit code once the run in `workdir` is at its end, or interrupted.
 
     Resumes from the newest checkpoint of the workdir. SIGINT and SIGTERM save and
-    return 130 and 143; a second signal ends the process at once.
+    return 130 and 143; a second signal ends the process at once. A loss that is not
+    finite ends the run with 1, and is never saved.
 
     Args:
       config: the run.
@@ -223,7 +226,7 @@ def _train(
     with contextlib.closing(checkpointer):
         state, start_step = _start_state(setup, checkpointer, corpus, console)
         # Only a run that can go on claims the folder for its configuration.
-        if not (workdir / "config.json").exists():
+        if not start_step or not (workdir / "config.json").exists():
             _write_json(workdir / "config.json", config_lib.to_dict(config))
         corpus.tokenizer.save(str(workdir / "tokenizer.json"))
         batches = data.train_batches(
@@ -242,7 +245,7 @@ def _train(
                 console, start_step=start_step, num_steps=config.num_steps
             ),
             evaluate,
-            corpus.hash,
+            _identity(corpus),
         )
         with contextlib.closing(run):
             state, exit_code = run.steps(state, start_step, batches, signals)
@@ -274,14 +277,21 @@ def _start_state(
         return initialise(jax.random.key(setup.config.seed)), 0
     state, record = restored
     _check_same_run(config_lib.from_dict(record["config"]), setup.config, "checkpoints")
-    errors.check(
-        "data",
-        record["corpus"] == corpus.hash,
-        f"the run was trained on a corpus with hash {record['corpus'][:16]}, "
-        f"{setup.config.data.source!r} now has {corpus.hash[:16]}",
-    )
+    for name, now in _identity(corpus).items():
+        then = record.get(name, now)  # the first checkpoints name no tokenizer
+        errors.check(
+            "data",
+            then == now,
+            f"the run was trained with a {name} with hash {then[:16]}, "
+            f"{setup.config.data.source!r} now has {now[:16]}",
+        )
     metrics.say(console, f"resumed at step {record['step']}")
     return state, record["step"]
+
+
+def _identity(corpus: data.Corpus) -> dict[str, str]:
+    """What may not change between the steps of a run, as hashes."""
+    return {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
 
 
 class _Run:
@@ -291,18 +301,19 @@ class _Run:
     the device never waits for the host; a checkpoint or an evaluation fetches first.
     """
 
-    def __init__(self, setup, checkpointer, sinks, progress, evaluate, corpus_hash):
+    def __init__(self, setup, checkpointer, sinks, progress, evaluate, identity):
         self._setup: _Setup = setup
         self._checkpointer: checkpoint.Checkpointer = checkpointer
         self._sinks: metrics.Sinks = sinks
         self._progress: metrics.Progress = progress
         self._evaluate: Callable[[model.Params], metrics.Row] = evaluate
-        self._corpus_hash: str = corpus_hash
+        self._identity: dict[str, str] = identity
         config = setup.config
         self._learning_rate = config.optimizer.learning_rate(config.num_steps)
         self._rank_budget = rank.num_parameters(setup.state.params)
         self._tokens_per_step = config.data.batch_size * config.data.seq_len
         self._pending: tuple[int, train_step.Metrics] | None = None
+        self._diverged = False
         self._logged_step = 0
         self._logged_time = 0.0
 
@@ -317,7 +328,7 @@ class _Run:
         batches: Iterator[dict[str, np.ndarray]],
         signals: "_Signals",
     ) -> tuple[train_state.TrainState, int]:
-        """The state after the last step, or after the one that a signal ended at."""
+        """The state after the last step, or that at which it ended early, and why."""
         config, mesh = self._setup.config, self._setup.mesh
         compiled = self._compile(state)
         signals.defer()
@@ -333,16 +344,23 @@ class _Run:
             if logged:
                 self._pending = (step, values)
             interrupted = signals.exit_code
+            saved = last or interrupted or step % config.checkpoint.every == 0
+            if saved:
+                self._log_pending()
+                self._check_finite(step, values["loss"])
+            if self._diverged:
+                return state, DIVERGED
             if config.rank.decides_at(step) and not last:
                 self._log_pending()
                 resized = self._decide_ranks(step, state)
-                if resized is not None:
-                    state, compiled = resized, self._compile(resized)
+                before, after = map(rank.stored_ranks, (state.params, resized.params))
+                state = resized
+                if before != after:
+                    compiled = self._compile(state)
             if last or step % config.eval.every == 0:
                 self._log_pending()
                 self._log_evaluation(step, state.params)
-            if last or interrupted or step % config.checkpoint.every == 0:
-                self._log_pending()
+            if saved:
                 self._save(step, state)
             if interrupted and not last:
                 self._checkpointer.wait()
@@ -353,16 +371,29 @@ class _Run:
         self._checkpointer.wait()
         return state, FINISHED
 
+    def _check_finite(self, step: int, loss: Array | float) -> None:
+        """Ends the run where its loss has become infinite or no number."""
+        if self._diverged or math.isfinite(float(loss)):
+            return
+        self._diverged = True
+        kept = self._checkpointer.latest_step()
+        last = f"the checkpoint of step {kept} is kept" if kept else "nothing is saved"
+        self._progress.print(
+            f"diverged: the loss of step {step} is {float(loss)}; {last}. "
+            "Lower optimizer.peak_learning_rate, or bound the update by "
+            "optimizer.max_update_norm, in another --workdir"
+        )
+
     def _decide_ranks(
         self, step: int, state: train_state.TrainState
-    ) -> train_state.TrainState | None:
-        """The state with the ranks of this step; None where all stay as they are."""
+    ) -> train_state.TrainState:
+        """The state with the ranks of this step; itself where all stay as they are."""
         config, mesh = self._setup.config, self._setup.mesh
         change = rank.next_change(
             state.params, state.opt_state, config.rank, budget=self._rank_budget
         )
         if change is None:
-            return None
+            return state
         before = rank.stored_ranks(state.params)
         active, ranks = change.active, change.ranks
         began = time.monotonic()
@@ -444,6 +475,7 @@ class _Run:
         self._logged_step, self._logged_time = step, now
         self._sinks.write(row)
         self._progress.show(row)
+        self._check_finite(step, row["train/loss"])
 
     def _log_evaluation(self, step: int, params: model.Params) -> None:
         began = time.monotonic()
@@ -466,7 +498,7 @@ class _Run:
                 "config": config_lib.to_dict(self._setup.config),
                 "data_position": step * self._setup.config.data.batch_size,
                 "ranks": rank.stored_ranks(state.params),
-                "corpus": self._corpus_hash,
+                **self._identity,
             },
         )
 
@@ -521,11 +553,18 @@ def _claimed(
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise errors.ConfigError(
                 f"workdir: another process is training in {workdir}"
             ) from error
-        if (workdir / "config.json").exists():
+        except OSError as error:  # file systems that have no locks
+            warnings.warn(
+                f"{workdir} cannot be locked ({error.strerror}): make sure that no "
+                "other process trains there",
+                stacklevel=2,
+            )
+        # A run without a checkpoint may yet change: it may not have fitted into memory.
+        if (workdir / "config.json").exists() and _steps_done(workdir):
             _check_same_run(_read_config(workdir), config, str(workdir))
         yield
 

@@ -309,11 +309,13 @@ def jacobi_svd(
         return m, rotate_columns(p, left), rotate_columns(z, right)
 
     def off_diagonal(m):
-        return jnp.max(frobenius_norm(m * (1 - eye)) / or_one(frobenius_norm(m)))
+        return frobenius_norm(m * (1 - eye)) / or_one(frobenius_norm(m))
 
     def unfinished(carry):
         m, _, _, sweeps = carry
-        return (off_diagonal(m) > 2 * jnp.finfo(m.dtype).eps) & (sweeps < max_sweeps)
+        # A matrix with a NaN is finished, and ends no other's sweeps.
+        left = jnp.any(off_diagonal(m) > 2 * jnp.finfo(m.dtype).eps)
+        return left & (sweeps < max_sweeps)
 
     def sweep(carry):
         m, p, z, sweeps = carry
@@ -392,17 +394,18 @@ def power_iteration(
     """Returns a lower estimate of ||x||_2 and the improved right singular vector.
 
     Warm-started over a training run from the vector of the last step, one step is
-    enough to follow a slowly changing x. A zero x or vector gives 0, not NaN.
+    enough to follow a slowly changing x. A zero x gives 0, and leaves the vector as it
+    is, for the steps to come; so does a NaN.
     """
 
-    def normalise(y):
+    def normalise(y, otherwise):
         norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
-        return y / or_one(norm)
+        return jnp.where(norm > 0, y / or_one(norm), otherwise)
 
-    vector = normalise(vector)
+    vector = normalise(vector, vector)
     for _ in range(steps):
         left = matmul(x, vector[..., None])
-        vector = normalise(gram(x, left)[..., 0])
+        vector = normalise(gram(x, left)[..., 0], vector)
     norm = jnp.linalg.norm(matmul(x, vector[..., None])[..., 0], axis=-1)
     return norm, vector
 

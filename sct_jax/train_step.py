@@ -67,11 +67,7 @@ def make_train_step(
 
         if num_microbatches == 1:
             return value_and_grad(params, batch)
-        # Each device keeps its rows: micro-batch i takes every n-th of them.
-        shares = jax.tree.map(
-            lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1),
-            batch,
-        )
+        shares = _shares(batch, num_microbatches)
 
         def add(total, share):
             return jax.tree.map(jnp.add, total, value_and_grad(params, share)), None
@@ -95,10 +91,37 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: model.ModelConfig, *, linear: model.Linear = spectral.linear
+    config: model.ModelConfig,
+    *,
+    num_microbatches: int = 1,
+    linear: model.Linear = spectral.linear,
 ) -> Callable[[model.Params, Batch], Float[Array, ""]]:
-    """Returns `eval_step(params, batch) -> loss` in nats per token, to be jitted."""
-    return lambda params, batch: loss_fn(params, batch, config, linear=linear)
+    """Returns `eval_step(params, batch) -> loss` in nats per token, to be jitted.
+
+    Args:
+      config: the model.
+      num_microbatches: how many shares of the batch go one after the other, so that
+        evaluation fits into memory where training does.
+      linear: what multiplies by the matrices of a layer, see `model.block`.
+    """
+
+    def eval_step(params, batch):
+        share_loss = lambda share: loss_fn(params, share, config, linear=linear)
+        if num_microbatches == 1:
+            return share_loss(batch)
+        return jnp.mean(jax.lax.map(share_loss, _shares(batch, num_microbatches)))
+
+    return eval_step
+
+
+def _shares(batch: Batch, count: int) -> dict[str, Int[Array, "N M L"]]:
+    """The batch in N shares of M rows.
+
+    Share i takes every count-th row: each device keeps its rows.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
 
 def _diagnostics(old: Any, new: Any, wanted: Bool[Array, ""]) -> Metrics:

@@ -222,13 +222,34 @@ def test_power_iteration_takes_several_steps_at_once():
     np.testing.assert_allclose(once, twice, atol=4 * EPS)
 
 
+def test_a_nan_ends_no_other_matrix_of_a_jacobi_svd():
+    m = np.array([[[1.0, 0.5], [0.2, 2.0]], [[np.nan, 0.0], [0.0, 1.0]]])
+    p, s, z = orthogonalize.jacobi_svd(jnp.asarray(m, jnp.float32))
+    whole = np.asarray(p[0] * s[0]) @ np.asarray(z[0]).T
+    np.testing.assert_allclose(whole, m[0], atol=1e-6)
+    np.testing.assert_allclose(
+        np.sort(np.abs(s[0])), np.linalg.svd(m[0], compute_uv=False)[::-1], rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("zero", ["matrix", "vector"])
 def test_power_iteration_of_zero_is_zero(zero):
     x, vector = jnp.ones((5, 3)), jnp.ones(3)
     x, vector = (x * 0, vector) if zero == "matrix" else (x, vector * 0)
     norm, improved = orthogonalize.power_iteration(x, vector)
     assert norm == 0
-    np.testing.assert_array_equal(improved, np.zeros(3))
+    kept = np.zeros(3) if zero == "vector" else np.full(3, 3**-0.5)
+    np.testing.assert_allclose(improved, kept, rtol=1e-6)
+
+
+def test_power_iteration_finds_what_was_zero_before():
+    """As the second factor of a product that starts at zero."""
+    vector = jnp.array([1.0, 2.0, 3.0])
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    for factor in (0 * x, jnp.full_like(x, jnp.nan)):
+        _, kept = orthogonalize.power_iteration(factor, vector)
+        norm, _ = orthogonalize.power_iteration(x, kept, steps=50)
+        assert float(norm) == pytest.approx(np.linalg.norm(x, 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 5, 3, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)])

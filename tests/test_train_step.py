@@ -119,6 +119,13 @@ def test_loss_is_the_mean_negative_log_likelihood():
     assert abs(loss - expected) < 8 * EPS * np.abs(logits).max()
     evaluate = train_step.make_eval_step(SMALL)
     assert abs(evaluate(params, batch) - expected) < 8 * EPS * np.abs(logits).max()
+    shared = train_step.make_eval_step(SMALL, num_microbatches=2)
+    assert abs(shared(params, batch) - expected) < 8 * EPS * np.abs(logits).max()
+    # Of one share at a time is what is computed.
+    text = str(jax.make_jaxpr(shared)(params, batch))
+    rows, length = batch["inputs"].shape
+    assert f"[{rows // 2},{length},{SMALL.vocab_size}]" in text
+    assert f"[{rows},{length},{SMALL.vocab_size}]" not in text
 
 
 def test_documents_do_not_see_each_other():

@@ -250,7 +250,7 @@ def test_ranks_change_within_a_trial(experiment, corpus):
     assert all(len(s) == 2 for name, s in row["spectra"].items() if name == "q")
     assert row["ranks"]
     _, ranks = row["ranks"][-1]
-    assert ranks["layers.q"] == 2
+    assert ranks["layers/q"] == 2
     assert row["parameters"] < accounting.parameters(SHAPE)
 
 
