@@ -7,6 +7,7 @@ A config file is a Python module with `get_config(variant=...)` that returns an
 import argparse
 import ast
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import json
@@ -377,9 +378,9 @@ def _override(config: Any, keys: list[str], text: str, *, prefix: str) -> Any:
     key, *rest = keys
     name = prefix + key
     if key not in hints:
-        near = errors.nearest(key, tuple(hints))
-        if not near:
-            near = _nearest_anywhere(key)
+        near = (
+            _alias(key) or errors.nearest(key, tuple(hints)) or _nearest_anywhere(key)
+        )
         raise errors.ConfigError(f"unknown config field {name!r}{near}")
     kind = hints[key]
     if dataclasses.is_dataclass(kind):
@@ -394,10 +395,35 @@ def _override(config: Any, keys: list[str], text: str, *, prefix: str) -> Any:
     return dataclasses.replace(config, **{key: value})
 
 
+# What other projects call a field.
+_ALIASES = {
+    "batch": "data.batch_size",
+    "context_length": "data.seq_len",
+    "hidden_size": "model.d_model",
+    "intermediate_size": "model.d_ff",
+    "learning_rate": "optimizer.peak_learning_rate",
+    "lr": "optimizer.peak_learning_rate",
+    "max_steps": "num_steps",
+    "n_layers": "model.num_layers",
+    "num_hidden_layers": "model.num_layers",
+    "num_train_steps": "num_steps",
+    "sequence_length": "data.seq_len",
+    "steps": "num_steps",
+    "warmup": "optimizer.warmup_steps",
+    "wd": "optimizer.weight_decay",
+}
+
+
+def _alias(key: str) -> str:
+    return f"; did you mean {_ALIASES[key]!r}?" if key in _ALIASES else ""
+
+
 def _nearest_anywhere(key: str) -> str:
+    """The nearest field of any group, by its full name."""
     names = list(flatten(to_dict(ExperimentConfig())))
-    same = [name for name in names if name.rpartition(".")[2] == key]
-    return f"; did you mean {same[0]!r}?" if same else ""
+    leaves = [name.rpartition(".")[2] for name in names]
+    close = difflib.get_close_matches(key, leaves, n=1, cutoff=0.7)
+    return f"; did you mean {names[leaves.index(close[0])]!r}?" if close else ""
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:

@@ -153,16 +153,24 @@ def generate(
     """Returns the prompt continued to `num_tokens` tokens, sampled one by one.
 
     A plain loop without a cache, for a look at a model: each token costs a forward pass
-    over the whole buffer.
+    over the whole buffer. A temperature of 0 takes the likeliest token.
+
+    Raises:
+      ValueError: for a prompt without tokens, or of more than `num_tokens`.
     """
     start = prompt.shape[0]
+    if not 0 < start <= num_tokens:
+        raise ValueError(
+            f"the prompt has {start} tokens; 1 to num_tokens = {num_tokens} can be "
+            "continued"
+        )
     buffer = jnp.zeros(num_tokens, jnp.int32).at[:start].set(prompt)
 
     def extend(position, buffer):
         scores = model.forward(params, buffer[None], config)[0, position - 1]
-        token = jax.random.categorical(
-            jax.random.fold_in(key, position), scores / temperature
-        )
+        draw = jax.random.fold_in(key, position)
+        warm = jax.random.categorical(draw, scores / jnp.maximum(temperature, 1e-6))
+        token = jnp.where(temperature > 0, warm, jnp.argmax(scores))
         return buffer.at[position].set(token.astype(jnp.int32))
 
     return jax.lax.fori_loop(start, num_tokens, extend, buffer)
@@ -218,6 +226,12 @@ def _train(
         config.data,
         vocab_size=config.model.vocab_size,
         log=lambda text: metrics.say(console, text),
+    )
+    tokens = config.num_steps * config.data.batch_size * config.data.seq_len
+    metrics.say(
+        console,
+        f"data: {tokens:,} tokens in {config.num_steps:,} steps, "
+        f"{tokens / len(corpus.train):.3g} passes over the training text",
     )
     evaluate = evaluation.make_evaluation(config, corpus, setup.mesh)
     checkpointer = checkpoint.Checkpointer(

@@ -171,7 +171,9 @@ def start_table(
         "parameters (dense equivalent)": f"{dense:,}",
         "compression": f"{dense / stored:.2f}x",
         **{
-            f"bytes, {name}": f"{size:,} ({_human(size)})"
+            f"bytes, {name}{' without activations' * (name == 'total')}": (
+                f"{size:,} ({_human(size)})"
+            )
             for name, size in sizes.items()
         },
         "FLOPs per token": f"{summary['flops_per_token']:,}",

@@ -128,6 +128,12 @@ def test_a_float_that_is_no_number_is_refused(field, text):
         config_lib.override(BASE, field, text).validate()
 
 
+def test_aliases_are_of_fields():
+    assert set(config_lib._ALIASES.values()) <= set(
+        config_lib.flatten(config_lib.to_dict(BASE))
+    )
+
+
 @pytest.mark.parametrize(
     ("field", "nearest"),
     [
@@ -140,6 +146,10 @@ def test_a_float_that_is_no_number_is_refused(field, text):
         ("batch_size", "data.batch_size"),
         ("peak_learning_rate", "optimizer.peak_learning_rate"),
         ("vocab_size", "model.vocab_size"),
+        ("optimizer.vocab_sise", "model.vocab_size"),
+        ("steps", "num_steps"),
+        ("optimizer.lr", "optimizer.peak_learning_rate"),
+        ("model.hidden_size", "model.d_model"),
     ],
 )
 def test_an_unknown_field_suggests_the_nearest(field, nearest):

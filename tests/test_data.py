@@ -531,6 +531,15 @@ def test_a_source_that_matches_nothing_is_refused(config, corpus_dir, source, me
     assert message in error
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet", ".json"])
+def test_a_source_in_another_format_is_refused(config, tmp_path, suffix):
+    (tmp_path / f"part{suffix}").write_bytes(b"[]")
+    source = str(tmp_path / "part*")
+    error = config_error(dataclasses.replace(config, source=source))
+    assert error.startswith("data.source: ")
+    assert "neither text nor JSON lines" in error
+
+
 def test_a_corpus_without_text_is_refused(config, corpus_dir):
     for path in corpus_dir.iterdir():
         path.write_bytes(b"")

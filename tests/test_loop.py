@@ -621,7 +621,18 @@ def test_generation_is_deterministic_and_keeps_the_prompt(finished):
     assert first.tolist() != generate(prompt, jax.random.key(1)).tolist()
 
 
-def test_cold_generation_takes_the_likeliest_token(finished):
+@pytest.mark.parametrize("length", [0, 13])
+def test_a_prompt_that_cannot_be_continued_is_refused(finished, length):
+    config, params, _ = loop.load_run(finished[0])
+    prompt = jnp.zeros(length, jnp.int32)
+    with pytest.raises(ValueError, match="num_tokens = 12"):
+        loop.generate(
+            params, config.model, prompt, key=jax.random.key(0), num_tokens=12
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_cold_generation_takes_the_likeliest_token(finished, temperature):
     config, params, _ = loop.load_run(finished[0])
     prompt = jnp.array([5, 250, 7], jnp.int32)
     sample = loop.generate(
@@ -630,7 +641,7 @@ def test_cold_generation_takes_the_likeliest_token(finished):
         prompt,
         key=jax.random.key(0),
         num_tokens=8,
-        temperature=1e-6,
+        temperature=temperature,
     )
     # The model is causal: one pass over the result shows every choice.
     logits = model.forward(params, sample[None], config.model)[0]

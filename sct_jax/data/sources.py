@@ -30,6 +30,7 @@ SPLITS = ("train", "validation")
 
 _VALIDATION_PERCENT = 4
 _JSON_LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson")
+_NO_TEXT = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".arrow", ".json")
 _TFDS_PREFIX = "tfds:"
 _TFDS_READ_AHEAD = 256  # examples
 
@@ -354,6 +355,12 @@ def _open_files(pattern: str, *, text_field: str) -> Source:
             else "give 'stdlib', 'tfds:<name>', or a path or glob of text files"
         )
         raise errors.ConfigError(f"data.source: no file matches {pattern!r}; {hint}")
+    errors.check(
+        "data.source",
+        not all(path.lower().endswith(_NO_TEXT) for path in paths),
+        f"{paths[0]!r} is neither text nor JSON lines ({', '.join(_JSON_LINES)}); "
+        "unpack or convert it",
+    )
     # Identities are relative to the part of the pattern that is no wildcard, so that a
     # corpus keeps its splits when it is moved.
     fixed = re.split(r"[*?[]", os.path.abspath(os.path.expanduser(pattern)))[0]
