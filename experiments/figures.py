@@ -20,7 +20,7 @@ try:
     import PIL.Image
 except ImportError as error:
     raise errors.ConfigError(
-        "figures need matplotlib: pip install 'sct_jax[plots]'"
+        "figures need matplotlib: pip install -e '.[plots]'"
     ) from error
 
 matplotlib.use("Agg")

@@ -128,7 +128,12 @@ class Checkpointer:
                 record = self._read_record(step)
                 wanted = adapt(abstract, record) if adapt else abstract
                 state = self._restore_step(step, record, wanted, mesh)
-            except (errors.ConfigError, MemoryError):
+            except (
+                errors.ConfigError,
+                MemoryError,
+                PermissionError,
+                jax.errors.JaxRuntimeError,  # the memory of a device, for one
+            ):
                 raise  # says nothing about the checkpoint
             except Exception as error:
                 damaged.append(step)

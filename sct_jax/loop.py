@@ -653,7 +653,14 @@ def _print_start(
             num_steps=config.num_steps,
         )
     )
-    for note in config.model.clamped_ratios():
+    notes = config.model.clamped_ratios()
+    warmup = config.optimizer.warmup_steps
+    if warmup >= config.num_steps:
+        notes.append(
+            f"optimizer.warmup_steps: {warmup} of {config.num_steps} steps, the rate "
+            "never reaches its peak"
+        )
+    for note in notes:
         metrics.say(console, f"note: {note}")
 
 

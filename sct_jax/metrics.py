@@ -171,11 +171,10 @@ def start_table(
         "parameters (dense equivalent)": f"{dense:,}",
         "compression": f"{dense / stored:.2f}x",
         **{
-            f"bytes, {name}{' without activations' * (name == 'total')}": (
-                f"{size:,} ({_human(size)})"
-            )
+            f"bytes, {name}": f"{size:,} ({_human(size)})"
             for name, size in sizes.items()
         },
+        "bytes, activations": "not counted",
         "FLOPs per token": f"{summary['flops_per_token']:,}",
         "tokens per step": f"{tokens_per_step:,}",
         "tokens in all": f"{tokens_per_step * num_steps:,}",

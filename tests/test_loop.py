@@ -152,6 +152,14 @@ def test_a_run_prints_what_it_is_and_what_came_out(experiment, finished):
     assert str(workdir) in text
 
 
+def test_a_warm_up_that_never_ends_is_noted(experiment, tmp_path):
+    optimizer = dataclasses.replace(experiment.optimizer, warmup_steps=8)
+    config = dataclasses.replace(experiment, optimizer=optimizer)
+    note = "note: optimizer.warmup_steps: 8 of 8 steps"
+    assert note in train(config, tmp_path, dry_run=True)[1]
+    assert "warmup_steps" not in train(experiment, tmp_path, dry_run=True)[1]
+
+
 def test_logged_rows(experiment, finished):
     logged = [r for r in rows(finished[0]) if "train/loss" in r]
     assert [r["step"] for r in logged] == [1, 2, 4, 6, 8]
