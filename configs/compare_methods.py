@@ -7,7 +7,7 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
           about eight hours on two cores.
   small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each; an hour.
   options the model of `small`, the options of SCT one by one, three seeds of each.
-  recipe  the model of `small`, Stiefel Muon with other ranks, rates and bounds.
+  recipe  the model of `small`, the two best chains with other ranks, rates and bounds.
   long    the model of `small`, five methods, .4 to 20 tokens for each; a day.
 """
 
@@ -207,34 +207,41 @@ def _options() -> grid.Comparison:
 
 
 def _recipe() -> grid.Comparison:
+    """Variations of the two best chains, and dense Muon with the same freedom."""
     small = _small()
-    (ours,) = arms_named("Stiefel Muon")
+    muon, clipped, stiefel = arms_named("dense Muon", "SCT + clip", "Stiefel Muon")
     rank = small.base.model.rank
     # The parameters of the uniform ranks, moved from q and k to the rest of a layer.
     moved = {"q": rank // 2, "k": rank // 2, "v": rank * 3 // 2, "o": rank * 3 // 2}
-    variations = {
-        "uniform": (),
-        "ranks from q and k to v and o": tuple(
-            (f"model.ranks.{name}", str(r)) for name, r in moved.items()
-        ),
-        "rank over fan_in": (("model.rank_ratios.down", "0.25"),),
-        "rate of s as of u and v": (("optimizer.singular_value_rate", "1.0"),),
-        "rate of s at .04": (("optimizer.singular_value_rate", "0.04"),),
-        "momentum .9": (("optimizer.momentum", "0.9"),),
-        "clip at .1": (("optimizer.max_update_norm", "0.1"),),
-        "lossless": (("optimizer.retraction", "lossless"),),
-    }
-    arms = [
-        dataclasses.replace(
-            ours,
-            name=name,
-            # Of a field that is given twice the later value counts.
-            overrides=(*ours.overrides, *fields),
-            always=name == "uniform",
-        )
-        for name, fields in variations.items()
-    ]
-    return dataclasses.replace(small.with_arms(tuple(arms)), finalists=3)
+    ranks = tuple((f"model.ranks.{name}", str(r)) for name, r in moved.items())
+    rate_of_s = lambda ratio: (("optimizer.singular_value_rate", ratio),)
+
+    def varied(
+        arm: grid.Arm, title: str, *fields: tuple[str, str], **changes: float
+    ) -> grid.Arm:
+        # Of a field that is given twice the later value counts.
+        overrides = (*arm.overrides, *fields)
+        name = f"{arm.name}: {title}"
+        varied = dataclasses.replace(arm, name=name, overrides=overrides, always=False)
+        return dataclasses.replace(varied, **changes)
+
+    arms = (
+        muon,
+        varied(muon, "embedding at .01", adam_rate=0.01),
+        clipped,
+        varied(clipped, "rate of s x 5", *rate_of_s("5.0")),
+        varied(clipped, "rate of s x .2", *rate_of_s("0.2")),
+        varied(clipped, "at .05", ("optimizer.max_update_norm", "0.05")),
+        varied(clipped, "ranks from q and k to v and o", *ranks),
+        varied(clipped, "others at .3 of the rate", ("optimizer.dense_rate", "0.3")),
+        stiefel,
+        varied(stiefel, "embedding at .01", adam_rate=0.01),
+        varied(stiefel, "rate of s as of u and v", *rate_of_s("1.0")),
+        varied(stiefel, "momentum .9", ("optimizer.momentum", "0.9")),
+        varied(stiefel, "lossless", ("optimizer.retraction", "lossless")),
+        varied(stiefel, "ranks from q and k to v and o", *ranks),
+    )
+    return dataclasses.replace(small.with_arms(arms), finalists=4)
 
 
 def _long() -> grid.Comparison:

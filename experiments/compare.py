@@ -54,6 +54,9 @@ def command(
         "--results", help=f"folder (default: {RESULTS}/<file>-<variant>)"
     )
     parser.add_argument("--arms", help="only these arms, by comma")
+    parser.add_argument(
+        "--reuse", help="folder of results whose rows of the same trials are taken over"
+    )
     flags, overrides = parser.parse(sys.argv[1:] if argv is None else argv)
     try:
         comparison = config.load_as(grid.Comparison, flags.config, overrides)
@@ -61,6 +64,7 @@ def command(
             comparison,
             results_folder(flags.config, flags.results),
             arms=choose(comparison, flags.arms),
+            reuse=flags.reuse,
         )
     except errors.ConfigError as error:
         config.fail(str(error))
@@ -95,12 +99,13 @@ def run(
     folder: str | os.PathLike[str],
     *,
     arms: tuple[grid.Arm, ...],
+    reuse: str | None = None,
 ) -> None:
     """Returns once the folder holds every trial of these arms of the comparison."""
     corpus = data.prepare(
         comparison.base.data, vocab_size=comparison.base.model.vocab_size
     )
-    book = ledger.Ledger(folder)
+    book = ledger.Ledger(folder, reuse=reuse)
     book.share_programs()
     seconds = _seconds(comparison, arms, book, corpus)
     grid.check_same(comparison, book.rows(), seconds=seconds)

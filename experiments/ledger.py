@@ -37,8 +37,18 @@ class Ledger:
       folder: where they are.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], *, reuse: str | None = None):
+        """Opens the folder, and makes it if need be.
+
+        Args:
+          folder: where the rows are.
+          reuse: another folder, whose rows of the same trials are taken over.
+
+        Raises:
+          ConfigError: for a folder that cannot be written to, or none to reuse.
+        """
         self.folder = pathlib.Path(folder)
+        self._others = {} if reuse is None else _rows_to_reuse(pathlib.Path(reuse))
         self._cells = self.folder / "cells.jsonl"
         self._compiled = self.folder / ".cache" / "compiled"
         self._claims = self.folder / ".cache" / "claims"
@@ -64,11 +74,15 @@ class Ledger:
         Raises:
           ConfigError: for a line or a trial that cannot be read, naming it.
         """
-        return {self._key_of(row): row for row in metrics.read_rows(self._cells)}
+        return _rows(self._cells)
+
+    def reused(self, key: str) -> summary.Row | None:
+        """Returns the row of a trial in the folder to reuse; None if it has none."""
+        return self._others.get(key)
 
     def add(self, row: summary.Row) -> None:
-        """Appends a row, on disk when this returns."""
-        stamped = row | {"environment": self._environment}
+        """Appends a row, on disk when this returns; one that is reused as it is."""
+        stamped = {"environment": self._environment} | row
         line = json.dumps(stamped, allow_nan=False) + "\n"
         with self._cells.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -78,15 +92,6 @@ class Ledger:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
-
-    def _key_of(self, row: summary.Row) -> str:
-        """Key of the trial of a row; fields added since then are at their defaults."""
-        try:
-            return config.from_dict(row["definition"], trial_lib.Trial).key
-        except errors.ConfigError as error:
-            raise errors.ConfigError(
-                f"{self._cells}: a trial of {row['arm']!r}, of another version: {error}"
-            ) from error
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -105,6 +110,26 @@ class Ledger:
         with (self._claims / name).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _rows_to_reuse(folder: pathlib.Path) -> dict[str, summary.Row]:
+    rows = _rows(folder / "cells.jsonl")
+    errors.check("--reuse", bool(rows), f"no finished trial in {folder}/cells.jsonl")
+    return rows
+
+
+def _rows(cells: pathlib.Path) -> dict[str, summary.Row]:
+    return {_key_of(row, cells): row for row in metrics.read_rows(cells)}
+
+
+def _key_of(row: summary.Row, cells: pathlib.Path) -> str:
+    """Key of the trial of a row; fields added since then are at their defaults."""
+    try:
+        return config.from_dict(row["definition"], trial_lib.Trial).key
+    except errors.ConfigError as error:
+        raise errors.ConfigError(
+            f"{cells}: a trial of {row['arm']!r}, of another version: {error}"
+        ) from error
 
 
 def fill(
@@ -127,8 +152,10 @@ def fill(
             with ledger.claim(trial.key) as mine:
                 if not mine:
                     continue
-                log(f"training {describe(trial)}; {len(missing)} missing")
-                row = train(trial)
+                row = ledger.reused(trial.key)
+                if row is None:
+                    log(f"training {describe(trial)}; {len(missing)} missing")
+                    row = train(trial)
                 ledger.add(row)
                 log(f"finished {describe(trial)}: {outcome(row)}")
                 break

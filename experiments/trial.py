@@ -275,7 +275,7 @@ def spikes(losses: list[float]) -> list[int]:
     for step, loss in enumerate(losses, 1):
         before = calm[-SPIKE_WINDOW:]
         if len(before) < _LEAST_WINDOW:
-            high = False
+            high = not math.isfinite(loss)
         else:
             at, values = np.transpose(before)
             line = np.polynomial.Polynomial.fit(np.log(at), values, deg=1)

@@ -237,6 +237,28 @@ def test_rows_of_another_comparison_are_refused():
     grid.check_same(comparison(base=changed, arms=(DENSE,)), rows)
 
 
+def test_a_trial_of_another_folder_is_taken_over_as_it_is(tmp_path):
+    item = comparison()
+    trials = [item.trial(OURS, rate, 0) for rate in (0.1, 0.2)]
+    old = ledger.Ledger(tmp_path / "old")
+    old.add(row_of(trials[0], 5.0) | {"environment": {"commit": "old"}})
+    book = ledger.Ledger(tmp_path / "new", reuse=str(tmp_path / "old"))
+    trained = []
+
+    def train(trial):
+        trained.append(trial)
+        return row_of(trial, 4.0)
+
+    plan = lambda rows: [t for t in trials if t.key not in rows]
+    ledger.fill(book, plan, train, log=lambda text: None)
+    assert trained == trials[1:]
+    first, second = book.rows().values()
+    assert first["environment"] == {"commit": "old"}
+    assert second["environment"]["jax"]
+    with pytest.raises(errors.ConfigError, match="--reuse: no finished trial"):
+        ledger.Ledger(tmp_path / "new", reuse=str(tmp_path / "nothing"))
+
+
 def test_a_torn_line_goes_and_the_rest_stays(tmp_path):
     book = ledger.Ledger(tmp_path)
     item = comparison()

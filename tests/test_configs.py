@@ -75,7 +75,7 @@ def test_a_config_trains_for_as_long_as_its_schedule(spec):
 def test_a_study_loads_with_trials_of_its_own(spec):
     study = config.load_as(kind(pathlib.Path(spec.partition(":")[0])), spec)
     trials = (
-        grid.missing(study, {}, seconds={arm.name: 1.0 for arm in study.arms})
+        grid.missing(study, {}, seconds={a.name: (1.0, 1.0) for a in study.arms})
         if isinstance(study, grid.Comparison)
         else study.trials()
     )

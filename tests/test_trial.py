@@ -335,6 +335,8 @@ def test_spikes_are_counted_once_each():
     losses[250] = math.nan
     assert trial.spikes(losses) == [151, 251]
     assert trial.spikes([3.0] * 49 + [9.0]) == []
+    losses[20] = math.inf
+    assert trial.spikes(losses) == [21, 151, 251]
 
 
 def test_a_loss_that_falls_does_not_hide_its_spikes():
