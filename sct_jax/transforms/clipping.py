@@ -38,7 +38,9 @@ def clip_by_composite_spectral_norm(
 
     Requires factors orthonormal to 1e-5, and a retraction on every step. Ensures the
     bound to 1 % and float32 rounding (16 eps max|s| sqrt(R)), for any finite update. An
-    update with a NaN or an infinity becomes zero.
+    update with a NaN or an infinity becomes zero. Where such a gradient may come, the
+    chain belongs into `optax.apply_if_finite`: Adam's moments stay NaN once they are,
+    and the weight would never move again.
 
     How: the whole path W'(c) lives in the span of [u, E_u] and [v, E_v], E = du - u u.T
     du, whatever c is. Two products with each factor (6 R FLOPs per entry) give 2R x 2R
