@@ -76,8 +76,7 @@ def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
     """
     protocols = arms[0].protocols
     first = protocols[0]
-    kinds = {summary.kind_and_length(p)[0]: p for p in reversed(protocols)}
-    choices = list(reversed(kinds.values()))
+    choices = list(summary.firsts(protocols).values())
     header = ["method", "rates tried"]
     header += [f"rate, {summary.words(protocol)} (seeds)" for protocol in choices]
     header += [f"nats, {summary.words(protocol)}" for protocol in protocols]

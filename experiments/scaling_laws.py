@@ -206,22 +206,19 @@ def bootstrap(
     """
     generator = np.random.default_rng(seed)
     groups = by_budget(runs)
-    fitted = [parabola(group)(log_sizes(group)) for group in groups]
-    residuals = [
-        run.loss - value
-        for group, curve in zip(groups, fitted, strict=True)
-        for run, value in zip(group, curve, strict=True)
-    ]
+    ordered = [run for group in groups for run in group]
+    fitted = np.concatenate([parabola(group)(log_sizes(group)) for group in groups])
+    residuals = np.array([run.loss for run in ordered]) - fitted
     freedom = len(residuals) - 3 * len(groups)
     drawn: dict[str, list[float]] = {"a": [], "b": []}
     sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
     for _ in range(samples if freedom > 0 else 0):
         # One variance for a sample, as one was estimated for all.
         scale = sigma * math.sqrt(freedom / generator.chisquare(freedom))
+        losses = fitted + scale * generator.standard_normal(len(fitted))
         noisy = [
-            run._replace(loss=float(value + scale * generator.standard_normal()))
-            for group, curve in zip(groups, fitted, strict=True)
-            for run, value in zip(group, curve, strict=True)
+            run._replace(loss=float(loss))
+            for run, loss in zip(ordered, losses, strict=True)
         ]
         law = fit(noisy)
         if law is not None:

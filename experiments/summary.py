@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def best(rows: Sequence[Row], protocol: str) -> Row:
     `protocol` names.
     """
     kind, _ = kind_and_length(protocol)
-    first = next(p for p in rows[0]["results"] if kind_and_length(p)[0] == kind)
+    first = firsts(rows[0]["results"])[kind]
     return min(rows, key=lambda row: (loss_of(row, first), row["rate"]))
 
 
@@ -154,6 +154,14 @@ def kind_and_length(protocol: str) -> tuple[str, str]:
     """Returns what `horizon` was given, the length as text."""
     kind, _, length = protocol.partition(" ")
     return kind, length
+
+
+def firsts(protocols: Iterable[str]) -> dict[str, str]:
+    """Returns the first horizon of every kind: there its rate is chosen."""
+    found: dict[str, str] = {}
+    for protocol in protocols:
+        found.setdefault(kind_and_length(protocol)[0], protocol)
+    return found
 
 
 def words(protocol: str) -> str:

@@ -238,30 +238,27 @@ def seconds_per_step(
     At the peak rate, as a bound or an iteration may take longer beyond it.
     """
     mesh = sharding.MeshConfig().build(1)
-    states, steps, batches = {}, {}, {}
-    times: dict[tuple[str, bool], list[float]] = {}
+    states, steps, batches, times = {}, {}, {}, {}
     for name, trial in trials.items():
         program = _program(_without_rates(trial))
         states[name] = _at_rate(program.init(jax.random.key(0)), trial, trial.rate)
         source = data.train_batches(corpus, trial.experiment.data, seed=0)
         batches[name] = evaluation.to_devices(next(source), mesh)
-        steps[name, False] = program.step
-        if program.guided_step is not program.step:
-            steps[name, True] = program.guided_step
-    for turn in range(rounds + 1):
-        for (name, guided), step in steps.items():
-            began = time.monotonic()
-            state, _ = step(states[name], batches[name], jnp.asarray(False))
-            states[name] = jax.block_until_ready(state)
-            if turn:  # the first one compiles
-                taken = times.setdefault((name, guided), [])
+        # One and the same without a guide.
+        steps[name] = list(dict.fromkeys((program.step, program.guided_step)))
+        times[name] = [[] for _ in steps[name]]
+    for _ in range(rounds + 1):
+        for name, batch in batches.items():
+            for step, taken in zip(steps[name], times[name], strict=True):
+                began = time.monotonic()
+                state, _ = step(states[name], batch, jnp.asarray(False))
+                states[name] = jax.block_until_ready(state)
                 taken.append(time.monotonic() - began)
-    medians = {key: float(np.median(taken)) for key, taken in times.items()}
-    return {
-        name: (plain, medians.get((name, True), plain))
-        for (name, guided), plain in medians.items()
-        if not guided
-    }
+    found = {}
+    for name, taken in times.items():
+        medians = [float(np.median(each[1:])) for each in taken]  # the first compiles
+        found[name] = (medians[0], medians[-1])
+    return found
 
 
 def spikes(losses: list[float]) -> list[int]:
@@ -508,7 +505,7 @@ def _singular_values(w: Any) -> np.ndarray:
         w = w.factors
     if isinstance(w, spectral.SpectralFactors):
         # Without a retraction u and v need not be orthonormal.
-        w = spectral.LowRankFactors(w.u * w.s[..., None, :], w.v)
+        w = spectral.to_low_rank(w)
     if isinstance(w, spectral.LowRankFactors):
         # W = Q_a (R_a R_b.T) Q_b.T has the singular values of the core.
         cores = [np.linalg.qr(np.asarray(x), mode="r") for x in (w.a, w.b)]

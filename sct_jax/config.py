@@ -7,7 +7,6 @@ A config file is a Python module with `get_config(variant=...)` that returns an
 import argparse
 import ast
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import json
@@ -379,9 +378,13 @@ def _override(config: Any, keys: list[str], text: str, *, prefix: str) -> Any:
     name = prefix + key
     if key not in hints:
         near = (
-            _alias(key) or errors.nearest(key, tuple(hints)) or _nearest_anywhere(key)
+            _ALIASES.get(key)
+            or errors.closest(key, tuple(hints))
+            or _closest_anywhere(key)
         )
-        raise errors.ConfigError(f"unknown config field {name!r}{near}")
+        raise errors.ConfigError(
+            f"unknown config field {name!r}{errors.suggestion(near)}"
+        )
     kind = hints[key]
     if dataclasses.is_dataclass(kind):
         if not rest:
@@ -414,16 +417,13 @@ _ALIASES = {
 }
 
 
-def _alias(key: str) -> str:
-    return f"; did you mean {_ALIASES[key]!r}?" if key in _ALIASES else ""
-
-
-def _nearest_anywhere(key: str) -> str:
-    """The nearest field of any group, by its full name."""
-    names = list(flatten(to_dict(ExperimentConfig())))
-    leaves = [name.rpartition(".")[2] for name in names]
-    close = difflib.get_close_matches(key, leaves, n=1, cutoff=0.7)
-    return f"; did you mean {names[leaves.index(close[0])]!r}?" if close else ""
+def _closest_anywhere(key: str) -> str | None:
+    """The closest field of any group, by its full name."""
+    names: dict[str, str] = {}
+    for name in flatten(to_dict(ExperimentConfig())):
+        names.setdefault(name.rpartition(".")[2], name)
+    leaf = errors.closest(key, tuple(names), cutoff=0.7)
+    return names[leaf] if leaf else None
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:

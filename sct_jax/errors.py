@@ -30,5 +30,15 @@ def check_choice(field: str, value: str | None, choices: Sequence[str | None]) -
 
 def nearest(name: str, choices: Sequence[str]) -> str:
     """Returns '; did you mean X?' for the closest choice, or an empty string."""
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return suggestion(closest(name, choices))
+
+
+def closest(name: str, choices: Sequence[str], *, cutoff: float = 0.5) -> str | None:
+    """Returns the choice most like `name`, None where none is."""
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
+    return close[0] if close else None
+
+
+def suggestion(name: str | None) -> str:
+    """Returns '; did you mean X?', or an empty string for None."""
+    return f"; did you mean {name!r}?" if name else ""

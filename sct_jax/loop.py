@@ -109,10 +109,20 @@ def train(
     if dry_run:
         _write_json(workdir / "summary.json", summary)
         return FINISHED
-    with _Signals() as signals, _claimed(workdir, config):
-        _write_json(workdir / "summary.json", summary)
+    with _Signals() as signals, _claimed(workdir):
         try:
-            return _train(setup, workdir, console, signals)
+            done = _steps_done(workdir)
+            # A run without a checkpoint may yet change: it may not have fitted into
+            # memory.
+            if done and (workdir / "config.json").exists():
+                _check_same_run(_read_config(workdir), config, str(workdir))
+            _write_json(workdir / "summary.json", summary)
+            if done < config.num_steps:
+                return _train(setup, workdir, console, signals)
+            metrics.say(
+                console, f"finished: {config.num_steps} steps are done, see {workdir}"
+            )
+            return FINISHED
         except Interrupted as interrupted:
             metrics.say(console, "interrupted before the first step; nothing to save")
             return interrupted.exit_code
@@ -217,11 +227,6 @@ def _train(
     signals: "_Signals",
 ) -> int:
     config = setup.config
-    if _steps_done(workdir) >= config.num_steps:
-        metrics.say(
-            console, f"finished: {config.num_steps} steps are done, see {workdir}"
-        )
-        return FINISHED
     corpus = data.prepare(
         config.data,
         vocab_size=config.model.vocab_size,
@@ -554,10 +559,8 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def _claimed(
-    workdir: pathlib.Path, config: config_lib.ExperimentConfig
-) -> Iterator[None]:
-    """Holds the workdir for this process, and for this configuration.
+def _claimed(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this process.
 
     The lock dies with the process, so a killed run leaves none behind.
     """
@@ -577,9 +580,6 @@ def _claimed(
                 "other process trains there",
                 stacklevel=2,
             )
-        # A run without a checkpoint may yet change: it may not have fitted into memory.
-        if (workdir / "config.json").exists() and _steps_done(workdir):
-            _check_same_run(_read_config(workdir), config, str(workdir))
         yield
 
 
