@@ -214,7 +214,8 @@ def _recipe() -> grid.Comparison:
     # The parameters of the uniform ranks, moved from q and k to the rest of a layer.
     moved = {"q": rank // 2, "k": rank // 2, "v": rank * 3 // 2, "o": rank * 3 // 2}
     ranks = tuple((f"model.ranks.{name}", str(r)) for name, r in moved.items())
-    rate_of_s = lambda ratio: (("optimizer.singular_value_rate", ratio),)
+    rate_of_s = lambda ratio: ("optimizer.singular_value_rate", ratio)
+    normalised = ("model.qk_norm", "true")
 
     def varied(
         arm: grid.Arm, title: str, *fields: tuple[str, str], **changes: float
@@ -228,16 +229,17 @@ def _recipe() -> grid.Comparison:
     arms = (
         muon,
         varied(muon, "embedding at .01", adam_rate=0.01),
+        varied(muon, "normalised q and k", normalised),
         clipped,
-        varied(clipped, "rate of s x 5", *rate_of_s("5.0")),
-        varied(clipped, "rate of s x .2", *rate_of_s("0.2")),
+        varied(clipped, "normalised q and k", normalised),
+        varied(clipped, "rate of s x 5", rate_of_s("5.0")),
         varied(clipped, "at .05", ("optimizer.max_update_norm", "0.05")),
         varied(clipped, "ranks from q and k to v and o", *ranks),
         varied(clipped, "others at .3 of the rate", ("optimizer.dense_rate", "0.3")),
         stiefel,
         varied(stiefel, "embedding at .01", adam_rate=0.01),
-        varied(stiefel, "rate of s as of u and v", *rate_of_s("1.0")),
-        varied(stiefel, "momentum .9", ("optimizer.momentum", "0.9")),
+        varied(stiefel, "normalised q and k", normalised),
+        varied(stiefel, "rate of s as of u and v", rate_of_s("1.0")),
         varied(stiefel, "lossless", ("optimizer.retraction", "lossless")),
         varied(stiefel, "ranks from q and k to v and o", *ranks),
     )

@@ -33,7 +33,7 @@ def dense_config(config: model.ModelConfig) -> model.ModelConfig:
 
 
 def block_parameters(config: model.ModelConfig) -> int:
-    """Returns the number of parameters of one layer: seven matrices and two norms."""
+    """Returns the number of parameters of one layer: seven matrices and its norms."""
     return count(
         jax.eval_shape(lambda key: model.draw_block(key, config), jax.random.key(0))
     )

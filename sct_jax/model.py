@@ -79,6 +79,9 @@ class ModelConfig:
       tie_embeddings: whether the head is the transposed embedding.
       rope_theta: base of the rotary embedding.
       norm_eps: epsilon of RMSNorm.
+      qk_norm: whether queries and keys are normalised over head_dim before the rotary
+        embedding, each with a scale of its own (Qwen3): attention scores are then
+        bounded whatever the singular values of q and k.
       rescale_init: whether s is stretched to the Frobenius norm of the dense init.
       compute_dtype: of activations and of the cast parameters.
       scan_layers: whether layers are stacked and scanned, or a tuple and unrolled.
@@ -100,6 +103,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    qk_norm: bool = False
     rescale_init: bool = False
     compute_dtype: str = "float32"
     scan_layers: bool = True
@@ -285,6 +289,9 @@ def draw_block(
         "attention_norm": jnp.ones((*layers, config.d_model)),
         "mlp_norm": jnp.ones((*layers, config.d_model)),
     }
+    if config.qk_norm:
+        block["q_norm"] = jnp.ones((*layers, config.head_dim))
+        block["k_norm"] = jnp.ones((*layers, config.head_dim))
     for index, name in enumerate(BLOCK_MATRICES):
         scale = 1 / math.sqrt(2 * config.num_layers) if name in ("o", "down") else 1.0
         block[name] = _draw_matrix(
@@ -463,6 +470,9 @@ def block(
     q_BLHK = heads(linear(h_BLD, params["q"]), config.num_heads)
     k_BMGK = heads(linear(h_BLD, params["k"]), config.num_kv_heads)
     v_BMGK = heads(linear(h_BLD, params["v"]), config.num_kv_heads)
+    if config.qk_norm:
+        q_BLHK = rms_norm(q_BLHK, params["q_norm"], config.norm_eps)
+        k_BMGK = rms_norm(k_BMGK, params["k_norm"], config.norm_eps)
     attended_BLHK = jax.nn.dot_product_attention(
         rotate(q_BLHK, rope), rotate(k_BMGK, rope), v_BMGK, mask=mask, is_causal=True
     )

@@ -133,6 +133,9 @@ def reference_forward(params, tokens, config, segment_ids=None):
                 (h @ dense(layer[name])).reshape(len(ids), -1, config.head_dim)
                 for name in "qkv"
             )
+            if config.qk_norm:
+                q = reference_rms_norm(q, layer["q_norm"], config.norm_eps)
+                k = reference_rms_norm(k, layer["k_norm"], config.norm_eps)
             attended = reference_attention(q, k, v, config, segments)
             x = x + attended.reshape(len(ids), -1) @ dense(layer["o"])
             h = reference_rms_norm(x, layer["mlp_norm"], config.norm_eps)
@@ -166,6 +169,7 @@ def reference_forward(params, tokens, config, segment_ids=None):
             ),
             id="spectral embedding and head",
         ),
+        pytest.param(vary(qk_norm=True), id="normalised queries and keys"),
     ],
 )
 def test_forward_is_the_llama_decoder(config, segmented):
@@ -179,6 +183,21 @@ def test_forward_is_the_llama_decoder(config, segmented):
     # A few roundings per matrix product of a sum over at most d_ff terms.
     tolerance = 4 * EPS * np.sqrt(config.d_ff) * config.num_layers
     assert_close(logits, expected, tolerance=tolerance)
+
+
+def test_normalised_queries_and_keys_do_not_feel_their_singular_values():
+    config = vary(spectral=("q", "k"), qk_norm=True, norm_eps=1e-12)
+    params, tokens = init(config), draw_tokens()
+    grown = dict(params["layers"])
+    for name in ("q", "k"):
+        grown[name] = grown[name]._replace(s=1e3 * grown[name].s)
+    grown = params | {"layers": grown}
+    expected = model.forward(params, tokens, config)
+    assert_close(model.forward(grown, tokens, config), expected, tolerance=1e-4)
+    # Without the norms they do.
+    bare = dataclasses.replace(config, qk_norm=False)
+    change = model.forward(grown, tokens, bare) - model.forward(params, tokens, bare)
+    assert jnp.max(jnp.abs(change)) > 0.1
 
 
 def test_rms_norm_computes_in_float32():
@@ -373,13 +392,18 @@ def test_both_layouts_start_from_the_same_numbers():
 @pytest.mark.parametrize("scan_layers", [True, False], ids=["stacked", "apart"])
 def test_decay_acts_on_singular_values_and_dense_matrices(scan_layers):
     config = vary(
-        spectral=("q", "gate", "head"), tie_embeddings=False, scan_layers=scan_layers
+        spectral=("q", "gate", "head"),
+        tie_embeddings=False,
+        scan_layers=scan_layers,
+        qk_norm=True,
     )
     mask = model.decay_mask(init(config))
     factors = spectral.SpectralFactors(u=False, s=True, v=False)
     block = {
         "attention_norm": False,
         "mlp_norm": False,
+        "q_norm": False,
+        "k_norm": False,
         "q": factors,
         "k": True,
         "v": True,
@@ -407,12 +431,16 @@ def test_decay_acts_on_both_free_factors():
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_hidden_matrices_are_those_of_the_layers(scan_layers):
-    config = vary(spectral=("q",), factors="low_rank", scan_layers=scan_layers)
+    config = vary(
+        spectral=("q",), factors="low_rank", scan_layers=scan_layers, qk_norm=True
+    )
     mask = model.hidden_matrices(init(config))
     block = dict.fromkeys(model.BLOCK_MATRICES, True) | {
         "q": spectral.LowRankFactors(a=True, b=True),
         "attention_norm": False,
         "mlp_norm": False,
+        "q_norm": False,
+        "k_norm": False,
     }
     assert mask == {
         "embedding": False,
