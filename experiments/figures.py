@@ -77,7 +77,8 @@ def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
         range(len(shown)),
         [f"{arm.name} ({_seeds(arm.num_seeds(protocol))})" for arm in shown],
     )
-    axes.set_xlabel(f"held-out loss, nats per token ({summary.words(protocol)})")
+    # The horizon has a line of its own: in one it is wider than the axes.
+    axes.set_xlabel(f"held-out loss, nats per token\n({summary.words(protocol)})")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -207,17 +208,22 @@ def update_norms(arms: Sequence[summary.Arm], protocol: str) -> Figure:
 
 
 def effective_ranks(arms: Sequence[summary.Arm], protocol: str) -> Figure:
-    """Returns the effective rank over the run, mean of all kinds of matrices."""
+    """Returns the effective rank over the run, as a share of that of the start.
+
+    Mean of all kinds of matrices. Shares, as a dense matrix has several times the rank
+    of factors, beside which nothing could be seen of these.
+    """
     figure, axes = _figure()
     for arm in arms:
         kinds = list(arm.rows(protocol)[0]["effective_ranks"].values())
         if not kinds:
             continue
         steps = [point[0] for point in kinds[0]]
-        ranks = np.mean([[point[1] for point in kind] for kind in kinds], axis=0)
-        axes.plot(steps, ranks, label=arm.name, **style(arm.index))
+        ranks = np.array([[point[1] for point in kind] for kind in kinds])
+        shares = np.mean(ranks / ranks[:, :1], axis=0)
+        axes.plot(steps, shares, label=arm.name, **style(arm.index))
     axes.set_xlabel("step")
-    axes.set_ylabel("effective rank, mean of the matrices")
+    axes.set_ylabel("effective rank, share of the start's")
     _legend(axes)
     return figure
 

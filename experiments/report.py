@@ -149,6 +149,9 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
 
     protocols = arms[0].protocols
     first = protocols[0]
+    # Lines that overlap are drawn of the arms that have all seeds.
+    compared = summary.repeated(arms, first)
+    seeds = "; methods with all seeds" if len(compared) < len(arms) else ""
     wanted: list[tuple[str, str, Callable[[], Any]]] = [
         (
             f"loss-{protocol.replace(' ', '-')}",
@@ -168,8 +171,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         (
             "curves",
             "Training loss at the best rate, means of ten steps; bands: one standard "
-            "deviation over seeds.",
-            lambda: figures.curves(arms, first),
+            f"deviation over seeds{seeds}.",
+            lambda: figures.curves(compared, first),
         ),
         (
             "flops",
@@ -185,18 +188,19 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         (
             "update-norms",
             "Largest change of a matrix per step, in spectral norm; crosses: loss "
-            "spikes.",
-            lambda: figures.update_norms(arms, first),
+            f"spikes{seeds}.",
+            lambda: figures.update_norms(compared, first),
         ),
         (
             "effective-ranks",
-            "Effective rank (exp of the entropy of the singular values) over time.",
+            "Effective rank (exp of the entropy of the singular values) over time, as "
+            "a share of that of the start, mean of all kinds of matrices.",
             lambda: figures.effective_ranks(arms, first),
         ),
         (
             "spectra",
-            "Singular values of the down projections at the end.",
-            lambda: figures.spectra(arms, first),
+            f"Singular values of the down projections at the end{seeds}.",
+            lambda: figures.spectra(compared, first),
         ),
     ]
     kinds, lengths = zip(*map(summary.kind_and_length, protocols), strict=True)

@@ -125,6 +125,12 @@ def ranked(arms: Sequence[Arm], protocol: str) -> list[Arm]:
     return sorted(arms, key=lambda a: (-a.num_seeds(protocol), a.mean(protocol)))
 
 
+def repeated(arms: Sequence[Arm], protocol: str) -> list[Arm]:
+    """Returns the arms with the most seeds at their best rate, in their order."""
+    most = max(arm.num_seeds(protocol) for arm in arms)
+    return [arm for arm in arms if arm.num_seeds(protocol) == most]
+
+
 def loss_of(row: Row, protocol: str) -> float:
     """Returns the held-out loss of a row, infinite where it diverged."""
     loss = row["results"][protocol]["loss"]

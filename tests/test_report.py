@@ -76,6 +76,8 @@ def test_the_best_rate_has_mean_and_deviation_over_its_seeds():
     assert muon.num_spikes(first) == pytest.approx(1 / 3)
     assert muon.largest_update(first) == pytest.approx(0.2)
     assert ours.deviation("tokens 0.4") == 0
+    assert summary.repeated([muon, ours], first) == [muon]
+    assert summary.repeated([ours], first) == [ours]
     steps, mean, deviation = muon.curve("train_loss", first)
     np.testing.assert_allclose(mean, 6 - steps / 50 + 0.1)
     np.testing.assert_allclose(deviation, 0.1, atol=1e-9)
@@ -105,6 +107,7 @@ def test_markdown_and_page_hold_the_same_figures(folder, capsys):
     assert text.index("| dense Muon | 3 |") < text.index("| ours <&> | 1 |")
     for note in report.NOTES:
         assert note in text
+    assert "over seeds; methods with all seeds." in text
     assert "| 6 | 0123456789ab | 0.10.2 |" in text
     page = (folder / "report.html").read_text()
     assert "ours &lt;&amp;&gt;" in page and "<&>" not in page
