@@ -22,7 +22,7 @@ if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
 from experiments import grid, ledger, trial
-from sct_jax import config, data, errors
+from sct_jax import config, data, errors, metrics
 
 RESULTS = "experiments/results"
 INTERRUPTED = "interrupted: finished trials are kept; the same command goes on"
@@ -151,9 +151,7 @@ def _seconds(
             scale = known.get(reference, taken[reference])[0] / taken[reference][0]
             scaled = {name: [scale * t for t in pair] for name, pair in taken.items()}
             known = scaled | known
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(known, indent=2) + "\n")
-            aside.replace(path)
+            metrics.replace_text(path, json.dumps(known, indent=2) + "\n")
     return known
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import summary
@@ -148,8 +148,7 @@ class Comparison:
     def _steps(self, tokens_per_parameter: float) -> int:
         """Steps for so many tokens per parameter of the dense model."""
         tokens = tokens_per_parameter * _dense_parameters(self.base.model)
-        per_step = self.base.data.batch_size * self.base.data.seq_len
-        return max(round(tokens / per_step), 2)
+        return max(round(tokens / self.base.data.tokens_per_step), 2)
 
     def _equal(
         self,
@@ -211,28 +210,21 @@ def missing(
         for protocol in comparison.protocols
     ]
     make = lambda arm, rate, seed: comparison.trial(arm, rate, seed, seconds=seconds)
-    waiting: list[tuple[int, trial_lib.Trial]] = []
+    first: list[trial_lib.Trial] = []  # a middle rate per arm
+    others: list[trial_lib.Trial] = []
     searched: list[tuple[Arm, list[summary.Row]]] = []
     for arm in comparison.arms:
-        rates = list(arm.rates)
-        while True:
-            trials = [make(arm, rate, comparison.seeds[0]) for rate in rates]
-            lacking = [t for t in trials if t.key not in rows]
-            if lacking:
-                middle = rates[len(rates) // 2]
-                waiting += [(t.rate != middle, t) for t in lacking if arm in arms]
-                break
-            found = [rows[t.key] for t in trials]
-            best = [rates.index(summary.best(found, h)["rate"]) for h in horizons]
-            further = list(dict.fromkeys(_beyond(rates, index) for index in best))
-            room = comparison.max_rates - len(rates)
-            more = [rate for rate in further if rate is not None][: max(room, 0)]
-            if not more:
-                searched.append((arm, found))
-                break
-            rates = sorted([*rates, *more])
-    if waiting:
-        return [t for _, t in sorted(waiting, key=lambda pair: pair[0])]
+        rates = _rates(comparison, arm, rows, horizons, make)
+        trials = [make(arm, rate, comparison.seeds[0]) for rate in rates]
+        lacking = [t for t in trials if t.key not in rows]
+        if not lacking:
+            searched.append((arm, [rows[t.key] for t in trials]))
+        elif arm in arms:
+            middle = rates[len(rates) // 2]
+            first += [t for t in lacking if t.rate == middle]
+            others += [t for t in lacking if t.rate != middle]
+    if first or others:
+        return first + others
     loss = lambda found: min(summary.loss_of(row, horizons[0]) for row in found)
     searched.sort(key=lambda pair: loss(pair[1]))
     chosen = [
@@ -247,6 +239,32 @@ def missing(
         for rate in rates
         if (t := make(arm, rate, seed)).key not in rows
     ]
+
+
+def _rates(
+    comparison: Comparison,
+    arm: Arm,
+    rows: Mapping[str, summary.Row],
+    horizons: Sequence[str],
+    make: Callable[[Arm, float, int], trial_lib.Trial],
+) -> list[float]:
+    """The rates to try: those of the arm, and on beyond an end that was the best.
+
+    For any of the horizons, as long as there is room for more.
+    """
+    rates = list(arm.rates)
+    while True:
+        trials = [make(arm, rate, comparison.seeds[0]) for rate in rates]
+        found = [rows[t.key] for t in trials if t.key in rows]
+        room = comparison.max_rates - len(rates)
+        if len(found) < len(trials) or room <= 0:
+            return rates
+        best = [rates.index(summary.best(found, h)["rate"]) for h in horizons]
+        further = dict.fromkeys(_beyond(rates, index) for index in best)
+        more = [rate for rate in further if rate is not None][:room]
+        if not more:
+            return rates
+        rates = sorted([*rates, *more])
 
 
 def check_same(

@@ -115,7 +115,7 @@ def make_job(
     )
     shape = experiment.model
     tx = experiment.optimizer.build(experiment.num_steps, decay_mask=model.decay_mask)
-    length = experiment.data.batch_size * experiment.data.seq_len
+    length = experiment.data.tokens_per_step
     if reference_attention:
         shape = dataclasses.replace(
             shape,

@@ -76,7 +76,7 @@ class Trial:
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one batch."""
-        return self.experiment.data.batch_size * self.experiment.data.seq_len
+        return self.experiment.data.tokens_per_step
 
     @property
     def fade_steps(self) -> int:

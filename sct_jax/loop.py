@@ -232,7 +232,7 @@ def _train(
         vocab_size=config.model.vocab_size,
         log=lambda text: metrics.say(console, text),
     )
-    tokens = config.num_steps * config.data.batch_size * config.data.seq_len
+    tokens = config.num_steps * config.data.tokens_per_step
     metrics.say(
         console,
         f"data: {tokens:,} tokens in {config.num_steps:,} steps, "
@@ -330,7 +330,7 @@ class _Run:
         config = setup.config
         self._learning_rate = config.optimizer.learning_rate(config.num_steps)
         self._rank_budget = rank.num_parameters(setup.state.params)
-        self._tokens_per_step = config.data.batch_size * config.data.seq_len
+        self._tokens_per_step = config.data.tokens_per_step
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._diverged = False
         self._logged_step = 0
@@ -634,9 +634,7 @@ def _make_folder(workdir: pathlib.Path) -> None:
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
     if jax.process_index() == 0:
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(value, indent=2) + "\n")
-        aside.replace(path)
+        metrics.replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _print_start(
@@ -649,7 +647,7 @@ def _print_start(
             summary,
             devices=f"{len(devices)} x {devices[0].device_kind}",
             mesh=setup.mesh.shape,
-            tokens_per_step=config.data.batch_size * config.data.seq_len,
+            tokens_per_step=config.data.tokens_per_step,
             num_steps=config.num_steps,
         )
     )

@@ -32,6 +32,13 @@ class Sink(Protocol):
         """Flushes and frees the sink."""
 
 
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that holds the old text or the new one, whenever it is cut off."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 class JsonLines:
     """One JSON object per row, appended to a file.
 
@@ -41,10 +48,7 @@ class JsonLines:
 
     def __init__(self, path: pathlib.Path, *, resume_step: int):
         rows = [row for row in read_rows(path) if row["step"] <= resume_step]
-        aside = path.with_suffix(".tmp")
-        with aside.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        aside.replace(path)
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)  # a line at a time, for `tail -f`
 
     def write(self, row: Row) -> None:

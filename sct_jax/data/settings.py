@@ -31,6 +31,11 @@ class DataConfig:
     text_field: str = "text"
     cross_document_attention: bool = False
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from, over all devices."""
+        return self.batch_size * self.seq_len
+
     def validate(self) -> None:
         """Every field can be used, as far as that shows without reading any data.
 
