@@ -30,16 +30,17 @@ def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
 
 ADAMW = chain("adamw")
 
+# The rates are those around the best ones of `small`; the search goes on beyond them.
 ARMS = (
     grid.Arm(
         name="dense AdamW",
-        rates=(7.5e-4, 1.5e-3, 3e-3),
+        rates=(1.5e-3, 3e-3, 6e-3),
         overrides=(*DENSE, *ADAMW),
         always=True,
     ),
     grid.Arm(
         name="dense Muon",
-        rates=(0.01, 0.02, 0.04),
+        rates=(5e-3, 0.01, 0.02),
         overrides=(*DENSE, *chain("muon")),
         adam_rate=ADAM_RATE,
         always=True,
@@ -51,7 +52,7 @@ ARMS = (
     ),
     grid.Arm(
         name="SCT (s = 1)",
-        rates=(1.5e-3, 3e-3, 6e-3),
+        rates=(3e-3, 6e-3, 1.2e-2),
         method="unit_spectrum",
         always=True,
     ),
@@ -68,14 +69,14 @@ ARMS = (
     ),
     grid.Arm(
         name="Spectron",
-        rates=(0.1, 0.2, 0.4),
+        rates=(0.0125, 0.025, 0.05),
         overrides=(*LOW_RANK, *chain("spectron")),
         adam_rate=ADAM_RATE,
         always=True,
     ),
     grid.Arm(
         name="Spectron (code)",
-        rates=(0.05, 0.1, 0.2),
+        rates=(0.0125, 0.025, 0.05),
         overrides=(
             *LOW_RANK,
             *chain(
@@ -89,7 +90,7 @@ ARMS = (
     ),
     grid.Arm(
         name="TSVD (adaptive)",
-        rates=(1.5e-3, 3e-3, 6e-3),
+        rates=(3e-3, 6e-3, 1.2e-2),
         # Starts at R = 5/16 d and shrinks; charged with the FLOPs of its start.
         overrides=(
             *chain("tsvd"),
@@ -104,14 +105,14 @@ ARMS = (
     ),
     grid.Arm(
         name="Stiefel Muon",
-        rates=(0.01, 0.02, 0.04),
+        rates=(5e-3, 0.01, 0.02),
         overrides=chain("stiefel_muon", ("optimizer.singular_value_rate", "0.2")),
         adam_rate=ADAM_RATE,
         always=True,
     ),
     grid.Arm(
         name="Stiefel Muon (svd gauge)",
-        rates=(0.05, 0.1, 0.2),
+        rates=(0.0125, 0.025, 0.05),
         overrides=chain(
             "stiefel_muon",
             ("optimizer.gauge", "svd"),
