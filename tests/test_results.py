@@ -1,0 +1,54 @@
+"""The results that are kept are those of the configurations, and the README's."""
+
+import pathlib
+
+import pytest
+
+from configs import compare_methods
+from experiments import grid, ledger, report, summary
+from sct_jax import metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+# By folder, the comparison that was trained to its end.
+FINISHED = {"compare_methods-small": lambda: compare_methods.get_config("small")}
+
+
+def _table(folder):
+    rows = metrics.read_rows(RESULTS / folder / "cells.jsonl")
+    return report.table(summary.arms(rows))
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_comparison_lacks_no_trial(name):
+    comparison, book = FINISHED[name](), ledger.Ledger(RESULTS / name)
+    grid.check_same(comparison, book.rows())
+    assert not grid.missing(comparison, book.rows())
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
+)
+def test_a_report_is_that_of_its_rows(folder):
+    text = (RESULTS / folder / "report.md").read_text()
+    _, body = _table(folder)
+    for cells in body:
+        assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_table_of_the_readme_is_that_of_the_report():
+    header, body = _table("compare_methods-small")
+    columns = [
+        header.index(name)
+        for name in (
+            "method",
+            "parameters",
+            "nats, equal tokens, 0.4 tokens per parameter",
+            "nats, equal FLOPs, 0.4 tokens per parameter",
+        )
+    ]
+    rows = [[cells[i] for i in columns] for cells in body]
+    repeated = [row for row in rows if "±" in row[-1]]
+    lines = [f"| {' | '.join(row)} |" for row in repeated]
+    assert len(lines) >= 6
+    assert "\n".join(lines) in (ROOT / "README.md").read_text()
