@@ -32,6 +32,8 @@ _OF_COLUMNS = (
     transforms.SecondMoment,
     transforms.ActiveColumns,
 )
+# The field that optax, and the chains here, keep second moments in.
+_SECOND_MOMENT = "nu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +254,11 @@ def resize(
     Columns are sorted by |s|. A layer that shrinks keeps its largest ones: W loses what
     the Eckart-Young theorem says, no more. One that grows keeps W, exactly: its new
     columns are random, orthogonal to the old ones, with s = 0. Moments of columns that
-    go or come are zero. Meant for jit, with `ranks` static.
+    go are dropped. Of those that come the first moments are zero and the second ones
+    the mean of the other columns': Adam's count is that of all columns, so that from
+    zero its first steps would be up to six times too long.
+
+    Meant for jit, with `ranks` static.
 
     Args:
       params: the parameters.
@@ -283,7 +289,8 @@ def resize(
         missing = ranks[name] - x.shape[-1]
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
-    def resize_params(name: str, w: spectral.SpectralFactors):
+    def resize_params(name: str, w: spectral.SpectralFactors, path: Any):
+        del path
         if name not in ranks:
             return w
         u, v = sort(name, w.u, of_rows=True), sort(name, w.v, of_rows=True)
@@ -293,7 +300,7 @@ def resize(
         s = jnp.where(in_use(name), sort(name, w.s, of_rows=False), 0)
         return spectral.SpectralFactors(u, s, v)
 
-    def resize_state(name: str, node: Any) -> Any:
+    def resize_state(name: str, node: Any, path: Any) -> Any:
         if name not in ranks:
             return node
         used = in_use(name)
@@ -301,11 +308,14 @@ def resize(
             return transforms.ActiveColumns(used)
         wide = used[..., None, :]
 
+        second = any(getattr(key, "name", "") == _SECOND_MOMENT for key in path)
+
         def moment(x: Array) -> Array:
             of_rows = x.ndim > used.ndim
-            return jnp.where(
-                wide if of_rows else used, sort(name, x, of_rows=of_rows), 0
-            )
+            x = sort(name, x, of_rows=of_rows)
+            if second:
+                x = jnp.where(x > 0, x, _mean_of_positive(x))
+            return jnp.where(wide if of_rows else used, x, 0)
 
         return jax.tree.map(moment, node)
 
@@ -319,7 +329,8 @@ def resize(
 def with_ranks(tree: T, ranks: Mapping[str, int]) -> T:
     """Returns a tree of abstract arrays with the last axis of its columns as named."""
 
-    def change(name: str, node: Any) -> Any:
+    def change(name: str, node: Any, path: Any) -> Any:
+        del path
         return jax.tree.map(
             lambda x: x.update(shape=(*x.shape[:-1], ranks[name])), node
         )
@@ -378,14 +389,22 @@ def _weight_at(path: str, names: tuple[str, ...]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _map_columns(tree: T, names: tuple[str, ...], fn: Callable[[str, Any], Any]) -> T:
-    """The tree with fn(name, node) for every node that holds columns of a weight."""
+def _mean_of_positive(x: Float[Array, "*rows R"]) -> Float[Array, "*rows 1"]:
+    """The mean of the positive numbers of each row; 0 where there are none."""
+    count = jnp.sum(x > 0, axis=-1, keepdims=True)
+    return jnp.sum(x, axis=-1, keepdims=True) / jnp.maximum(count, 1)
+
+
+def _map_columns(
+    tree: T, names: tuple[str, ...], fn: Callable[[str, Any, Any], Any]
+) -> T:
+    """The tree with fn(name, node, path) for every node that has a weight's columns."""
 
     def change(path, node):
         if not isinstance(node, _OF_COLUMNS):
             return node
         name = _weight_at(sharding.path_name(path), names)
-        return node if name is None else fn(name, node)
+        return node if name is None else fn(name, node, path)
 
     return jax.tree_util.tree_map_with_path(
         change, tree, is_leaf=lambda x: isinstance(x, _OF_COLUMNS)
