@@ -295,7 +295,8 @@ def _start_state(
         )
         return initialise(jax.random.key(setup.config.seed)), 0
     state, record = restored
-    _check_same_run(config_lib.from_dict(record["config"]), setup.config, "checkpoints")
+    before, step = config_lib.from_dict(record["config"]), record["step"]
+    _check_same_run(before, setup.config, "checkpoints")
     for name, now in _identity(corpus).items():
         then = record.get(name, now)  # the first checkpoints name no tokenizer
         errors.check(
@@ -304,8 +305,19 @@ def _start_state(
             f"the run was trained with a {name} with hash {then[:16]}, "
             f"{setup.config.data.source!r} now has {now[:16]}",
         )
-    metrics.say(console, f"resumed at step {record['step']}")
-    return state, record["step"]
+    metrics.say(console, f"resumed at step {step}")
+    # The schedule is one of the whole run: a longer one has other rates.
+    was, now = (
+        float(jnp.asarray(config.optimizer.learning_rate(config.num_steps)(step)))
+        for config in (before, setup.config)
+    )
+    if was != now:
+        metrics.say(
+            console,
+            f"num_steps: {setup.config.num_steps} in the place of {before.num_steps}: "
+            f"the learning rate goes on at {now:.2e}, it was at {was:.2e}",
+        )
+    return state, step
 
 
 def _identity(corpus: data.Corpus) -> dict[str, str]:

@@ -315,6 +315,7 @@ def test_a_run_can_be_made_longer_and_logged_otherwise(experiment, finished, wor
     code, text = train(longer, workdir)
     assert code == 0
     assert "resumed at step 8" in text
+    assert "the learning rate goes on" not in text  # it is constant
     before, after = rows(finished[0]), rows(workdir)
     assert after[: len(before)] == before
     new = [(r["step"], "eval/loss" in r) for r in after[len(before) :]]
@@ -327,6 +328,19 @@ def test_a_run_can_be_made_longer_and_logged_otherwise(experiment, finished, wor
         assert "finished" in text
         assert "compiled" not in text
         assert snapshot(workdir) == before
+
+
+def test_a_longer_run_says_how_its_schedule_bends(experiment, tmp_path):
+    optimizer = dataclasses.replace(
+        experiment.optimizer, schedule="cosine", final_rate_ratio=0.0
+    )
+    short = dataclasses.replace(experiment, num_steps=3, optimizer=optimizer)
+    assert train(short, tmp_path)[0] == 0
+    code, text = train(dataclasses.replace(short, num_steps=4), tmp_path)
+    assert code == 0
+    # Of one step from the peak to 0 nothing is left; of two, a half.
+    assert "4 in the place of 3: the learning rate goes on at 1.00e-02" in text
+    assert "it was at 0.00e+00" in text
 
 
 def test_a_damaged_checkpoint_is_reported_and_trained_again(
