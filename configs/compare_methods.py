@@ -8,7 +8,11 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
   small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each; an hour.
   options the model of `small`, the options of SCT one by one, three seeds of each.
   recipe  the model of `small`, the two best chains with other ranks, rates and bounds.
-  long    the model of `small`, five methods, .4 to 20 tokens for each; a day.
+  large   d 384, 6 layers, 10.7 M parameters dense in the layers: six methods, .4 tokens
+          for each; for accelerators, a process for each:
+          for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
+            experiments.compare --config=configs/compare_methods.py:large & done; wait
+  long    d 96, 3 layers, .4 M parameters dense, the same six, .4 to 10 tokens for each.
 """
 
 import dataclasses
@@ -136,20 +140,31 @@ ARMS = (
 )
 
 
+# Those that are worth larger models and longer runs.
+LEADING = (
+    "dense AdamW",
+    "dense Muon",
+    "SCT (s = 1)",
+    "SCT + clip",
+    "Spectron",
+    "Stiefel Muon",
+)
+
+
 def arms_named(*names: str) -> tuple[grid.Arm, ...]:
     """The arms with these names, in the order of `ARMS`."""
     return tuple(arm for arm in ARMS if arm.name in names)
 
 
 def base(
-    *, d_model: int, d_ff: int, vocab_size: int, seq_len: int
+    *, d_model: int, d_ff: int, vocab_size: int, seq_len: int, num_layers: int = 4
 ) -> config.ExperimentConfig:
     """The experiment that the arms override: SCT from a dense start's spectrum."""
     return config.ExperimentConfig(
         model=model.ModelConfig(
             d_model=d_model,
             d_ff=d_ff,
-            num_layers=4,
+            num_layers=num_layers,
             num_heads=4,
             num_kv_heads=4,
             vocab_size=vocab_size,
@@ -247,12 +262,20 @@ def _recipe() -> grid.Comparison:
     return dataclasses.replace(small.with_arms(arms), finalists=4)
 
 
-def _long() -> grid.Comparison:
-    arms = arms_named(
-        "dense AdamW", "dense Muon", "SCT (s = 1)", "Spectron", "Stiefel Muon"
-    )
+def _large() -> grid.Comparison:
     return dataclasses.replace(
-        _small().with_arms(arms), tokens_per_parameter=(20.0, 0.4, 2.0, 10.0)
+        _short().with_arms(arms_named(*LEADING)),
+        base=base(d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256),
+        protocols=("tokens", "flops"),
+        reference="",
+    )
+
+
+def _long() -> grid.Comparison:
+    return dataclasses.replace(
+        _small().with_arms(arms_named(*LEADING)),
+        base=base(d_model=96, d_ff=256, num_layers=3, vocab_size=1024, seq_len=128),
+        tokens_per_parameter=(10.0, 0.4, 2.0),
     )
 
 
@@ -261,6 +284,7 @@ VARIANTS = {
     "small": _small,
     "options": _options,
     "recipe": _recipe,
+    "large": _large,
     "long": _long,
 }
 
