@@ -38,6 +38,6 @@ def get_config() -> grid.Comparison:
     return grid.Comparison(
         base=small.base,
         arms=tuple(arms),
-        tokens_per_parameter=(2.0,),
+        tokens_per_parameter=(1.0, 0.4),
         protocols=("tokens",),
     )
