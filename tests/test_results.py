@@ -4,14 +4,17 @@ import pathlib
 
 import pytest
 
-from configs import compare_methods
+from configs import compare_methods, rank_sweep
 from experiments import grid, ledger, report, summary
 from sct_jax import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 # By folder, the comparison that was trained to its end.
-FINISHED = {"compare_methods-small": lambda: compare_methods.get_config("small")}
+FINISHED = {
+    "compare_methods-small": lambda: compare_methods.get_config("small"),
+    "rank_sweep": rank_sweep.get_config,
+}
 
 
 def _table(folder):
