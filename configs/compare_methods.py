@@ -239,8 +239,9 @@ def _recipe() -> grid.Comparison:
         # Of a field that is given twice the later value counts.
         overrides = (*arm.overrides, *fields)
         name = f"{arm.name}: {title}"
-        varied = dataclasses.replace(arm, name=name, overrides=overrides, always=False)
-        return dataclasses.replace(varied, **changes)
+        return dataclasses.replace(
+            arm, name=name, overrides=overrides, always=False, **changes
+        )
 
     arms = (
         muon,
@@ -264,10 +265,8 @@ def _recipe() -> grid.Comparison:
 
 def _large() -> grid.Comparison:
     return dataclasses.replace(
-        _short().with_arms(arms_named(*LEADING)),
+        _small().with_arms(arms_named(*LEADING)),
         base=base(d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256),
-        protocols=("tokens", "flops"),
-        reference="",
     )
 
 

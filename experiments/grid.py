@@ -167,7 +167,7 @@ class Comparison:
                     accounting.dense_config(self.base.model),
                     seq_len=self.base.data.seq_len,
                 )
-                budget = steps * draft.tokens_per_step * dense
+                budget = steps * draft.experiment.data.tokens_per_step * dense
                 # Linear beyond the steps with a dense path.
                 plain = dataclasses.replace(draft, method="plain")
                 extra = draft.flops(steps) - plain.flops(steps)
@@ -214,15 +214,20 @@ def missing(
     others: list[trial_lib.Trial] = []
     searched: list[tuple[Arm, list[summary.Row]]] = []
     for arm in comparison.arms:
-        rates = _rates(comparison, arm, rows, horizons, make)
-        trials = [make(arm, rate, comparison.seeds[0]) for rate in rates]
+        trials = _search(
+            arm.rates,
+            lambda rate, arm=arm: make(arm, rate, comparison.seeds[0]),
+            rows,
+            horizons,
+            max_rates=comparison.max_rates,
+        )
         lacking = [t for t in trials if t.key not in rows]
         if not lacking:
             searched.append((arm, [rows[t.key] for t in trials]))
         elif arm in arms:
-            middle = rates[len(rates) // 2]
-            first += [t for t in lacking if t.rate == middle]
-            others += [t for t in lacking if t.rate != middle]
+            middle = trials[len(trials) // 2]
+            first += [t for t in lacking if t is middle]
+            others += [t for t in lacking if t is not middle]
     if first or others:
         return first + others
     loss = lambda found: min(summary.loss_of(row, horizons[0]) for row in found)
@@ -241,29 +246,29 @@ def missing(
     ]
 
 
-def _rates(
-    comparison: Comparison,
-    arm: Arm,
+def _search(
+    rates: Sequence[float],
+    at: Callable[[float], trial_lib.Trial],
     rows: Mapping[str, summary.Row],
     horizons: Sequence[str],
-    make: Callable[[Arm, float, int], trial_lib.Trial],
-) -> list[float]:
-    """The rates to try: those of the arm, and on beyond an end that was the best.
+    *,
+    max_rates: int,
+) -> list[trial_lib.Trial]:
+    """The trials at these rates, and on beyond an end that was the best.
 
     For any of the horizons, as long as there is room for more.
     """
-    rates = list(arm.rates)
     while True:
-        trials = [make(arm, rate, comparison.seeds[0]) for rate in rates]
+        trials = [at(rate) for rate in rates]
         found = [rows[t.key] for t in trials if t.key in rows]
-        room = comparison.max_rates - len(rates)
+        room = max_rates - len(rates)
         if len(found) < len(trials) or room <= 0:
-            return rates
+            return trials
         best = [rates.index(summary.best(found, h)["rate"]) for h in horizons]
         further = dict.fromkeys(_beyond(rates, index) for index in best)
         more = [rate for rate in further if rate is not None][:room]
         if not more:
-            return rates
+            return trials
         rates = sorted([*rates, *more])
 
 

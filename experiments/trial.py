@@ -74,11 +74,6 @@ class Trial:
         return self.experiment.optimizer.peak_learning_rate
 
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one batch."""
-        return self.experiment.data.tokens_per_step
-
-    @property
     def fade_steps(self) -> int:
         """Steps with a dense path, 0 for most methods: half of the first horizon."""
         if baselines.METHODS[self.method].guided_linear is None:
@@ -95,7 +90,7 @@ class Trial:
             else accounting.flops_per_token(shape, seq_len=seq_len)
         )
         guided = min(self.fade_steps, steps)
-        return self.tokens_per_step * (
+        return self.experiment.data.tokens_per_step * (
             steps * per_token + guided * self._guide_flops_per_token()
         )
 
@@ -517,7 +512,7 @@ def _result(trial: Trial, steps: int, figures: Mapping[str, float]) -> dict[str,
     """What a row holds of one horizon."""
     return {
         "steps": steps,
-        "tokens": steps * trial.tokens_per_step,
+        "tokens": steps * trial.experiment.data.tokens_per_step,
         "flops": trial.flops(steps),
         "block_flops": trial.flops(steps, blocks_only=True),
         "loss": _finite(figures["eval/loss"]),

@@ -24,9 +24,9 @@ def _table(folder):
 
 @pytest.mark.parametrize("name", FINISHED)
 def test_a_finished_comparison_lacks_no_trial(name):
-    comparison, book = FINISHED[name](), ledger.Ledger(RESULTS / name)
-    grid.check_same(comparison, book.rows())
-    assert not grid.missing(comparison, book.rows())
+    comparison, rows = FINISHED[name](), ledger.Ledger(RESULTS / name).rows()
+    grid.check_same(comparison, rows)
+    assert not grid.missing(comparison, rows)
 
 
 @pytest.mark.parametrize(
