@@ -21,7 +21,9 @@ from configs import smollm_r128
 from experiments import grid
 from sct_jax import config, data, model, optimizers
 
-ADAM_RATE = 3e-3  # of embedding and norms, where the matrices have a rule of their own
+# Of embedding and norms, where the matrices have a rule of their own; of `small`, where
+# it is searched for every arm, a first guess.
+ADAM_RATE = 3e-3
 
 # Fields of the experiment by arm; the base has spectral factors and the chain sct.
 DENSE = (("model.spectral", "()"),)
@@ -201,6 +203,7 @@ def _small() -> grid.Comparison:
         base=base(d_model=128, d_ff=344, vocab_size=1024, seq_len=128),
         protocols=("tokens", "flops"),
         reference="",
+        adam_rate_factors=(1 / 3, 1.0, 3.0),
     )
 
 
@@ -219,7 +222,9 @@ def _options() -> grid.Comparison:
         grid.Arm(name=name, rates=(3e-3, 6e-3, 1.2e-2), overrides=fields, always=True)
         for name, fields in options.items()
     ]
-    return dataclasses.replace(_small().with_arms(tuple(arms)), protocols=("tokens",))
+    return dataclasses.replace(
+        _small().with_arms(tuple(arms)), protocols=("tokens",), adam_rate_factors=()
+    )
 
 
 def _recipe() -> grid.Comparison:

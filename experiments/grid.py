@@ -41,9 +41,10 @@ class Comparison:
     Every arm is tuned alike: the first seed is trained at its rates; while the best of
     them is at an end, at one more beyond it, by the ratio of its neighbours, up to
     `max_rates`. There is a best rate for every protocol: that with the least held-out
-    loss at the first of `tokens_per_parameter`, see `summary.best`. Then the best
+    loss at the first of `tokens_per_parameter`, see `summary.best`. At these, the rate
+    of all that is no matrix of a layer is searched in the same way. Then the best
     `finalists` arms at equal tokens, and those marked `always`, are trained with the
-    other seeds too, at all their best rates.
+    other seeds too, at all their best settings.
 
     Attributes:
       base: the experiment that arms override; its model is that of the low-rank arms.
@@ -53,7 +54,9 @@ class Comparison:
       protocols: what is held equal to the dense model at each length: "tokens",
         "flops", "seconds".
       reference: the arm whose time per step "seconds" refers to.
-      max_rates: most rates of an arm.
+      adam_rate_factors: rates of what is no matrix, in those of the first search; none:
+        they are not searched.
+      max_rates: most rates of one search.
       finalists: how many arms get all seeds.
     """
 
@@ -63,6 +66,7 @@ class Comparison:
     tokens_per_parameter: tuple[float, ...] = (0.4,)
     protocols: tuple[str, ...] = ("tokens", "flops")
     reference: str = ""
+    adam_rate_factors: tuple[float, ...] = ()
     max_rates: int = 6
     finalists: int = 6
 
@@ -100,6 +104,7 @@ class Comparison:
         rate: float,
         seed: int,
         *,
+        adam_rate: float | None = None,
         seconds: Seconds | None = None,
     ) -> trial_lib.Trial:
         """Returns the trial of an arm.
@@ -108,6 +113,7 @@ class Comparison:
           arm: the method.
           rate: peak learning rate.
           seed: of parameters and data order.
+          adam_rate: see `trial.Trial`; None: that of the arm.
           seconds: times per step of every arm, for the protocol "seconds".
 
         Raises:
@@ -131,7 +137,7 @@ class Comparison:
                 for length in self.tokens_per_parameter
             ),
             method=arm.method,
-            adam_rate=arm.adam_rate,
+            adam_rate=arm.adam_rate if adam_rate is None else adam_rate,
         )
         horizons = tuple(
             (summary.horizon(protocol, length), steps)
@@ -209,23 +215,18 @@ def missing(
         summary.horizon(protocol, comparison.tokens_per_parameter[0])
         for protocol in comparison.protocols
     ]
-    make = lambda arm, rate, seed: comparison.trial(arm, rate, seed, seconds=seconds)
+    make = functools.partial(comparison.trial, seconds=seconds)
     first: list[trial_lib.Trial] = []  # a middle rate per arm
     others: list[trial_lib.Trial] = []
     searched: list[tuple[Arm, list[summary.Row]]] = []
     for arm in comparison.arms:
-        trials = _search(
-            arm.rates,
-            lambda rate, arm=arm: make(arm, rate, comparison.seeds[0]),
-            rows,
-            horizons,
-            max_rates=comparison.max_rates,
-        )
+        at = functools.partial(make, arm, seed=comparison.seeds[0])
+        trials = _search_both(comparison, arm, at, rows, horizons)
         lacking = [t for t in trials if t.key not in rows]
         if not lacking:
             searched.append((arm, [rows[t.key] for t in trials]))
         elif arm in arms:
-            middle = trials[len(trials) // 2]
+            middle = trials[len(arm.rates) // 2]
             first += [t for t in lacking if t is middle]
             others += [t for t in lacking if t is not middle]
     if first or others:
@@ -233,25 +234,59 @@ def missing(
     loss = lambda found: min(summary.loss_of(row, horizons[0]) for row in found)
     searched.sort(key=lambda pair: loss(pair[1]))
     chosen = [
-        (arm, sorted({summary.best(found, h)["rate"] for h in horizons}))
+        (arm, dict.fromkeys(summary.setting(summary.best(found, h)) for h in horizons))
         for place, (arm, found) in enumerate(searched)
         if (place < comparison.finalists or arm.always) and arm in arms
     ]
     return [
         t
         for seed in comparison.seeds[1:]
-        for arm, rates in chosen
-        for rate in rates
-        if (t := make(arm, rate, seed)).key not in rows
+        for arm, settings in chosen
+        for rate, adam_rate in settings
+        if (t := make(arm, rate, seed, adam_rate=adam_rate)).key not in rows
     ]
+
+
+def _search_both(
+    comparison: Comparison,
+    arm: Arm,
+    at: Callable[..., trial_lib.Trial],
+    rows: Mapping[str, summary.Row],
+    horizons: Sequence[str],
+) -> list[trial_lib.Trial]:
+    """The trials of an arm's search, as far as it is known: rates, then Adam's rates.
+
+    Those of the first search come first, in the order of their rates.
+    """
+    search = functools.partial(_search, rows=rows, max_rates=comparison.max_rates)
+    trials = search(arm.rates, at, horizons=horizons)
+    if not comparison.adam_rate_factors or any(t.key not in rows for t in trials):
+        return trials
+    by_best: dict[float, list[str]] = {}
+    for horizon in horizons:
+        best = summary.best([rows[t.key] for t in trials], horizon)
+        by_best.setdefault(best["rate"], []).append(horizon)
+    for rate, own in by_best.items():
+        center = at(rate)
+        # Of the first search, so not defined anew.
+        at_factor = lambda factor, center=center: (
+            center if factor == 1 else at(center.rate, adam_rate=_times(center, factor))
+        )
+        line = search(comparison.adam_rate_factors, at_factor, horizons=own)
+        trials += [t for t in line if t is not center]
+    return trials
+
+
+def _times(center: trial_lib.Trial, factor: float) -> float:
+    return float(f"{factor * center.rate_of_others:.3g}")
 
 
 def _search(
     rates: Sequence[float],
     at: Callable[[float], trial_lib.Trial],
+    *,
     rows: Mapping[str, summary.Row],
     horizons: Sequence[str],
-    *,
     max_rates: int,
 ) -> list[trial_lib.Trial]:
     """The trials at these rates, and on beyond an end that was the best.
@@ -264,7 +299,7 @@ def _search(
         room = max_rates - len(rates)
         if len(found) < len(trials) or room <= 0:
             return trials
-        best = [rates.index(summary.best(found, h)["rate"]) for h in horizons]
+        best = [found.index(summary.best(found, h)) for h in horizons]
         further = dict.fromkeys(_beyond(rates, index) for index in best)
         more = [rate for rate in further if rate is not None][:room]
         if not more:
@@ -281,7 +316,8 @@ def check_same(
         if row["arm"] not in arms:
             continue
         arm = arms[row["arm"]]
-        same = comparison.trial(arm, row["rate"], row["seed"], **keywords)
+        rate, adam_rate = summary.setting(row)
+        same = comparison.trial(arm, rate, row["seed"], adam_rate=adam_rate, **keywords)
         if same.key == key:
             continue
         old = config.flatten(row["definition"])

@@ -166,7 +166,8 @@ def fill(
 
 def describe(trial: trial_lib.Trial) -> str:
     """Returns the trial in a few words."""
-    return f"{trial.arm}, rate {trial.rate:g}, seed {trial.experiment.seed}"
+    own = "" if trial.adam_rate is None else f" / {trial.adam_rate:g}"
+    return f"{trial.arm}, rate {trial.rate:g}{own}, seed {trial.experiment.seed}"
 
 
 def outcome(row: summary.Row) -> str:

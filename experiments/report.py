@@ -21,7 +21,8 @@ RESULTS = "Held-out loss: mean ± standard deviation over seeds"
 DIFFERENCES = "Less the loss of {}, seed by seed: mean ± standard error"
 NOTES = (
     "The best rate of a protocol is that with the least held-out loss of the first "
-    "seed, on the text that the table is of. Arms with fewer seeds stand below the "
+    "seed, on the text that the table is of; a second one is Adam's, of all that is no "
+    "matrix of a layer, where it has its own. Arms with fewer seeds stand below the "
     "others: means over different seeds do not compare.",
     "Bits per byte, TFLOP, the largest change of a matrix in spectral norm, and loss "
     "spikes per run belong to the first of the horizons; - where it was not measured. "
@@ -273,7 +274,8 @@ def _with_error(arm: summary.Arm, protocol: str, field: str) -> str:
 
 def _choice(arm: summary.Arm, protocol: str) -> str:
     edge = ", at the edge" if arm.at_edge(protocol) else ""
-    return f"{arm.rate(protocol):g} ({arm.num_seeds(protocol)}{edge})"
+    rates = " / ".join(f"{r:g}" for r in arm.setting(protocol) if r is not None)
+    return f"{rates} ({arm.num_seeds(protocol)}{edge})"
 
 
 def _number(value: float, form: str) -> str:

@@ -4,11 +4,19 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Row = dict[str, Any]
+
+
+class Setting(NamedTuple):
+    """What an arm is tuned over, see `trial.Trial`."""
+
+    rate: float
+    adam_rate: float | None
+
 
 PROTOCOLS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
 
@@ -23,7 +31,7 @@ class Arm:
     Attributes:
       name: what tables call it.
       index: its number, for a look that stays the same over all figures.
-      searched: rows of the seed that was trained at most rates, one per rate.
+      searched: rows of the seed that was trained at most rates, one per setting.
       trials: all rows.
     """
 
@@ -37,24 +45,41 @@ class Arm:
         """Names of the horizons."""
         return tuple(self.trials[0]["results"])
 
-    def rate(self, protocol: str) -> float:
-        """Returns the best rate."""
-        return best(self.searched, protocol)["rate"]
+    def setting(self, protocol: str) -> Setting:
+        """Returns the best rates."""
+        return setting(best(self.searched, protocol))
 
     def rows(self, protocol: str) -> list[Row]:
-        """Returns the rows at the best rate, the searched seed first."""
-        rate, first = self.rate(protocol), self.searched[0]["seed"]
-        rows = [row for row in self.trials if row["rate"] == rate]
+        """Returns the rows at the best rates, the searched seed first."""
+        chosen, first = self.setting(protocol), self.searched[0]["seed"]
+        rows = [row for row in self.trials if setting(row) == chosen]
         return sorted(rows, key=lambda row: (row["seed"] != first, row["seed"]))
 
     def num_seeds(self, protocol: str) -> int:
-        """Returns the number of seeds at the best rate."""
+        """Returns the number of seeds at the best rates."""
         return len(self.rows(protocol))
 
     def at_edge(self, protocol: str) -> bool:
-        """Returns whether the best rate is the least or greatest that was tried."""
-        rates = sorted(row["rate"] for row in self.searched)
-        return len(rates) > 1 and self.rate(protocol) in (rates[0], rates[-1])
+        """Returns whether one of the best rates is the least or greatest tried.
+
+        Rates of the matrices count where they were searched, those of the rest at the
+        best of these.
+        """
+        chosen, first = self.setting(protocol), setting(self.searched[0])
+        rates = {
+            s.rate: s.rate
+            for s in map(setting, self.searched)
+            if s.adam_rate == first.adam_rate
+        }
+        of_others = {
+            setting(row).adam_rate: rate_of_others(row)
+            for row in self.searched
+            if row["rate"] == chosen.rate
+        }
+        return any(
+            len(tried) > 1 and tried[at] in (min(tried.values()), max(tried.values()))
+            for tried, at in ((rates, chosen.rate), (of_others, chosen.adam_rate))
+        )
 
     def results(self, protocol: str) -> list[Row]:
         """Returns what came out at one horizon, per seed."""
@@ -70,8 +95,16 @@ class Arm:
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     def tuning(self, protocol: str) -> list[tuple[float, float]]:
-        """Returns pairs of a rate and the loss of the searched seed, ascending."""
-        return sorted((row["rate"], loss_of(row, protocol)) for row in self.searched)
+        """Returns pairs of a rate and the loss of the searched seed, ascending.
+
+        Adam's rate is as in the first search.
+        """
+        first = setting(self.searched[0]).adam_rate
+        return sorted(
+            (row["rate"], loss_of(row, protocol))
+            for row in self.searched
+            if setting(row).adam_rate == first
+        )
 
     def curve(
         self, field: str, protocol: str
@@ -104,6 +137,19 @@ class Arm:
     def _values(self, protocol: str, field: str) -> list[float]:
         values = [result[field] for result in self.results(protocol)]
         return [math.inf if value is None else value for value in values]
+
+
+def setting(row: Row) -> Setting:
+    """Returns the rates of a row."""
+    return Setting(row["rate"], row["definition"].get("adam_rate"))
+
+
+def rate_of_others(row: Row) -> float:
+    """Returns the rate of what is neither a factor nor a hidden matrix."""
+    rate, adam_rate = setting(row)
+    if adam_rate is not None:
+        return adam_rate
+    return rate * row["definition"]["experiment"]["optimizer"]["dense_rate"]
 
 
 def best(rows: Sequence[Row], protocol: str) -> Row:

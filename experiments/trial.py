@@ -74,6 +74,13 @@ class Trial:
         return self.experiment.optimizer.peak_learning_rate
 
     @property
+    def rate_of_others(self) -> float:
+        """Peak rate of what is neither a factor nor a hidden matrix."""
+        if self.adam_rate is not None:
+            return self.adam_rate
+        return self.rate * self.experiment.optimizer.dense_rate
+
+    @property
     def fade_steps(self) -> int:
         """Steps with a dense path, 0 for most methods: half of the first horizon."""
         if baselines.METHODS[self.method].guided_linear is None:

@@ -302,18 +302,22 @@ def adamw(
     eps: float | jax.Array = 1e-8,
     weight_decay: float | jax.Array = 0.0,
     moment_dtype: jax.typing.DTypeLike = _FLOAT32,
+    dense_rate: transforms.ScalarOrSchedule = 1.0,
     decay_mask: Mask | None = None,
+    matrix_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Plain AdamW, a baseline: on dense weights, or naively on LowRankFactors.
 
     Args:
-      learning_rate: of every leaf.
+      learning_rate: of every leaf, but for `dense_rate`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to its root.
       weight_decay: decoupled decay of a, b and dense arrays with two or more axes.
       moment_dtype: see `sct`.
+      dense_rate: factor of the learning rate for leaves that are not matrices.
       decay_mask: see `sct`.
+      matrix_mask: see `muon`; a and b are matrices.
 
     Raises:
       ValueError: for SpectralFactors in the tree, which would leave the manifold.
@@ -321,6 +325,7 @@ def adamw(
     return _free(
         transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),
         *_decay(weight_decay, decay_mask),
+        *_rate_of_others(dense_rate, matrix_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -380,13 +385,12 @@ def muon(
         *_rates(1.0, dense_rate, None),
         optax.scale_by_learning_rate(learning_rate),
     )
-    by_axes = lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
     return _free(
         optax.partition(
             {"matrices": for_matrices, "others": for_others},
             lambda params: jax.tree.map(
                 lambda is_matrix: "matrices" if is_matrix else "others",
-                (matrix_mask or by_axes)(params),
+                (matrix_mask or matrices_by_axes)(params),
             ),
         )
     )
@@ -446,6 +450,14 @@ def _rates(s, dense, base_width) -> list[optax.GradientTransformation]:
     return [transforms.scale_components(s=s, dense=dense, base_width=base_width)]
 
 
+def _rate_of_others(dense, matrix_mask) -> list[optax.GradientTransformation]:
+    """A factor of the rate for leaves that are not matrices, factors or dense."""
+    others = lambda params: jax.tree.map(
+        lambda is_matrix: not is_matrix, (matrix_mask or matrices_by_axes)(params)
+    )
+    return [optax.masked(part, others) for part in _rates(1.0, dense, None)]
+
+
 def _is(value: Any, neutral: float) -> bool:
     """Whether a setting is left at its neutral value; an array may change later."""
     return isinstance(value, float | int) and value == neutral
@@ -453,6 +465,11 @@ def _is(value: Any, neutral: float) -> bool:
 
 def _is_low_rank(x: Any) -> bool:
     return isinstance(x, spectral.LowRankFactors)
+
+
+def matrices_by_axes(params: optax.Params) -> Any:
+    """Returns the default matrix mask: arrays with two or more axes."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 def decays_by_axes(params: optax.Params) -> Any:
@@ -487,7 +504,8 @@ class OptimizerConfig:
       b2: decay of Adam's second moment.
       eps: Adam's epsilon.
       singular_value_rate: factor of the rate for s.
-      dense_rate: factor of the rate for dense arrays.
+      dense_rate: factor of the rate for arrays outside factors and, with adamw and
+        muon, outside the matrices of the layers.
       base_width: fan at which the rate of u and v applies as it is; None: everywhere.
       retraction: "cholesky_qr", "qr", "polar" or "lossless".
       moment_dtype: of Adam's moments, "float32" or "bfloat16".

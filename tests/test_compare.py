@@ -104,9 +104,42 @@ def test_every_protocol_has_its_rate_and_its_seeds():
         rows[trial.key] = row
     (arm,) = summary.arms(list(rows.values()))
     assert sorted(row["rate"] for row in arm.searched) == [0.005, 0.01, 0.02, 0.04]
-    assert arm.rate("tokens 0.4") == 0.02 and arm.rate("flops 0.4") == 0.01
+    assert (
+        arm.setting("tokens 0.4").rate == 0.02 and arm.setting("flops 0.4").rate == 0.01
+    )
     assert arm.num_seeds("tokens 0.4") == arm.num_seeds("flops 0.4") == 2
     assert len(rows) == 4 + 2
+
+
+def test_adams_rate_is_searched_at_the_best_rates():
+    """Ours wants twice the rate of its matrices, dense a quarter of its own one."""
+    own = dataclasses.replace(DENSE, adam_rate=0.08)
+    best = {"dense": (0.02, 0.02), "ours": (0.2, 0.4)}
+    item = comparison(
+        arms=(own, OURS), adam_rate_factors=(0.5, 1.0, 2.0), seeds=(0, 1), finalists=2
+    )
+    rows, order = {}, []
+    while missing := grid.missing(item, rows):
+        trial = missing[0]
+        order.append((trial.arm, trial.rate, trial.adam_rate, trial.experiment.seed))
+        pairs = zip((trial.rate, trial.rate_of_others), best[trial.arm], strict=True)
+        rows[trial.key] = row_of(trial, sum(abs(math.log(a / b)) for a, b in pairs))
+    assert set(order) == {
+        *(("dense", rate, 0.08, 0) for rate in (0.01, 0.02, 0.04)),
+        *(("dense", 0.02, rate, 0) for rate in (0.16, 0.04, 0.02, 0.01)),
+        *(("ours", rate, None, 0) for rate in (0.1, 0.2, 0.4)),
+        *(("ours", 0.2, rate, 0) for rate in (0.1, 0.4, 0.8)),
+        ("dense", 0.02, 0.02, 1),
+        ("ours", 0.2, 0.4, 1),
+    }
+    dense, ours = summary.arms(list(rows.values()))
+    assert dense.setting("tokens 0.4") == (0.02, 0.02)
+    assert not dense.at_edge("tokens 0.4") and not ours.at_edge("tokens 0.4")
+    assert dense.num_seeds("tokens 0.4") == 2
+    assert [rate for rate, _ in dense.tuning("tokens 0.4")] == [0.01, 0.02, 0.04]
+    grid.check_same(item, rows)
+    few = [row for row in rows.values() if row["definition"]["adam_rate"] != 0.01]
+    assert summary.arms(few)[0].at_edge("tokens 0.4")
 
 
 def test_a_rate_is_chosen_at_the_first_length():
@@ -148,7 +181,7 @@ def test_a_diverged_rate_is_never_the_best():
         trial = item.trial(DENSE, rate, 0)
         rows[trial.key] = row_of(trial, loss)
     (arm,) = summary.arms(list(rows.values()))
-    assert arm.rate("tokens 0.4") == 0.02
+    assert arm.setting("tokens 0.4").rate == 0.02
     assert arm.tuning("tokens 0.4")[0] == (0.01, math.inf)
 
 

@@ -476,6 +476,27 @@ def test_muon_is_that_of_optax_on_matrices_and_adamw_elsewhere():
     np.testing.assert_allclose(np.abs(updates["matrix"])[nonzero], 0.02, rtol=1e-3)
 
 
+def test_adamw_has_a_rate_for_what_is_no_matrix():
+    factors = spectral.LowRankFactors(jnp.ones((5, 2)), jnp.ones((3, 2)))
+    params = {"w": factors, "table": jnp.ones((4, 3)), "norm": jnp.ones(4)}
+    size = lambda update: float(jnp.max(jnp.abs(update)))
+
+    def sizes(**fields):
+        tx = optimizers.adamw(0.02, **fields)
+        updates, _ = tx.update(params, tx.init(params), params)
+        return jax.tree.map(size, updates)
+
+    plain, slower = sizes(), sizes(dense_rate=0.5)
+    assert jax.tree.leaves(plain) == pytest.approx([0.02] * 4, rel=1e-5)
+    assert slower == plain | {"norm": pytest.approx(plain["norm"] / 2)}
+    in_layers = lambda params: (
+        jax.tree.map(lambda _: False, params)
+        | {"w": spectral.LowRankFactors(True, True)}
+    )
+    tables = sizes(dense_rate=0.5, matrix_mask=in_layers)
+    assert tables == slower | {"table": pytest.approx(plain["table"] / 2)}
+
+
 @pytest.mark.parametrize("name", ["spectron", "adamw", "muon"])
 def test_rules_without_a_retraction_refuse_spectral_factors(name):
     with pytest.raises(ValueError, match="would not stay orthonormal"):

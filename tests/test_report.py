@@ -31,6 +31,7 @@ def row(arm, rate, seed, loss, *, spikes=(), size=100):
         "arm": arm,
         "rate": rate,
         "seed": seed,
+        "definition": {"experiment": {"optimizer": {"dense_rate": 1.0}}},
         "parameters": size,
         "train_bytes": 16e6,
         "wall_seconds": 1.0,
@@ -68,7 +69,7 @@ def test_the_best_rate_has_mean_and_deviation_over_its_seeds():
     muon, ours = summary.arms(ROWS)
     first = "tokens 0.4"
     assert muon.name == "dense Muon"
-    assert (muon.rate(first), muon.num_seeds(first)) == (0.02, 3)
+    assert (muon.setting(first).rate, muon.num_seeds(first)) == (0.02, 3)
     assert muon.mean("tokens 0.4") == pytest.approx(4.2)
     assert muon.deviation("tokens 0.4") == pytest.approx(np.std([4, 4.2, 4.4], ddof=1))
     assert muon.mean("flops 0.4") == pytest.approx(4.1)
