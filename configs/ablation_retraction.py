@@ -18,7 +18,7 @@ WITHOUT = (("optimizer.name", "tsvd"), ("optimizer.retraction_every", "100000000
 def get_config() -> grid.Comparison:
     small = compare_methods.get_config("small")
     width = small.base.model.d_model
-    arms = list(compare_methods.arms_named("dense AdamW"))
+    arms = list(compare_methods.tuned("dense AdamW"))
     for title, rank in (("full rank", width), ("R = d/4", width // 4)):
         ranked = ("model.rank", str(rank))
         arms += [
@@ -26,12 +26,14 @@ def get_config() -> grid.Comparison:
                 name=f"{title} retracted",
                 rates=RATES,
                 overrides=(ranked,),
+                adam_rate=compare_methods.TUNED_ADAM_RATE,
                 always=True,
             ),
             grid.Arm(
                 name=f"{title} free",
                 rates=RATES,
                 overrides=(ranked, *WITHOUT),
+                adam_rate=compare_methods.TUNED_ADAM_RATE,
                 always=True,
             ),
         ]
