@@ -260,6 +260,7 @@ def _recipe() -> grid.Comparison:
         "rate of s x 5": (("optimizer.singular_value_rate", "5.0"),),
         "lossless": (("optimizer.retraction", "lossless"),),
         "momentum .9": (("optimizer.momentum", "0.9"),),
+        "init of the dense norm": (("model.rescale_init", "true"),),
         "ranks from q and k to v and o": ranks,
         "R = d/2": (("model.rank", str(2 * rank)),),
     }
@@ -277,7 +278,12 @@ def _recipe() -> grid.Comparison:
             for title in titles
         )
 
-    always = ("normalised q and k", "ranks from q and k to v and o", "R = d/2")
+    always = (
+        "normalised q and k",
+        "init of the dense norm",
+        "ranks from q and k to v and o",
+        "R = d/2",
+    )
     arms = (
         *varied(sct, 3e-3, "clip at .1", "clip at .05", "rate of s x 5", *always),
         *varied(

@@ -30,7 +30,7 @@ import rich.table
 
 from sct_jax import (
     accounting,
-    config,
+    command_line,
     errors,
     model,
     optimizers,
@@ -121,7 +121,7 @@ class Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = config.FlagParser(__doc__ or "")
+    parser = command_line.FlagParser(__doc__ or "")
     parser.add_argument("--sets", default=",".join(SETS), help="factor sets, by comma")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each function")
     parser.add_argument("--json", help="file for the same figures")
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             errors.check_choice("--sets", name, tuple(SETS))
     except errors.ConfigError as error:
-        config.fail(str(error))
+        command_line.fail(str(error))
     console = rich.console.Console()
     results = {}
     for name in names:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
 from experiments import grid, ledger, trial
-from sct_jax import config, data, errors, metrics
+from sct_jax import command_line, config, data, errors, metrics
 
 RESULTS = "experiments/results"
 INTERRUPTED = "interrupted: finished trials are kept; the same command goes on"
@@ -43,7 +43,7 @@ def command(
       description: for `--help`.
       default: of `--config`, which is required where there is none.
     """
-    parser = config.FlagParser(description)
+    parser = command_line.FlagParser(description)
     parser.add_argument(
         "--config",
         default=default,
@@ -67,7 +67,7 @@ def command(
             reuse=flags.reuse,
         )
     except errors.ConfigError as error:
-        config.fail(str(error))
+        command_line.fail(str(error))
     except KeyboardInterrupt:
         print(INTERRUPTED)
         return 130

@@ -12,21 +12,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sct_jax import config, data, errors
+from sct_jax import command_line, data, errors
 
 VOCAB_SIZE = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = config.FlagParser(__doc__ or "")
+    parser = command_line.FlagParser(__doc__ or "")
     parser.add_argument("--count", type=int, default=9, help="how many")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     with contextlib.redirect_stdout(sys.stderr):
         corpus = data.prepare(data.DataConfig(), vocab_size=VOCAB_SIZE)
     available = len(corpus.train)
     if not 0 < flags.count <= available:
-        config.fail(f"--count: {flags.count} is not in 1..{available}")
+        command_line.fail(f"--count: {flags.count} is not in 1..{available}")
     print(json.dumps(corpus.train[: flags.count].tolist()))
     return 0
 

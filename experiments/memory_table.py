@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 
 from configs import llama70b_r32, smollm_r128
-from sct_jax import accounting, config, layerwise, optimizers, spectral
+from sct_jax import accounting, command_line, layerwise, optimizers, spectral
 
 # The MLP matrices of the paper's table.
 MATRICES = {
@@ -36,13 +36,13 @@ MEASURED_BYTES = 2_000_000_000  # larger ones are computed alone
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = config.FlagParser(__doc__ or "")
+    parser = command_line.FlagParser(__doc__ or "")
     parser.add_argument("--rank", type=int, default=32, help="rank of the matrices")
     parser.add_argument("--json", help="file for the same figures")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     smallest = min(min(shape) for shape in MATRICES.values())
     if not 1 <= flags.rank <= smallest:
-        config.fail(f"--rank: {flags.rank} is not in 1..{smallest}")
+        command_line.fail(f"--rank: {flags.rank} is not in 1..{smallest}")
     figures = {"matrices": matrices(flags.rank), "models": models()}
     console = rich.console.Console()
     console.print(_table(f"one MLP matrix at rank {flags.rank}", figures["matrices"]))

@@ -16,17 +16,17 @@ from experiments import huge_pages
 if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
-from sct_jax import config, errors, loop
+from sct_jax import command_line, errors, loop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 bad input, 130 and 143 after a signal."""
     argv = sys.argv[1:] if argv is None else argv
-    experiment, workdir, flags = config.parse_experiment(argv, __doc__ or "")
+    experiment, workdir, flags = command_line.parse_experiment(argv, __doc__ or "")
     try:
         return loop.train(experiment, workdir, dry_run=flags.dry_run)
     except errors.ConfigError as error:
-        config.fail(str(error))
+        command_line.fail(str(error))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import summary
-from sct_jax import config, errors, metrics
+from sct_jax import command_line, errors, metrics
 
 RESULTS = "Held-out loss: mean ± standard deviation over seeds"
 DIFFERENCES = "Less the loss of {}, seed by seed: mean ± standard error"
@@ -33,13 +33,13 @@ NOTES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = config.FlagParser(__doc__ or "")
+    parser = command_line.FlagParser(__doc__ or "")
     parser.add_argument("results", help="folder of a comparison")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         page = write(pathlib.Path(flags.results))
     except errors.ConfigError as error:
-        config.fail(str(error))
+        command_line.fail(str(error))
     print(f"written: {page}, {page.with_suffix('.html')}")
     return 0
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from experiments import compare, grid, ledger, summary
 from experiments import trial as trial_lib
-from sct_jax import config, data, errors
+from sct_jax import command_line, config, data, errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,7 +306,7 @@ def draw(kinds: Mapping[str, Sequence[Run]]) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 bad input, 130 interrupted."""
-    parser = config.FlagParser(__doc__ or "")
+    parser = command_line.FlagParser(__doc__ or "")
     parser.add_argument("--config", default="configs/scaling_laws.py")
     parser.add_argument("--results", help="folder (default: as of experiments.compare)")
     parser.add_argument("--fit_only", action="store_true", help="train nothing")
@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             train(study, book)
         write(folder, runs_of(rows_of(study, book)))
     except errors.ConfigError as error:
-        config.fail(str(error))
+        command_line.fail(str(error))
     except KeyboardInterrupt:
         print(compare.INTERRUPTED)
         return 130

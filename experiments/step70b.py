@@ -37,6 +37,7 @@ import rich.table
 from experiments import first_tokens
 from sct_jax import (
     accounting,
+    command_line,
     config,
     errors,
     layerwise,
@@ -63,7 +64,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = config.FlagParser(__doc__ or "")
+    parser = command_line.FlagParser(__doc__ or "")
     parser.add_argument("--config", default="configs/llama70b_r32.py")
     parser.add_argument(
         "--steps", type=int, default=5, help="steps, the first one cold"
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = accounting.layerwise_bytes(job.stack, job.tx, job.batch)
         check_memory(sizes)
     except errors.ConfigError as error:
-        config.fail(str(error))
+        command_line.fail(str(error))
     figures = measure(job, steps=flags.steps)
     figures |= {"bytes_by_formula": sizes}
     print_tables(rich.console.Console(), job, figures)

@@ -65,20 +65,23 @@ class Arm:
         Rates of the matrices count where they were searched, those of the rest at the
         best of these.
         """
-        chosen, first = self.setting(protocol), setting(self.searched[0])
+        chosen, first = best(self.searched, protocol), setting(self.searched[0])
         rates = {
-            s.rate: s.rate
-            for s in map(setting, self.searched)
-            if s.adam_rate == first.adam_rate
+            row["rate"]
+            for row in self.searched
+            if setting(row).adam_rate == first.adam_rate
         }
         of_others = {
-            setting(row).adam_rate: rate_of_others(row)
+            rate_of_others(row)
             for row in self.searched
-            if row["rate"] == chosen.rate
+            if row["rate"] == chosen["rate"]
         }
         return any(
-            len(tried) > 1 and tried[at] in (min(tried.values()), max(tried.values()))
-            for tried, at in ((rates, chosen.rate), (of_others, chosen.adam_rate))
+            len(tried) > 1 and at in (min(tried), max(tried))
+            for tried, at in (
+                (rates, chosen["rate"]),
+                (of_others, rate_of_others(chosen)),
+            )
         )
 
     def results(self, protocol: str) -> list[Row]:

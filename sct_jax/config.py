@@ -4,7 +4,6 @@ A config file is a Python module with `get_config(variant=...)` that returns an
 `ExperimentConfig` stating only what differs from the defaults.
 """
 
-import argparse
 import ast
 import dataclasses
 import importlib.util
@@ -13,11 +12,10 @@ import json
 import math
 import os
 import pathlib
-import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, Protocol, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 from sct_jax import data as data_lib
 from sct_jax import errors, layerwise, optimizers, sharding
@@ -34,7 +32,12 @@ LOW_RANK_OPTIMIZERS = ("spectron", "adamw", "muon")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved: `every` so many steps and at the end; `keep` newest."""
+    """When the state of a run is saved.
+
+    Attributes:
+      every: steps between checkpoints; there is one at the end too.
+      keep: how many stay, the newest ones.
+    """
 
     every: int = 1000
     keep: int = 2
@@ -48,9 +51,12 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation on held-out text, `every` so many steps (and at the end).
+    """Evaluation on held-out text.
 
-    `num_batches` batches, spread over the validation split; fewer if it is short.
+    Attributes:
+      every: steps between evaluations; there is one at the end too.
+      num_batches: batches of each, spread over the validation split; fewer if it is
+        short.
     """
 
     every: int = 1000
@@ -249,84 +255,6 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     return found
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Command-line flags: - and _ alike, no abbreviations, typos answered, exit 2."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def parse(
-        self, argv: Sequence[str]
-    ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-        """Returns the flags, and the --config.field=value overrides in order."""
-        plain: list[str] = []
-        overrides: list[tuple[str, str]] = []
-        words = iter(argv)
-        for word in words:
-            name, equals, value = word.partition("=")
-            if not name.startswith("--"):
-                plain.append(word)
-                continue
-            name = "--" + name[2:].replace("-", "_")
-            if name.startswith("--config."):
-                if not equals:
-                    value = next(words, None)
-                    if value is None:
-                        self.error(f"{name} needs a value")
-                overrides.append((name.removeprefix("--config."), value))
-            else:
-                plain.append(name + equals + value)
-        namespace, unknown = self.parse_known_args(plain)
-        if unknown:
-            known = [option for a in self._actions for option in a.option_strings]
-            flag = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {flag!r}{errors.nearest(flag, known)}")
-        return namespace, overrides
-
-    def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Returns the flags of a command that has no configuration to override."""
-        flags, overrides = self.parse(argv)
-        if overrides:
-            self.error("--config: there is nothing to configure here")
-        return flags
-
-    def error(self, message: str) -> NoReturn:
-        """Prints one line and exits with code 2."""
-        self.exit(2, f"error: {message}\n(--help lists the flags)\n")
-
-
-def parse_experiment(
-    argv: Sequence[str], description: str
-) -> tuple[ExperimentConfig, pathlib.Path, argparse.Namespace]:
-    """Returns configuration, workdir and flags of a training command.
-
-    Exits with code 2 and one message for anything that is not right.
-    """
-    parser = FlagParser(description + "\n\n" + _field_help())
-    parser.add_argument(
-        "--config", required=True, help="config file, with :variant if it has several"
-    )
-    parser.add_argument(
-        "--workdir", help="folder of the run (default: runs/<file>-<variant>)"
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print the start table, write summary.json, and stop",
-    )
-    flags, overrides = parser.parse(argv)
-    try:
-        config = load(flags.config, overrides)
-    except errors.ConfigError as error:
-        parser.error(str(error))
-    workdir = flags.workdir or default_workdir(flags.config)
-    return config, pathlib.Path(workdir), flags
-
-
 def default_workdir(spec: str) -> str:
     """Returns runs/<file stem>-<variant>, with the file's default variant."""
     path, _, variant = spec.partition(":")
@@ -475,17 +403,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def _field_help() -> str:
-    defaults = flatten(to_dict(ExperimentConfig()))
-    lines = [f"  --config.{name}={value}" for name, value in defaults.items()]
-    return "Fields, with the defaults that a config file starts from:\n" + "\n".join(
-        lines
-    )
-
-
-def fail(message: str) -> NoReturn:
-    """Prints one line to standard error and exits with code 2, for bad input."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from sct_jax import command_line, data, errors, model, optimizers
 from sct_jax import config as config_lib
-from sct_jax import data, errors, model, optimizers
 
 BASE = config_lib.ExperimentConfig()
 
@@ -359,7 +359,7 @@ def test_each_difference_is_listed():
 
 
 def parse(*argv):
-    return config_lib.parse_experiment(list(argv), "Trains.")
+    return command_line.parse_experiment(list(argv), "Trains.")
 
 
 def refused(capsys, *argv) -> str:
@@ -435,11 +435,14 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     for field in ("num_steps", "model.ranks.q", "data.cache_dir", "mesh.tensor"):
         assert f"--config.{field}=" in text
+    assert "--config.seed=0\n      of the parameters and of the data order.\n" in text
+    fields = command_line.fields_of(config_lib.ExperimentConfig())
+    assert not [name for name, _, meaning in fields if not meaning]
 
 
 def test_a_failure_prints_one_line(capsys):
     with pytest.raises(SystemExit) as caught:
-        config_lib.fail("data.source: no text")
+        command_line.fail("data.source: no text")
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: data.source: no text\n"
 
