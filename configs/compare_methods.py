@@ -249,9 +249,10 @@ def _recipe() -> grid.Comparison:
     """Variations of two chains, each at the best rate of `small`."""
     sct, stiefel = tuned("SCT (dense spectrum)", "Stiefel Muon")
     rank = _small().base.model.rank
-    # The parameters of the uniform ranks, moved from q and k to the rest of a layer.
-    moved = {"q": rank // 2, "k": rank // 2, "v": rank * 3 // 2, "o": rank * 3 // 2}
-    ranks = tuple((f"model.ranks.{name}", str(r)) for name, r in moved.items())
+    # The parameters of the uniform ranks, 32 of d 128 and d_ff 344, moved.
+    ranks = lambda **by_name: tuple(
+        (f"model.ranks.{name}", str(r)) for name, r in by_name.items()
+    )
     variations = {
         "normalised q and k": (("model.qk_norm", "true"),),
         "clip at .1": (("optimizer.max_update_norm", "0.1"),),
@@ -261,7 +262,11 @@ def _recipe() -> grid.Comparison:
         "lossless": (("optimizer.retraction", "lossless"),),
         "momentum .9": (("optimizer.momentum", "0.9"),),
         "init of the dense norm": (("model.rescale_init", "true"),),
-        "ranks from q and k to v and o": ranks,
+        "ranks from q and k to v and o": ranks(q=16, k=16, v=48, o=48),
+        "ranks from attention to MLP": ranks(
+            q=16, k=16, v=16, o=16, gate=43, up=43, down=43
+        ),
+        "ranks from gate to up and down": ranks(gate=16, up=40, down=40),
         "R = d/2": (("model.rank", str(2 * rank)),),
     }
 
@@ -282,6 +287,8 @@ def _recipe() -> grid.Comparison:
         "normalised q and k",
         "init of the dense norm",
         "ranks from q and k to v and o",
+        "ranks from attention to MLP",
+        "ranks from gate to up and down",
         "R = d/2",
     )
     arms = (
