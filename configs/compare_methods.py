@@ -10,6 +10,7 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
           the rate of the embedding searched as well; three hours.
   options the model of `small`, the options of SCT one by one, three seeds of each.
   recipe  the model of `small`, two chains with other ranks, rates and bounds.
+  triple  the model of `small`, three times the best rates, for loss spikes.
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: six methods, .4 tokens
           for each; for accelerators, a process for each:
           for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
@@ -40,7 +41,7 @@ def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
 
 ADAMW = chain("adamw")
 
-# The rates are those around the best ones of `small`; the search goes on beyond them.
+# The middle rate is about the best one of `small`; the search goes on beyond the others.
 ARMS = (
     grid.Arm(
         name="dense AdamW",
@@ -306,6 +307,17 @@ def _recipe() -> grid.Comparison:
     return dataclasses.replace(_leading().with_arms(arms), finalists=6)
 
 
+def _triple() -> grid.Comparison:
+    """The leading methods at three times their best rates of `small`: who spikes?"""
+    arms = (
+        dataclasses.replace(
+            arm, rates=(3 * arm.rates[1],), adam_rate=3 * TUNED_ADAM_RATE, always=True
+        )
+        for arm in tuned(*LEADING)
+    )
+    return _leading().with_arms(tuple(arms))
+
+
 def _large() -> grid.Comparison:
     return dataclasses.replace(
         _leading(),
@@ -326,6 +338,7 @@ VARIANTS = {
     "small": _small,
     "options": _options,
     "recipe": _recipe,
+    "triple": _triple,
     "large": _large,
     "long": _long,
 }
