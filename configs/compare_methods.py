@@ -41,7 +41,7 @@ def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
 
 ADAMW = chain("adamw")
 
-# The middle rate is about the best one of `small`; the search goes on beyond the others.
+# The middle rate is about the best one of `small`; the search goes on from the ends.
 ARMS = (
     grid.Arm(
         name="dense AdamW",
@@ -284,25 +284,21 @@ def _recipe() -> grid.Comparison:
             for title in titles
         )
 
-    always = (
-        "normalised q and k",
-        "init of the dense norm",
-        "ranks from q and k to v and o",
-        "ranks from attention to MLP",
-        "ranks from gate to up and down",
-        "R = d/2",
-    )
+    of_both = ("clip at .05", "normalised q and k", "init of the dense norm")
     arms = (
-        *varied(sct, 3e-3, "clip at .1", "clip at .05", "rate of s x 5", *always),
         *varied(
             stiefel,
             0.01,
-            "clip at .05",
+            *of_both,
             "rate of s as of u and v",
             "lossless",
             "momentum .9",
-            *always,
+            "ranks from q and k to v and o",
+            "ranks from attention to MLP",
+            "ranks from gate to up and down",
+            "R = d/2",
         ),
+        *varied(sct, 3e-3, *of_both, "clip at .1", "rate of s x 5", "R = d/2"),
     )
     return dataclasses.replace(_leading().with_arms(arms), finalists=6)
 
@@ -311,7 +307,10 @@ def _triple() -> grid.Comparison:
     """The leading methods at three times their best rates of `small`: who spikes?"""
     arms = (
         dataclasses.replace(
-            arm, rates=(3 * arm.rates[1],), adam_rate=3 * TUNED_ADAM_RATE, always=True
+            arm,
+            rates=(round(3 * arm.rates[1], 6),),
+            adam_rate=3 * TUNED_ADAM_RATE,
+            always=True,
         )
         for arm in tuned(*LEADING)
     )
