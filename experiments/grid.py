@@ -41,8 +41,9 @@ class Comparison:
     Every arm is tuned alike: the first seed is trained at its rates; while the best of
     them is at an end, at one more beyond it, by the ratio of its neighbours, up to
     `max_rates`. There is a best rate for every protocol: that with the least held-out
-    loss at the first of `tokens_per_parameter`, see `summary.best`. At these, the rate
-    of all that is no matrix of a layer is searched in the same way. Then the best
+    loss at the first of `tokens_per_parameter`, see `summary.best`. At these, Adam's
+    rate of the embedding and what else is no factor is searched in the same way, and
+    at the best ones of both again until they stay. Then the best
     `finalists` arms at equal tokens, and those marked `always`, are trained with the
     other seeds too, at all their best settings.
 
@@ -54,8 +55,8 @@ class Comparison:
       protocols: what is held equal to the dense model at each length: "tokens",
         "flops", "seconds".
       reference: the arm whose time per step "seconds" refers to.
-      adam_rate_factors: rates of what is no matrix, in those of the first search; none:
-        they are not searched.
+      adam_rate_factors: Adam's rates of the second search, in that of the first; none:
+        there is no second one.
       max_rates: most rates of one search.
       finalists: how many arms get all seeds.
     """
@@ -87,6 +88,15 @@ class Comparison:
             errors.check_choice("protocols", protocol, tuple(summary.PROTOCOLS))
         if "seconds" in self.protocols:
             errors.check_choice("reference", self.reference, tuple(names))
+        factors = self.adam_rate_factors
+        errors.check(
+            "adam_rate_factors",
+            not factors or (factors[0] > 0 and 1 in factors),
+            "must be positive, with 1 among them",
+        )
+        errors.check(
+            "adam_rate_factors", list(factors) == sorted(set(factors)), "not sorted"
+        )
         for arm in self.arms:
             field = f"arms.{arm.name}.rates"
             errors.check(field, len(arm.rates) >= 1, "there are none")
@@ -259,26 +269,28 @@ def _search_both(
     Those of the first search come first, in the order of their rates.
     """
     search = functools.partial(_search, rows=rows, max_rates=comparison.max_rates)
-    trials = search(arm.rates, at, horizons=horizons)
-    if not comparison.adam_rate_factors or any(t.key not in rows for t in trials):
-        return trials
-    by_best: dict[float, list[str]] = {}
-    for horizon in horizons:
-        best = summary.best([rows[t.key] for t in trials], horizon)
-        by_best.setdefault(best["rate"], []).append(horizon)
-    for rate, own in by_best.items():
-        center = at(rate)
-        # Of the first search, so not defined anew.
-        at_factor = lambda factor, center=center: (
-            center if factor == 1 else at(center.rate, adam_rate=_times(center, factor))
-        )
-        line = search(comparison.adam_rate_factors, at_factor, horizons=own)
-        trials += [t for t in line if t is not center]
-    return trials
+    found = {t.key: t for t in search(arm.rates, at, horizons=horizons)}
+    grew = bool(comparison.adam_rate_factors)
+    # What is best after one round may lie on the line of another rate, at its end.
+    while grew and found.keys() <= rows.keys():
+        known = len(found)
+        by_best: dict[float, list[str]] = {}
+        for horizon in horizons:
+            best = summary.best([rows[key] for key in found], horizon)
+            by_best.setdefault(best["rate"], []).append(horizon)
+        for rate, own in by_best.items():
+            center = at(rate)
 
+            def at_factor(factor: float, center=center) -> trial_lib.Trial:
+                if factor == 1:  # of the first search, so not defined anew
+                    return center
+                adam_rate = factor * summary.rate_of_others(rows[center.key])
+                return at(center.rate, adam_rate=float(f"{adam_rate:.3g}"))
 
-def _times(center: trial_lib.Trial, factor: float) -> float:
-    return float(f"{factor * center.rate_of_others:.3g}")
+            line = search(comparison.adam_rate_factors, at_factor, horizons=own)
+            found |= {t.key: t for t in line}
+        grew = len(found) > known
+    return list(found.values())
 
 
 def _search(
@@ -317,6 +329,8 @@ def check_same(
             continue
         arm = arms[row["arm"]]
         rate, adam_rate = summary.setting(row)
+        if not comparison.adam_rate_factors:
+            adam_rate = None  # that of the arm
         same = comparison.trial(arm, rate, row["seed"], adam_rate=adam_rate, **keywords)
         if same.key == key:
             continue

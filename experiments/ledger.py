@@ -166,8 +166,8 @@ def fill(
 
 def describe(trial: trial_lib.Trial) -> str:
     """Returns the trial in a few words."""
-    own = "" if trial.adam_rate is None else f" / {trial.adam_rate:g}"
-    return f"{trial.arm}, rate {trial.rate:g}{own}, seed {trial.experiment.seed}"
+    rates = " / ".join(f"{r:g}" for r in (trial.rate, trial.adam_rate) if r is not None)
+    return f"{trial.arm}, rate {rates}, seed {trial.experiment.seed}"
 
 
 def outcome(row: summary.Row) -> str:

@@ -78,7 +78,7 @@ def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
     protocols = arms[0].protocols
     first = protocols[0]
     choices = list(summary.firsts(protocols).values())
-    header = ["method", "rates tried"]
+    header = ["method", "settings tried"]
     header += [f"rate, {summary.words(protocol)} (seeds)" for protocol in choices]
     header += [f"nats, {summary.words(protocol)}" for protocol in protocols]
     header += ["bits per byte", "parameters", "TFLOP", "MB", "max update", "spikes"]
@@ -166,7 +166,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         (
             "tuning",
             "Held-out loss of the first seed over the learning rate, "
-            f"{summary.words(first)}; rates that diverged are left out.",
+            f"{summary.words(first)}; Adam's rate is that of the first search; rates "
+            "that diverged are left out.",
             lambda: figures.tuning(arms, first),
         ),
         (

@@ -55,7 +55,7 @@ class ScalingLaws:
       rank_ratio: rank over d_model.
       base_width: d_model at which the rates hold; at others they are scaled by
         base_width / d_model where a kind is named in `scaled`.
-      scaled: kinds whose rate is scaled.
+      scaled: kinds whose rate is scaled; one of Adam's own is not.
     """
 
     base: config.ExperimentConfig

@@ -25,8 +25,8 @@ PROTOCOLS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal
 class Arm:
     """The trials of one method.
 
-    A rate is chosen for every protocol, as `best` does; the rows of a horizon are those
-    of that rate, one per seed.
+    Rates are chosen for every protocol, as `best` does; the rows of a horizon are those
+    of these rates, one per seed.
 
     Attributes:
       name: what tables call it.
@@ -148,7 +148,7 @@ def setting(row: Row) -> Setting:
 
 
 def rate_of_others(row: Row) -> float:
-    """Returns the rate of what is neither a factor nor a hidden matrix."""
+    """Returns the rate of what `optimizer.dense_rate` is for."""
     rate, adam_rate = setting(row)
     if adam_rate is not None:
         return adam_rate
@@ -156,14 +156,16 @@ def rate_of_others(row: Row) -> float:
 
 
 def best(rows: Sequence[Row], protocol: str) -> Row:
-    """Returns the row with the least held-out loss, of equals that of the least rate.
+    """Returns the row with the least held-out loss, of equals that of least rates.
 
     A rate is chosen once per kind of protocol: at its first length, whichever length
     `protocol` names.
     """
     kind, _ = kind_and_length(protocol)
     first = firsts(rows[0]["results"])[kind]
-    return min(rows, key=lambda row: (loss_of(row, first), row["rate"]))
+    return min(
+        rows, key=lambda row: (loss_of(row, first), row["rate"], rate_of_others(row))
+    )
 
 
 def ranked(arms: Sequence[Arm], protocol: str) -> list[Arm]:

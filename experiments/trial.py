@@ -52,8 +52,8 @@ class Trial:
         `num_steps` is the longest horizon.
       horizons: pairs of a name and the length of its run, in steps.
       method: one of `baselines.METHODS`.
-      adam_rate: peak rate of the arrays outside factors and hidden matrices where it is
-        not that of the matrices; None: through `optimizer.dense_rate`.
+      adam_rate: peak rate of what `optimizer.dense_rate` is for, embedding and norms
+        above all, where it is not that of the matrices; None: by that ratio.
     """
 
     arm: str
@@ -72,13 +72,6 @@ class Trial:
     def rate(self) -> float:
         """Peak learning rate."""
         return self.experiment.optimizer.peak_learning_rate
-
-    @property
-    def rate_of_others(self) -> float:
-        """Peak rate of what is neither a factor nor a hidden matrix."""
-        if self.adam_rate is not None:
-            return self.adam_rate
-        return self.rate * self.experiment.optimizer.dense_rate
 
     @property
     def fade_steps(self) -> int:
@@ -329,7 +322,7 @@ def _without_rates(trial: Trial) -> Trial:
         arm="",
         experiment=experiment,
         horizons=(("", max(2 * trial.fade_steps, 1)),),  # the fade stays as it is
-        adam_rate=None if trial.adam_rate is None else 1.0,
+        adam_rate=None,
     )
 
 

@@ -114,10 +114,12 @@ def fields_of(
 ) -> Iterator[tuple[str, Any, str]]:
     """Yields dotted name, value and meaning of every field, those within too.
 
-    The meaning is what the docstring of its dataclass says of it; if that says nothing,
-    that of the group which the field is in.
+    The meaning is what the docstring of its dataclass says of it; if that has no
+    attributes at all, that of the group which the field is in.
     """
     text = inspect.getdoc(type(settings)) or ""
+    if "Attributes:" in text:
+        meaning = ""
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), prefix + field.name
         # An indented "name: text", with its further lines indented more.

@@ -658,7 +658,7 @@ class OptimizerConfig:
         Args:
           num_steps: length of the run, for the schedule.
           decay_mask: which leaves decay, where the axes alone do not tell.
-          matrix_mask: which leaves are matrices to Muon, likewise.
+          matrix_mask: which leaves are matrices to muon and adamw, likewise.
         """
         return self.chain(
             self.learning_rate(num_steps),

@@ -111,6 +111,12 @@ def test_every_protocol_has_its_rate_and_its_seeds():
     assert len(rows) == 4 + 2
 
 
+def distance(trial, rate, adam_rate):
+    """A loss that is 0 at these rates."""
+    own = trial.rate if trial.adam_rate is None else trial.adam_rate
+    return abs(math.log(trial.rate / rate)) + abs(math.log(own / adam_rate))
+
+
 def test_adams_rate_is_searched_at_the_best_rates():
     """Ours wants twice the rate of its matrices, dense a quarter of its own one."""
     own = dataclasses.replace(DENSE, adam_rate=0.08)
@@ -122,8 +128,7 @@ def test_adams_rate_is_searched_at_the_best_rates():
     while missing := grid.missing(item, rows):
         trial = missing[0]
         order.append((trial.arm, trial.rate, trial.adam_rate, trial.experiment.seed))
-        pairs = zip((trial.rate, trial.rate_of_others), best[trial.arm], strict=True)
-        rows[trial.key] = row_of(trial, sum(abs(math.log(a / b)) for a, b in pairs))
+        rows[trial.key] = row_of(trial, distance(trial, *best[trial.arm]))
     assert set(order) == {
         *(("dense", rate, 0.08, 0) for rate in (0.01, 0.02, 0.04)),
         *(("dense", 0.02, rate, 0) for rate in (0.16, 0.04, 0.02, 0.01)),
@@ -142,10 +147,40 @@ def test_adams_rate_is_searched_at_the_best_rates():
     assert summary.arms(few)[0].at_edge("tokens 0.4")
 
 
+def test_a_line_that_wins_elsewhere_goes_on():
+    """At equal tokens (.2, .1) wins, on the line that equal FLOPs had asked for.
+
+    There it is the end, so the line goes on, though not for equal FLOPs.
+    """
+    tokens = {(0.1, None): 1.0, (0.2, None): 1.1}
+    tokens |= {(0.2, 0.1): 0.9, (0.2, 0.05): 0.8, (0.2, 0.025): 0.85}
+    flops = {(0.2, None): 1.0}
+    item = comparison(arms=(OURS,), adam_rate_factors=(0.5, 1.0, 2.0), seeds=(0,))
+    rows = {}
+    while missing := grid.missing(item, rows):
+        trial = missing[0]
+        row = row_of(trial, 5.0)
+        for name, losses in (("tokens 0.4", tokens), ("flops 0.4", flops)):
+            row["results"][name] = {"loss": losses.get(summary.setting(row), 5.0)}
+        rows[trial.key] = row
+    assert set(map(summary.setting, rows.values())) == {
+        *((rate, None) for rate in (0.05, 0.1, 0.2, 0.4)),
+        *((0.1, rate) for rate in (0.05, 0.2)),
+        *((0.2, rate) for rate in (0.4, 0.1, 0.05, 0.025)),
+    }
+    (arm,) = summary.arms(list(rows.values()))
+    assert arm.setting("tokens 0.4") == (0.2, 0.05)
+    assert not arm.at_edge("tokens 0.4")
+
+
 def test_a_rate_is_chosen_at_the_first_length():
     result = lambda loss: {"loss": loss}
     rows = [
-        {"rate": rate, "results": {"tokens 9": result(far), "tokens 2": result(near)}}
+        {
+            "rate": rate,
+            "definition": config.to_dict(comparison().trial(OURS, rate, 0)),
+            "results": {"tokens 9": result(far), "tokens 2": result(near)},
+        }
         for rate, far, near in ((0.1, 3.0, 4.0), (0.2, 3.1, 3.5))
     ]
     assert summary.best(rows, "tokens 2")["rate"] == 0.1
@@ -246,6 +281,8 @@ def test_a_guide_is_charged_for_its_dense_path():
             {"arms": (dataclasses.replace(DENSE, rates=(0.2, 0.1)),)},
             "arms.dense.rates: not sorted",
         ),
+        ({"adam_rate_factors": (0.5, 2.0)}, "with 1 among them"),
+        ({"adam_rate_factors": (1.0, 0.5)}, "adam_rate_factors: not sorted"),
         (
             {"arms": (dataclasses.replace(DENSE, overrides=(("model.rnk", "4"),)),)},
             "did you mean 'rank'",
@@ -268,6 +305,12 @@ def test_rows_of_another_comparison_are_refused():
     with pytest.raises(errors.ConfigError, match=r"experiment\.optimizer\.b2"):
         grid.check_same(comparison(base=changed), rows)
     grid.check_same(comparison(base=changed, arms=(DENSE,)), rows)
+    slower = dataclasses.replace(OURS, adam_rate=0.01)
+    trial = item.trial(slower, 0.1, 0)
+    rows = {trial.key: row_of(trial, 5.0)}
+    with pytest.raises(errors.ConfigError, match="another adam_rate"):
+        grid.check_same(item, rows)
+    grid.check_same(comparison(adam_rate_factors=(1.0, 2.0)), rows)
 
 
 def test_a_trial_of_another_folder_is_taken_over_as_it_is(tmp_path):

@@ -155,8 +155,11 @@ def test_rates_change_without_compiling_again(experiment, corpus):
         {"model__spectral": "()", "optimizer__name": "muon"},
         {"model__factors": "low_rank", "optimizer__name": "spectron"},
         {"optimizer__name": "stiefel_muon"},
+        {"optimizer__name": "sct"},
+        {"model__spectral": "()", "optimizer__name": "adamw"},
+        {"model__factors": "low_rank", "optimizer__name": "adamw"},
     ],
-    ids=["muon", "spectron", "stiefel_muon"],
+    ids=["muon", "spectron", "stiefel_muon", "sct", "adamw", "adamw, low rank"],
 )
 def test_the_other_leaves_have_a_rate_of_their_own(experiment, corpus, fields):
     """With a rate of 1e-9 for the matrices the embedding moves as at a rate of 1."""
