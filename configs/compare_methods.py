@@ -262,6 +262,7 @@ def _recipe() -> grid.Comparison:
         "rate of s x 5": (("optimizer.singular_value_rate", "5.0"),),
         "lossless": (("optimizer.retraction", "lossless"),),
         "momentum .9": (("optimizer.momentum", "0.9"),),
+        "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
         "init of the dense norm": (("model.rescale_init", "true"),),
         "ranks from q and k to v and o": ranks(q=16, k=16, v=48, o=48),
         "ranks from attention to MLP": ranks(
@@ -293,6 +294,7 @@ def _recipe() -> grid.Comparison:
             "rate of s as of u and v",
             "lossless",
             "momentum .9",
+            "tangent gradient",
             "ranks from q and k to v and o",
             "ranks from attention to MLP",
             "ranks from gate to up and down",

@@ -88,24 +88,17 @@ def sct(
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, Algorithm 1
     """
-    if tangent_projection not in (None, *TANGENT_PROJECTIONS):
-        raise ValueError(
-            f"unknown tangent projection {tangent_projection!r}: choose one of "
-            f"{', '.join(TANGENT_PROJECTIONS)}"
-        )
     direction = transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype)
     if transport_moments:
         direction = transforms.transport_moments(direction)
-    if tangent_projection == "gradient":
-        direction = optax.chain(transforms.project_to_tangent(), direction)
-    steps = [
+    parts = [
+        direction,
         *_decay(weight_decay, decay_mask),
         *_rates(singular_value_rate, dense_rate, base_width),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    if tangent_projection == "displacement":
-        steps.append(transforms.project_to_tangent())
-    return _on_the_manifold([direction, *steps], max_update_norm, retraction)
+    parts = _projected(parts, tangent_projection)
+    return _on_the_manifold(parts, max_update_norm, retraction)
 
 
 def tsvd(
@@ -196,6 +189,7 @@ def stiefel_muon(
     retraction: str = "cholesky_qr",
     singular_value_rate: transforms.ScalarOrSchedule = 1.0,
     dense_rate: transforms.ScalarOrSchedule = 1.0,
+    tangent_projection: str | None = None,
     decay_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Stiefel Muon, ours: orthogonalised momentum on u and v, AdamW on all the rest.
@@ -216,13 +210,14 @@ def stiefel_muon(
       retraction: see `sct`.
       singular_value_rate: factor of the learning rate for s.
       dense_rate: factor of the learning rate outside SpectralFactors.
+      tangent_projection: see `sct`.
       decay_mask: see `sct`.
 
     Returns:
       A transformation for any tree that mixes factor tuples and arrays.
 
     Raises:
-      ValueError: for an unknown gauge or retraction.
+      ValueError: for an unknown gauge, retraction or tangent projection.
     """
     direction = _partition(
         spectral.is_spectral,
@@ -231,15 +226,17 @@ def stiefel_muon(
         ),
         optax.scale_by_adam(b1, b2, eps),
     )
-    steps = [
+    parts = [
+        direction,
         *_decay(weight_decay, decay_mask),
         *_rates(singular_value_rate, dense_rate, None),
         optax.scale_by_learning_rate(learning_rate),
     ]
     if gauge == "svd":
-        steps.append(transforms.limit_rotation(max_rotation))
+        parts.append(transforms.limit_rotation(max_rotation))
     moments = "whitened" if gauge == "svd" else "gradient"
-    return _on_the_manifold([direction, *steps], max_update_norm, retraction, moments)
+    parts = _projected(parts, tangent_projection)
+    return _on_the_manifold(parts, max_update_norm, retraction, moments)
 
 
 def spectron(
@@ -393,6 +390,20 @@ def muon(
                 (matrix_mask or matrices_by_axes)(params),
             ),
         )
+    )
+
+
+def _projected(parts, tangent_projection):
+    """The parts of a chain with the projection first or last, if any."""
+    if tangent_projection is None:
+        return parts
+    if tangent_projection == "gradient":
+        return [transforms.project_to_tangent(), *parts]
+    if tangent_projection == "displacement":
+        return [*parts, transforms.project_to_tangent()]
+    raise ValueError(
+        f"unknown tangent projection {tangent_projection!r}: choose one of "
+        f"{', '.join(TANGENT_PROJECTIONS)}"
     )
 
 

@@ -67,9 +67,34 @@ def test_sct_projects_what_it_is_told_to(option):
     np.testing.assert_allclose(w.u + updates.u, expected, rtol=0, atol=20 * EPS)
 
 
+@pytest.mark.parametrize("option", optimizers.TANGENT_PROJECTIONS)
+def test_stiefel_muon_projects_what_it_is_told_to(option):
+    w = weight()
+    grads = noise(w, 1)
+    project = transforms.project_to_tangent()
+    muon = transforms.scale_by_stiefel_muon()
+    rate = optax.scale_by_learning_rate(RATE)
+    parts = [project, muon, rate] if option == "gradient" else [muon, rate, project]
+    composed = optax.chain(*parts, transforms.retract_to_stiefel())
+    found, expected, plain = (
+        tx.update(grads, tx.init(w), w)[0]
+        for tx in (
+            optimizers.stiefel_muon(RATE, tangent_projection=option),
+            composed,
+            optimizers.stiefel_muon(RATE),
+        )
+    )
+    for x, y, unlike in zip(found, expected, plain, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=20 * EPS)
+        if x.ndim == 2:  # s has no tangent space
+            assert np.abs(x - unlike).max() > 0.01 * RATE
+
+
 def test_an_unknown_projection_is_refused():
     with pytest.raises(ValueError, match="unknown tangent projection 'gradients'"):
         optimizers.sct(RATE, tangent_projection="gradients")
+    with pytest.raises(ValueError, match="unknown tangent projection 'both'"):
+        optimizers.stiefel_muon(RATE, tangent_projection="both")
 
 
 # --- transport_moments -----------------------------------------------------------
