@@ -16,7 +16,7 @@ def get_config() -> scaling_laws.ScalingLaws:
         kinds=tuple(
             # One rate each, the middle one: the best of `small` at equal FLOPs.
             dataclasses.replace(arm, rates=arm.rates[1:2])
-            for arm in compare_methods.tuned("dense Muon", "SCT + clip")
+            for arm in compare_methods.tuned("dense Muon", "Stiefel Muon")
         ),
         sizes=tuple(
             scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)

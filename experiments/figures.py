@@ -83,15 +83,22 @@ def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     return figure
 
 
-def tuning(arms: Sequence[summary.Arm], protocol: str) -> Figure:
-    """Returns the loss of the first seed over the learning rate, per arm."""
+def tuning(
+    arms: Sequence[summary.Arm], protocol: str, *, of_others: bool = False
+) -> Figure:
+    """Returns the loss of the first seed over a learning rate, per arm.
+
+    That of the matrices, or that of others, the embedding above all.
+    """
     figure, axes = _figure()
     for arm in arms:
-        points = [(r, loss) for r, loss in arm.tuning(protocol) if math.isfinite(loss)]
+        line = arm.tuning_of_others if of_others else arm.tuning
+        points = [(rate, loss) for rate, loss in line(protocol) if math.isfinite(loss)]
         if points:
             axes.plot(*zip(*points, strict=True), label=arm.name, **style(arm.index))
     axes.set_xscale("log")
-    axes.set_xlabel("peak learning rate (of the matrices)")
+    whose = "the embedding and what else is no factor" if of_others else "the matrices"
+    axes.set_xlabel(f"peak learning rate of {whose}")
     axes.set_ylabel("held-out loss, nats per token")
     _legend(axes)
     return figure

@@ -162,14 +162,26 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         )
         for protocol in protocols
     ]
-    wanted += [
+    wanted.append(
         (
             "tuning",
             "Held-out loss of the first seed over the learning rate, "
             f"{summary.words(first)}; Adam's rate is that of the first search; rates "
             "that diverged are left out.",
             lambda: figures.tuning(arms, first),
-        ),
+        )
+    )
+    tuned = [arm for arm in arms if len(arm.tuning_of_others(first)) > 1]
+    if tuned:
+        wanted.append(
+            (
+                "tuning-of-others",
+                "The same over the rate of the embedding and what else is no factor, "
+                "at the best rate of the matrices.",
+                lambda: figures.tuning(tuned, first, of_others=True),
+            )
+        )
+    wanted += [
         (
             "curves",
             "Training loss at the best rate, means of ten steps; bands: one standard "

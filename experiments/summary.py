@@ -65,23 +65,13 @@ class Arm:
         Rates of the matrices count where they were searched, those of the rest at the
         best of these.
         """
-        chosen, first = best(self.searched, protocol), setting(self.searched[0])
-        rates = {
-            row["rate"]
-            for row in self.searched
-            if setting(row).adam_rate == first.adam_rate
-        }
-        of_others = {
-            rate_of_others(row)
-            for row in self.searched
-            if row["rate"] == chosen["rate"]
-        }
+        chosen = best(self.searched, protocol)
+        lines = (
+            (self.tuning(protocol), chosen["rate"]),
+            (self.tuning_of_others(protocol), rate_of_others(chosen)),
+        )
         return any(
-            len(tried) > 1 and at in (min(tried), max(tried))
-            for tried, at in (
-                (rates, chosen["rate"]),
-                (of_others, rate_of_others(chosen)),
-            )
+            len(line) > 1 and at in (line[0][0], line[-1][0]) for line, at in lines
         )
 
     def results(self, protocol: str) -> list[Row]:
@@ -107,6 +97,15 @@ class Arm:
             (row["rate"], loss_of(row, protocol))
             for row in self.searched
             if setting(row).adam_rate == first
+        )
+
+    def tuning_of_others(self, protocol: str) -> list[tuple[float, float]]:
+        """Returns the same pairs of Adam's rate, at the best rate of the matrices."""
+        rate = self.setting(protocol).rate
+        return sorted(
+            (rate_of_others(row), loss_of(row, protocol))
+            for row in self.searched
+            if row["rate"] == rate
         )
 
     def curve(

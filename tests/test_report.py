@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import report, summary
+from sct_jax import metrics
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -120,6 +121,22 @@ def test_markdown_and_page_hold_the_same_figures(folder, capsys):
         png = (folder / "figures" / name).read_bytes()
         assert png.startswith(b"\x89PNG")
         assert len(png) < 300_000
+
+
+def test_a_second_search_has_a_figure_and_a_place_in_the_table(folder):
+    with (folder / "cells.jsonl").open("a") as file:
+        for adam_rate, loss in ((0.007, 4.3), (0.06, 3.9)):
+            searched = row("dense Muon", 0.02, 0, loss)
+            searched["definition"]["adam_rate"] = adam_rate
+            file.write(json.dumps(searched) + "\n")
+    report.main([str(folder)])
+    text = (folder / "report.md").read_text()
+    assert "| dense Muon | 5 | 0.02 / 0.06 (1, at the edge) |" in text
+    assert "(figures/tuning-of-others.png)" in text
+    muon, _ = summary.arms(metrics.read_rows(folder / "cells.jsonl"))
+    assert muon.tuning("tokens 0.4") == [(0.01, 4.5), (0.02, 4.0), (0.04, math.inf)]
+    others = muon.tuning_of_others("tokens 0.4")
+    assert others == [(0.007, 4.3), (0.02, 4.0), (0.06, 3.9)]
 
 
 def test_differences_to_the_dense_arms_are_told(folder):

@@ -128,7 +128,7 @@ def test_what_was_trained_is_fitted_and_drawn(tmp_path, capsys):
     words = ["--fit_only", f"--results={tmp_path}"]
     assert scaling_laws.main(words) == 0
     laws = json.loads((tmp_path / "laws.json").read_text())
-    assert set(laws) == {"dense Muon", "SCT + clip"}
+    assert set(laws) == {"dense Muon", "Stiefel Muon"}
     printed = capsys.readouterr().out
     assert "left out: 1 trials" in printed
     for kind, law in laws.items():
