@@ -98,6 +98,7 @@ ARMS = (
             ),
         ),
         adam_rate=ADAM_RATE,
+        always=True,
     ),
     grid.Arm(
         name="TSVD (adaptive)",
