@@ -207,6 +207,7 @@ def _small() -> grid.Comparison:
         arms=ARMS,
         tokens_per_parameter=(0.4,),
         adam_rate_factors=(1 / 3, 1.0, 3.0),
+        max_rates=7,
     )
 
 
