@@ -154,7 +154,7 @@ LEADING = (
     "dense Muon",
     "SCT (s = 1)",
     "SCT (dense spectrum)",
-    "Spectron",
+    "Spectron (code)",
     "Stiefel Muon",
 )
 
