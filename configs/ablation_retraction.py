@@ -20,22 +20,15 @@ def get_config() -> grid.Comparison:
     width = small.base.model.d_model
     arms = list(compare_methods.tuned("dense AdamW"))
     for title, rank in (("full rank", width), ("R = d/4", width // 4)):
-        ranked = ("model.rank", str(rank))
         arms += [
             grid.Arm(
-                name=f"{title} retracted",
+                name=f"{title} {kind}",
                 rates=RATES,
-                overrides=(ranked,),
+                overrides=(("model.rank", str(rank)), *fields),
                 adam_rate=compare_methods.TUNED_ADAM_RATE,
                 always=True,
-            ),
-            grid.Arm(
-                name=f"{title} free",
-                rates=RATES,
-                overrides=(ranked, *WITHOUT),
-                adam_rate=compare_methods.TUNED_ADAM_RATE,
-                always=True,
-            ),
+            )
+            for kind, fields in (("retracted", ()), ("free", WITHOUT))
         ]
     return grid.Comparison(
         base=small.base,

@@ -29,6 +29,7 @@ from sct_jax import config, data, model, optimizers
 ADAM_RATE = 3e-3
 # About the best one of the arms of `small` (see its report): for the other studies.
 TUNED_ADAM_RATE = 0.027
+ADAM_RATE_FACTORS = (1 / 3, 1.0, 3.0)  # where it is searched
 
 # Fields of the experiment by arm; the base has spectral factors and the chain sct.
 DENSE = (("model.spectral", "()"),)
@@ -201,21 +202,17 @@ def base(
     )
 
 
-def _small() -> grid.Comparison:
+def _leading() -> grid.Comparison:
     return grid.Comparison(
         base=base(d_model=128, d_ff=344, vocab_size=1024, seq_len=128),
-        arms=ARMS,
+        arms=tuned(*LEADING),
         tokens_per_parameter=(0.4,),
-        adam_rate_factors=(1 / 3, 1.0, 3.0),
-        max_rates=7,
     )
 
 
-def _leading() -> grid.Comparison:
-    return grid.Comparison(
-        base=_small().base,
-        arms=tuned(*LEADING),
-        tokens_per_parameter=(0.4,),
+def _small() -> grid.Comparison:
+    return dataclasses.replace(
+        _leading().with_arms(ARMS), adam_rate_factors=ADAM_RATE_FACTORS, max_rates=7
     )
 
 
@@ -243,15 +240,13 @@ def _options() -> grid.Comparison:
         grid.Arm(name=name, rates=(3e-3, 6e-3, 1.2e-2), overrides=fields, always=True)
         for name, fields in options.items()
     ]
-    return dataclasses.replace(
-        _small().with_arms(tuple(arms)), protocols=("tokens",), adam_rate_factors=()
-    )
+    return dataclasses.replace(_leading().with_arms(tuple(arms)), protocols=("tokens",))
 
 
 def _recipe() -> grid.Comparison:
     """Variations of two chains, each at the best rate of `small`."""
     sct, stiefel = tuned("SCT (dense spectrum)", "Stiefel Muon")
-    rank = _small().base.model.rank
+    rank = _leading().base.model.rank
     # The parameters of the uniform ranks, 32 of d 128 and d_ff 344, moved.
     ranks = lambda **by_name: tuple(
         (f"model.ranks.{name}", str(r)) for name, r in by_name.items()
@@ -316,7 +311,7 @@ def _triple() -> grid.Comparison:
             adam_rate=3 * TUNED_ADAM_RATE,
             always=True,
         )
-        for arm in tuned(*LEADING)
+        for arm in arms_named(*LEADING)
     )
     return _leading().with_arms(tuple(arms))
 
@@ -337,7 +332,7 @@ def _long() -> grid.Comparison:
         _leading(),
         base=dataclasses.replace(shape, data=batches),
         tokens_per_parameter=(10.0, 0.4, 2.0),
-        adam_rate_factors=(1 / 3, 1.0, 3.0),
+        adam_rate_factors=ADAM_RATE_FACTORS,
     )
 
 

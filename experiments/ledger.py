@@ -166,7 +166,7 @@ def fill(
 
 def describe(trial: trial_lib.Trial) -> str:
     """Returns the trial in a few words."""
-    rates = " / ".join(f"{r:g}" for r in (trial.rate, trial.adam_rate) if r is not None)
+    rates = summary.Setting(trial.rate, trial.adam_rate)
     return f"{trial.arm}, rate {rates}, seed {trial.experiment.seed}"
 
 

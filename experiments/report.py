@@ -287,8 +287,7 @@ def _with_error(arm: summary.Arm, protocol: str, field: str) -> str:
 
 def _choice(arm: summary.Arm, protocol: str) -> str:
     edge = ", at the edge" if arm.at_edge(protocol) else ""
-    rates = " / ".join(f"{r:g}" for r in arm.setting(protocol) if r is not None)
-    return f"{rates} ({arm.num_seeds(protocol)}{edge})"
+    return f"{arm.setting(protocol)} ({arm.num_seeds(protocol)}{edge})"
 
 
 def _number(value: float, form: str) -> str:

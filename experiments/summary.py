@@ -17,6 +17,9 @@ class Setting(NamedTuple):
     rate: float
     adam_rate: float | None
 
+    def __str__(self) -> str:
+        return " / ".join(f"{rate:g}" for rate in self if rate is not None)
+
 
 PROTOCOLS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
 

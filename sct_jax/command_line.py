@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 from sct_jax import config, errors
 
 _WIDTH = 88
+# Of a docstring an indented "name: text", with its further lines indented more.
+_ENTRY = re.compile(r"^( +)(\w+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -118,14 +120,10 @@ def fields_of(
     attributes at all, that of the group which the field is in.
     """
     text = inspect.getdoc(type(settings)) or ""
-    if "Attributes:" in text:
-        meaning = ""
+    entries = {name: " ".join(said.split()) for _, name, said in _ENTRY.findall(text)}
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), prefix + field.name
-        # An indented "name: text", with its further lines indented more.
-        entry = rf"^( +){field.name}: (.*(?:\n\1 +.*)*)"
-        found = re.search(entry, text, re.MULTILINE)
-        own = " ".join(found[2].split()) if found else meaning
+        own = entries.get(field.name, "") if entries else meaning
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{name}.", own)
         else:

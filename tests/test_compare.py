@@ -104,9 +104,8 @@ def test_every_protocol_has_its_rate_and_its_seeds():
         rows[trial.key] = row
     (arm,) = summary.arms(list(rows.values()))
     assert sorted(row["rate"] for row in arm.searched) == [0.005, 0.01, 0.02, 0.04]
-    assert (
-        arm.setting("tokens 0.4").rate == 0.02 and arm.setting("flops 0.4").rate == 0.01
-    )
+    assert arm.setting("tokens 0.4").rate == 0.02
+    assert arm.setting("flops 0.4").rate == 0.01
     assert arm.num_seeds("tokens 0.4") == arm.num_seeds("flops 0.4") == 2
     assert len(rows) == 4 + 2
 
