@@ -8,8 +8,8 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
           about eight hours on two cores.
   small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each: all methods, with
           the rate of the embedding searched as well; three hours.
-  options the model of `small`, the options of SCT one by one, three seeds of each.
-  recipe  the model of `small`, two chains with other ranks, rates and bounds.
+  recipe  the model of `small`, two chains with other ranks, rates, bounds, retractions
+          and moments, one by one.
   triple  the model of `small`, three times the rates, for loss spikes.
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: six methods, .4 tokens
           for each; for accelerators, a process for each:
@@ -225,24 +225,6 @@ def _short() -> grid.Comparison:
     )
 
 
-def _options() -> grid.Comparison:
-    options = {
-        "SCT": (),
-        "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
-        "polar retraction": (("optimizer.retraction", "polar"),),
-        "lossless retraction": (("optimizer.retraction", "lossless"),),
-        "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
-        "tangent displacement": (("optimizer.tangent_projection", "displacement"),),
-        "transported moments": (("optimizer.transport_moments", "true"),),
-        "clip at .1": (("optimizer.max_update_norm", "0.1"),),
-    }
-    arms = [
-        grid.Arm(name=name, rates=(3e-3, 6e-3, 1.2e-2), overrides=fields, always=True)
-        for name, fields in options.items()
-    ]
-    return dataclasses.replace(_leading().with_arms(tuple(arms)), protocols=("tokens",))
-
-
 def _recipe() -> grid.Comparison:
     """Variations of two chains, each at the best rate of `small`."""
     sct, stiefel = tuned("SCT (dense spectrum)", "Stiefel Muon")
@@ -258,6 +240,9 @@ def _recipe() -> grid.Comparison:
         "rate of s as of u and v": (("optimizer.singular_value_rate", "1.0"),),
         "rate of s x 5": (("optimizer.singular_value_rate", "5.0"),),
         "lossless": (("optimizer.retraction", "lossless"),),
+        "polar retraction": (("optimizer.retraction", "polar"),),
+        "transported moments": (("optimizer.transport_moments", "true"),),
+        "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
         "momentum .9": (("optimizer.momentum", "0.9"),),
         "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
         "init of the dense norm": (("model.rescale_init", "true"),),
@@ -277,27 +262,40 @@ def _recipe() -> grid.Comparison:
                 plain,
                 name=f"{arm.name}: {title}",
                 overrides=(*arm.overrides, *variations[title]),
-                always=False,
+                always=title == "bfloat16 moments",  # how much noise they add
             )
             for title in titles
         )
 
-    of_both = ("clip at .05", "normalised q and k", "init of the dense norm")
+    of_both = (
+        "clip at .05",
+        "normalised q and k",
+        "init of the dense norm",
+        "lossless",
+        "tangent gradient",
+        "R = d/2",
+    )
     arms = (
         *varied(
             stiefel,
             0.01,
             *of_both,
             "rate of s as of u and v",
-            "lossless",
             "momentum .9",
-            "tangent gradient",
             "ranks from q and k to v and o",
             "ranks from attention to MLP",
             "ranks from gate to up and down",
-            "R = d/2",
         ),
-        *varied(sct, 3e-3, *of_both, "clip at .1", "rate of s x 5", "R = d/2"),
+        *varied(
+            sct,
+            3e-3,
+            *of_both,
+            "clip at .1",
+            "rate of s x 5",
+            "polar retraction",
+            "transported moments",
+            "bfloat16 moments",
+        ),
     )
     return _leading().with_arms(arms)
 
@@ -339,7 +337,6 @@ def _long() -> grid.Comparison:
 VARIANTS = {
     "short": _short,
     "small": _small,
-    "options": _options,
     "recipe": _recipe,
     "triple": _triple,
     "large": _large,
