@@ -97,7 +97,7 @@ def tuning(
         if points:
             axes.plot(*zip(*points, strict=True), label=arm.name, **style(arm.index))
     axes.set_xscale("log")
-    whose = "the embedding and what else is no factor" if of_others else "the matrices"
+    whose = "the embedding and norms" if of_others else "the matrices"
     axes.set_xlabel(f"peak learning rate of {whose}")
     axes.set_ylabel("held-out loss, nats per token")
     _legend(axes)

@@ -42,10 +42,10 @@ class Comparison:
     them is at an end, at one more beyond it, by the ratio of its neighbours, up to
     `max_rates`. There is a best rate for every protocol: that with the least held-out
     loss at the first of `tokens_per_parameter`, see `summary.best`. At these, Adam's
-    rate of the embedding and what else is no factor is searched in the same way, and
-    at the best ones of both again until they stay. Then the best
-    `finalists` arms at equal tokens, and those marked `always`, are trained with the
-    other seeds too, at all their best settings.
+    rate of the embedding and norms is searched in the same way, and at the best ones of
+    both again until they stay. Then the best `finalists` arms at equal tokens, and
+    those marked `always`, are trained with the other seeds too, at all their best
+    settings.
 
     Attributes:
       base: the experiment that arms override; its model is that of the low-rank arms.

@@ -21,9 +21,9 @@ RESULTS = "Held-out loss: mean ± standard deviation over seeds"
 DIFFERENCES = "Less the loss of {}, seed by seed: mean ± standard error"
 NOTES = (
     "The best rate of a protocol is that with the least held-out loss of the first "
-    "seed, on the text that the table is of; a second one is Adam's, of all that is no "
-    "matrix of a layer, where it has its own. Arms with fewer seeds stand below the "
-    "others: means over different seeds do not compare.",
+    "seed, on the text that the table is of; a second one is Adam's, of the embedding "
+    "and norms, where it has its own. Arms with fewer seeds stand below the others: "
+    "means over different seeds do not compare.",
     "Bits per byte, TFLOP, the largest change of a matrix in spectral norm, and loss "
     "spikes per run belong to the first of the horizons; - where it was not measured. "
     "FLOPs are the matrix products of forward and backward pass, head included; those "
@@ -176,7 +176,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         wanted.append(
             (
                 "tuning-of-others",
-                "The same over the rate of the embedding and what else is no factor, "
+                "The same over the rate of the embedding and norms, "
                 "at the best rate of the matrices.",
                 lambda: figures.tuning(tuned, first, of_others=True),
             )
