@@ -226,8 +226,8 @@ def _short() -> grid.Comparison:
 
 
 def _recipe() -> grid.Comparison:
-    """Variations of two chains, each at the best rate of `small`."""
-    sct, stiefel = tuned("SCT (dense spectrum)", "Stiefel Muon")
+    """Variations of two chains, and of dense Muon, each at a good rate of `small`."""
+    muon, sct, stiefel = tuned("dense Muon", "SCT (dense spectrum)", "Stiefel Muon")
     rank = _leading().base.model.rank
     # The parameters of the uniform ranks, 32 of d 128 and d_ff 344, moved.
     ranks = lambda **by_name: tuple(
@@ -244,6 +244,7 @@ def _recipe() -> grid.Comparison:
         "transported moments": (("optimizer.transport_moments", "true"),),
         "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
         "momentum .9": (("optimizer.momentum", "0.9"),),
+        "momentum .8": (("optimizer.momentum", "0.8"),),
         "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
         "init of the dense norm": (("model.rescale_init", "true"),),
         "ranks from q and k to v and o": ranks(q=16, k=16, v=48, o=48),
@@ -254,15 +255,20 @@ def _recipe() -> grid.Comparison:
         "R = d/2": (("model.rank", str(2 * rank)),),
     }
 
-    def varied(arm: grid.Arm, rate: float, *titles: str) -> tuple[grid.Arm, ...]:
+    def varied(
+        arm: grid.Arm, rate: float, *titles: str, always: tuple[str, ...] = ()
+    ) -> tuple[grid.Arm, ...]:
         plain = dataclasses.replace(arm, rates=(rate,), always=True)
         # Of a field that is given twice the later value counts.
         return plain, *(
             dataclasses.replace(
                 plain,
                 name=f"{arm.name}: {title}",
-                overrides=(*arm.overrides, *variations[title]),
-                always=title == "bfloat16 moments",  # how much noise they add
+                overrides=(
+                    *arm.overrides,
+                    *(f for part in title.split(" + ") for f in variations[part]),
+                ),
+                always=title in always,
             )
             for title in titles
         )
@@ -275,6 +281,7 @@ def _recipe() -> grid.Comparison:
         "tangent gradient",
         "R = d/2",
     )
+    best = "momentum .9 + normalised q and k"
     arms = (
         *varied(
             stiefel,
@@ -282,9 +289,13 @@ def _recipe() -> grid.Comparison:
             *of_both,
             "rate of s as of u and v",
             "momentum .9",
+            "momentum .8",
+            best,
+            f"{best} + lossless",
             "ranks from q and k to v and o",
             "ranks from attention to MLP",
             "ranks from gate to up and down",
+            always=(best, "R = d/2"),
         ),
         *varied(
             sct,
@@ -295,7 +306,10 @@ def _recipe() -> grid.Comparison:
             "polar retraction",
             "transported moments",
             "bfloat16 moments",
+            always=("bfloat16 moments",),  # how much do they cost?
         ),
+        # What helps the one chain may help the other.
+        *varied(muon, 0.01, "momentum .9", "normalised q and k", best, always=(best,)),
     )
     return _leading().with_arms(arms)
 
