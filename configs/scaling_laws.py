@@ -12,7 +12,7 @@ from experiments import scaling_laws
 def get_config() -> scaling_laws.ScalingLaws:
     small = compare_methods.get_config("small")
     return scaling_laws.ScalingLaws(
-        base=compare_methods.improved(small.base, momentum=0.95),
+        base=compare_methods.with_qk_norm(small.base),
         kinds=tuple(
             # One rate each, the middle one: the best of `small` at equal FLOPs.
             dataclasses.replace(arm, rates=arm.rates[1:2])
