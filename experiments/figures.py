@@ -63,7 +63,7 @@ def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     """
     shown = [a for a in arms if math.isfinite(a.mean(protocol))]
     shown = summary.ranked(shown, protocol)[::-1]
-    figure, axes = _figure(height=1.2 + 0.34 * len(shown))
+    figure, axes = _figure()
     for place, arm in enumerate(shown):
         axes.errorbar(
             arm.mean(protocol),
@@ -73,10 +73,9 @@ def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
             markersize=7,
             **style(arm.index),
         )
-    axes.set_yticks(
-        range(len(shown)),
-        [f"{arm.name} ({_seeds(arm.num_seeds(protocol))})" for arm in shown],
-    )
+    names = [f"{arm.name} ({_seeds(arm.num_seeds(protocol))})" for arm in shown]
+    axes.set_yticks(range(len(shown)), names)
+    _make_room(axes, names, line=0.34)
     # The horizon has a line of its own: in one it is wider than the axes.
     axes.set_xlabel(f"held-out loss, nats per token\n({summary.words(protocol)})")
     axes.grid(axis="x", alpha=0.3)
@@ -251,8 +250,8 @@ def spectra(arms: Sequence[summary.Arm], protocol: str, matrix: str = "down") ->
     return figure
 
 
-def _figure(*, height: float = 4.8) -> tuple[Figure, Any]:
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+def _figure() -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=12)
     axes.xaxis.label.set_fontsize(13)
@@ -262,9 +261,24 @@ def _figure(*, height: float = 4.8) -> tuple[Figure, Any]:
 
 def _legend(axes) -> None:
     """Outside of the axes, where it covers no data."""
-    axes.legend(
+    legend = axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=11
     )
+    names = [text.get_text() for text in legend.get_texts()]
+    _make_room(axes, names, line=0.25, least=4.8)
+
+
+def _make_room(axes, names: Sequence[str], *, line: float, least: float = 0) -> None:
+    """Makes the figure so large that names beside the axes take nothing from them.
+
+    Args:
+      axes: of the figure.
+      names: one below the other.
+      line: height of one, in inches.
+      least: height of the figure, in inches, at the least.
+    """
+    width = 6.5 + 0.085 * max(map(len, names), default=0)
+    axes.figure.set_size_inches(width, max(least, 1.2 + line * len(names)))
 
 
 def _seeds(count: int) -> str:

@@ -150,7 +150,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
 
     protocols = arms[0].protocols
     first = protocols[0]
-    # Lines that overlap are drawn of the arms that have all seeds.
+    # What is more than a point per method is drawn of the methods that have all seeds.
     compared = summary.repeated(arms, first)
     seeds = "; methods with all seeds" if len(compared) < len(arms) else ""
     wanted: list[tuple[str, str, Callable[[], Any]]] = [
@@ -162,23 +162,25 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         )
         for protocol in protocols
     ]
-    wanted.append(
-        (
-            "tuning",
-            "Held-out loss of the first seed over the learning rate, "
-            f"{summary.words(first)}; Adam's rate is that of the first search; rates "
-            "that diverged are left out.",
-            lambda: figures.tuning(arms, first),
+    searched = [arm for arm in arms if len(arm.tuning(first)) > 1]
+    if searched:
+        wanted.append(
+            (
+                "tuning",
+                "Held-out loss of the first seed over the learning rate, "
+                f"{summary.words(first)}; Adam's rate is that of the first search; "
+                "rates that diverged are left out.",
+                lambda: figures.tuning(searched, first),
+            )
         )
-    )
-    tuned = [arm for arm in arms if len(arm.tuning_of_others(first)) > 1]
-    if tuned:
+    searched_others = [arm for arm in arms if len(arm.tuning_of_others(first)) > 1]
+    if searched_others:
         wanted.append(
             (
                 "tuning-of-others",
-                "The same over the rate of the embedding and norms, "
-                "at the best rate of the matrices.",
-                lambda: figures.tuning(tuned, first, of_others=True),
+                "The same over the rate of the embedding and norms, at the best rate "
+                "of the matrices.",
+                lambda: figures.tuning(searched_others, first, of_others=True),
             )
         )
     wanted += [
@@ -190,14 +192,14 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         ),
         (
             "flops",
-            "Held-out loss over training FLOPs; left and below is better.",
-            lambda: figures.costs(arms, protocols),
+            f"Held-out loss over training FLOPs; left and below is better{seeds}.",
+            lambda: figures.costs(compared, protocols),
         ),
         (
             "memory",
             "Held-out loss over the memory of the training state, "
-            f"{summary.words(first)}.",
-            lambda: figures.memory(arms, first),
+            f"{summary.words(first)}{seeds}.",
+            lambda: figures.memory(compared, first),
         ),
         (
             "update-norms",
@@ -208,8 +210,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
         (
             "effective-ranks",
             "Effective rank (exp of the entropy of the singular values) over time, as "
-            "a share of that of the start, mean of all kinds of matrices.",
-            lambda: figures.effective_ranks(arms, first),
+            f"a share of that of the start, mean of all kinds of matrices{seeds}.",
+            lambda: figures.effective_ranks(compared, first),
         ),
         (
             "spectra",

@@ -13,6 +13,7 @@ RESULTS = ROOT / "experiments" / "results"
 # By folder, the comparison that was trained to its end.
 FINISHED = {
     "compare_methods-small": lambda: compare_methods.get_config("small"),
+    "compare_methods-recipe": lambda: compare_methods.get_config("recipe"),
     "rank_sweep": rank_sweep.get_config,
 }
 
