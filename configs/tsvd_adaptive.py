@@ -13,7 +13,7 @@ in use of every weight at each change.
 import dataclasses
 
 from configs import smollm_r128
-from sct_jax import config, rank
+from sct_jax import config, optimizers, rank
 
 VARIANTS = {
     "energy": rank.RankConfig(energy=0.95, every=100, warmup_steps=100, floor=16),
@@ -25,8 +25,17 @@ VARIANTS = {
 
 def get_config(variant: str = "energy") -> config.ExperimentConfig:
     tiny = smollm_r128.get_config("tiny")
-    return dataclasses.replace(
-        tiny,
-        optimizer=dataclasses.replace(tiny.optimizer, name="tsvd"),
-        rank=VARIANTS[variant],
+    optimizer = optimizers.OptimizerConfig(
+        name="tsvd",
+        peak_learning_rate=6e-3,
+        schedule="wsd",
+        warmup_steps=40,
+        decay_ratio=0.8,
+        final_rate_ratio=0.02,
+        max_update_norm=0.5,
+        grad_clip=1.0,
+        b2=0.95,
+        singular_value_rate=4.0,
+        dense_rate=4.0,
     )
+    return dataclasses.replace(tiny, optimizer=optimizer, rank=VARIANTS[variant])
