@@ -22,7 +22,7 @@ import dataclasses
 
 from configs import smollm_r128
 from experiments import grid
-from sct_jax import config, data, model, optimizers
+from sct_jax import accounting, config, data, model, optimizers
 
 # Of embedding and norms, where the matrices have a rule of their own; of `small`, where
 # it is searched for every arm, a first guess.
@@ -73,6 +73,7 @@ ARMS = (
         name="SCT + clip",
         rates=(3e-3, 6e-3, 1.2e-2),
         overrides=(("optimizer.max_update_norm", "0.1"),),
+        always=True,
     ),
     grid.Arm(
         name="SCT (lossless)",
@@ -185,6 +186,42 @@ def of_short_runs(arms: tuple[grid.Arm, ...]) -> tuple[grid.Arm, ...]:
     )
 
 
+def with_narrow_muon(
+    arms: tuple[grid.Arm, ...], experiment: config.ExperimentConfig
+) -> tuple[grid.Arm, ...]:
+    """With dense Muon at the width that has the FLOPs per token of the low-rank arms.
+
+    What it gains at equal FLOPs, any smaller model does.
+    """
+    (muon,) = (arm for arm in arms if arm.name == "dense Muon")
+    low_rank, seq_len = experiment.model, experiment.data.seq_len
+    budget = accounting.flops_per_token(low_rank, seq_len=seq_len)
+
+    def at(width: int, d_ff: int) -> model.ModelConfig:
+        dense = accounting.dense_config(low_rank)
+        return dataclasses.replace(dense, d_model=width, d_ff=d_ff)
+
+    def excess(shape: model.ModelConfig) -> float:
+        return abs(accounting.flops_per_token(shape, seq_len=seq_len) - budget)
+
+    # The nearest width of the same proportions, then the nearest d_ff at that width.
+    even_heads = 2 * low_rank.num_heads
+    widths = range(even_heads, low_rank.d_model, even_heads)
+    ratio = low_rank.d_ff / low_rank.d_model
+    found = min((at(w, round(w * ratio)) for w in widths), key=excess)
+    found = min((at(found.d_model, f) for f in range(1, low_rank.d_ff)), key=excess)
+    narrow = dataclasses.replace(
+        muon,
+        name="dense Muon (narrow)",
+        overrides=(
+            *muon.overrides,
+            ("model.d_model", str(found.d_model)),
+            ("model.d_ff", str(found.d_ff)),
+        ),
+    )
+    return *arms, narrow
+
+
 def base(
     *, d_model: int, d_ff: int, vocab_size: int, seq_len: int, num_layers: int = 4
 ) -> config.ExperimentConfig:
@@ -224,8 +261,11 @@ def _plain() -> grid.Comparison:
 
 
 def _small() -> grid.Comparison:
+    plain = _plain()
     return dataclasses.replace(
-        _plain().with_arms(ARMS), adam_rate_factors=ADAM_RATE_FACTORS, max_rates=7
+        plain.with_arms(with_narrow_muon(ARMS, plain.base)),
+        adam_rate_factors=ADAM_RATE_FACTORS,
+        max_rates=7,
     )
 
 
@@ -237,9 +277,9 @@ def with_qk_norm(experiment: config.ExperimentConfig) -> config.ExperimentConfig
 
 
 def _leading(shape: config.ExperimentConfig) -> grid.Comparison:
-    return dataclasses.replace(
-        _plain(), base=with_qk_norm(shape), arms=of_short_runs(tuned(*LEADING))
-    )
+    experiment = with_qk_norm(shape)
+    arms = with_narrow_muon(of_short_runs(tuned(*LEADING)), experiment)
+    return dataclasses.replace(_plain(), base=experiment, arms=arms)
 
 
 def _short() -> grid.Comparison:
@@ -364,9 +404,11 @@ def _long() -> grid.Comparison:
     # the best rate of the embedding falls with the length, so it is searched again.
     shape = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
     batches = dataclasses.replace(shape.data, batch_size=8)
+    experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
     return dataclasses.replace(
         _plain(),
-        base=with_qk_norm(dataclasses.replace(shape, data=batches)),
+        base=experiment,
+        arms=with_narrow_muon(tuned(*LEADING), experiment),
         tokens_per_parameter=(10.0, 0.4, 2.0),
         adam_rate_factors=ADAM_RATE_FACTORS,
     )

@@ -106,6 +106,7 @@ def run(
         comparison.base.data, vocab_size=comparison.base.model.vocab_size
     )
     book = ledger.Ledger(folder, reuse=reuse)
+    book.check_text(corpus)
     book.share_programs()
     seconds = _seconds(comparison, arms, book, corpus)
     grid.check_same(comparison, book.rows(), seconds=seconds)

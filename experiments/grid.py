@@ -41,11 +41,11 @@ class Comparison:
     Every arm is tuned alike: the first seed is trained at its rates; while the best of
     them is at an end, at one more beyond it, by the ratio of its neighbours, up to
     `max_rates`. There is a best rate for every protocol: that with the least held-out
-    loss at the first of `tokens_per_parameter`, see `summary.best`. At these, Adam's
-    rate of the embedding and norms is searched in the same way, and at the best ones of
-    both again until they stay. Then the best `finalists` arms at equal tokens, and
-    those marked `always`, are trained with the other seeds too, at all their best
-    settings.
+    loss at the first of `tokens_per_parameter`, see `summary.best`. Through these,
+    Adam's rate of the embedding and norms is searched in the same way, and then each of
+    the two at the best of the other, until the best has neighbours on both lines. Then
+    the best `finalists` arms at equal tokens, and those marked `always`, are trained
+    with the other seeds too, at all their best settings.
 
     Attributes:
       base: the experiment that arms override; its model is that of the low-rank arms.
@@ -55,9 +55,9 @@ class Comparison:
       protocols: what is held equal to the dense model at each length: "tokens",
         "flops", "seconds".
       reference: the arm whose time per step "seconds" refers to.
-      adam_rate_factors: Adam's rates of the second search, in that of the first; none:
+      adam_rate_factors: Adam's rates of the second search, in that of the best; none:
         there is no second one.
-      max_rates: most rates of one search.
+      max_rates: most rates of one line.
       finalists: how many arms get all seeds.
     """
 
@@ -226,10 +226,12 @@ def missing(
         for protocol in comparison.protocols
     ]
     make = functools.partial(comparison.trial, seconds=seconds)
+    # An arm that was neither asked for nor timed cannot have been trained.
+    known = [a for a in comparison.arms if seconds is None or a.name in seconds]
     first: list[trial_lib.Trial] = []  # a middle rate per arm
     others: list[trial_lib.Trial] = []
     searched: list[tuple[Arm, list[summary.Row]]] = []
-    for arm in comparison.arms:
+    for arm in known:
         at = functools.partial(make, arm, seed=comparison.seeds[0])
         trials = _search_both(comparison, arm, at, rows, horizons)
         lacking = [t for t in trials if t.key not in rows]
@@ -264,33 +266,47 @@ def _search_both(
     rows: Mapping[str, summary.Row],
     horizons: Sequence[str],
 ) -> list[trial_lib.Trial]:
-    """The trials of an arm's search, as far as it is known: rates, then Adam's rates.
+    """The trials of an arm's search, as far as it is known: rates, then both rates.
 
     Those of the first search come first, in the order of their rates.
     """
     search = functools.partial(_search, rows=rows, max_rates=comparison.max_rates)
+
+    def at_both(rate: float, adam_rate: float) -> trial_lib.Trial:
+        first = at(rate)  # not defined anew where it has this rate of Adam
+        same = first.rate_of_others == adam_rate
+        return first if same else at(rate, adam_rate=adam_rate)
+
+    def over_adam_rates(rate, adam_rate, own):
+        line = _around(adam_rate, comparison.adam_rate_factors)
+        return search(line, lambda other: at_both(rate, other), horizons=own)
+
+    def over_rates(rate, adam_rate, own):
+        ratios = [other / arm.rates[0] for other in arm.rates[:2]]
+        line = _around(rate, sorted({*ratios, *(1 / ratio for ratio in ratios)}))
+        return search(line, lambda other: at_both(other, adam_rate), horizons=own)
+
     found = {t.key: t for t in search(arm.rates, at, horizons=horizons)}
-    grew = bool(comparison.adam_rate_factors)
-    # What is best after one round may lie on the line of another rate, at its end.
-    while grew and found.keys() <= rows.keys():
-        known = len(found)
-        by_best: dict[float, list[str]] = {}
+    while comparison.adam_rate_factors and found.keys() <= rows.keys():
+        best: dict[tuple[float, float], list[str]] = {}
         for horizon in horizons:
-            best = summary.best([rows[key] for key in found], horizon)
-            by_best.setdefault(best["rate"], []).append(horizon)
-        for rate, own in by_best.items():
-            center = at(rate)
-
-            def at_factor(factor: float, center=center) -> trial_lib.Trial:
-                if factor == 1:  # of the first search, so not defined anew
-                    return center
-                adam_rate = factor * summary.rate_of_others(rows[center.key])
-                return at(center.rate, adam_rate=float(f"{adam_rate:.3g}"))
-
-            line = search(comparison.adam_rate_factors, at_factor, horizons=own)
-            found |= {t.key: t for t in line}
-        grew = len(found) > known
+            row = summary.best([rows[key] for key in found], horizon)
+            at_best = row["rate"], summary.rate_of_others(row)
+            best.setdefault(at_best, []).append(horizon)
+        for line in (over_adam_rates, over_rates):
+            known = len(found)
+            for (rate, adam_rate), own in best.items():
+                found |= {t.key: t for t in line(rate, adam_rate, own)}
+            if len(found) > known:
+                break
+        else:  # the best has neighbours on both lines
+            break
     return list(found.values())
+
+
+def _around(rate: float, factors: Sequence[float]) -> list[float]:
+    """Rates to three digits, the given one as it is."""
+    return [rate if f == 1 else float(f"{f * rate:.3g}") for f in factors]
 
 
 def _search(

@@ -23,7 +23,7 @@ import jax
 
 from experiments import summary
 from experiments import trial as trial_lib
-from sct_jax import config, errors, metrics
+from sct_jax import config, data, errors, metrics
 
 Plan = Callable[[Mapping[str, summary.Row]], Sequence[trial_lib.Trial]]
 
@@ -75,6 +75,21 @@ class Ledger:
           ConfigError: for a line or a trial that cannot be read, naming it.
         """
         return _rows(self._cells)
+
+    def check_text(self, corpus: data.Corpus) -> None:
+        """Raises ConfigError where a row, here or to reuse, is of another text.
+
+        A definition names files; what is in them differs between Pythons and days.
+        """
+        for flag, rows in (("--results", self.rows()), ("--reuse", self._others)):
+            for row in rows.values():
+                found = row.get("corpus", corpus.hash)
+                errors.check(
+                    flag,
+                    found == corpus.hash,
+                    f"holds trials on another text, hash {found[:16]}, than this one, "
+                    f"hash {corpus.hash[:16]}: choose another folder",
+                )
 
     def reused(self, key: str) -> summary.Row | None:
         """Returns the row of a trial in the folder to reuse; None if it has none."""
@@ -147,7 +162,9 @@ def fill(
       train: from a trial to its row.
       log: receives a line per trial.
     """
+    trained = False
     while missing := plan(ledger.rows()):
+        trained = True
         for trial in missing:
             with ledger.claim(trial.key) as mine:
                 if not mine:
@@ -162,6 +179,11 @@ def fill(
         else:
             # All of them are being trained by other processes.
             time.sleep(_POLL_SECONDS)
+    if not trained:
+        log(
+            f"nothing is missing: {ledger.folder} has all {len(ledger.rows())} trials; "
+            "--results=DIR trains them anew"
+        )
 
 
 def describe(trial: trial_lib.Trial) -> str:
@@ -190,8 +212,15 @@ def environment() -> dict[str, Any]:
         "jax": jax.__version__,
         "optax": importlib.metadata.version("optax"),
         "device": jax.devices()[0].device_kind,
-        "processors": len(os.sched_getaffinity(0)),
+        "processors": _processors(),
     }
+
+
+def _processors() -> int | None:
+    """How many this process may run on; all of them where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def _commit() -> str:

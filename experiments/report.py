@@ -23,11 +23,14 @@ NOTES = (
     "The best rate of a protocol is that with the least held-out loss of the first "
     "seed, on the text that the table is of; a second one is Adam's, of the embedding "
     "and norms, where it has its own. Arms with fewer seeds stand below the others: "
-    "means over different seeds do not compare.",
+    "means over different seeds do not compare. The difference of two means within "
+    "their deviations is not resolved.",
     "Bits per byte, TFLOP, the largest change of a matrix in spectral norm, and loss "
     "spikes per run belong to the first of the horizons; - where it was not measured. "
     "FLOPs are the matrix products of forward and backward pass, head included; those "
-    "of the optimizer are not counted, in favour of methods that have many.",
+    "of the optimizer are not counted, in favour of methods that have many. Where "
+    "ranks change, those of the start are charged.",
+    "Runs of several lengths have the rates that are best for the first one.",
 )
 
 
@@ -53,6 +56,11 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     rows = metrics.read_rows(folder / "cells.jsonl")
     errors.check("RESULTS", bool(rows), f"no finished trial in {folder}/cells.jsonl")
     arms = summary.arms(rows)
+    errors.check(
+        "RESULTS",
+        len({arm.protocols for arm in arms}) == 1,
+        "its trials are of different horizons, not of a comparison",
+    )
     drawn = draw(arms)
     (folder / "figures").mkdir(exist_ok=True)
     for name, _, png in drawn:
@@ -81,10 +89,12 @@ def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
     header = ["method", "settings tried"]
     header += [f"rate, {summary.words(protocol)} (seeds)" for protocol in choices]
     header += [f"nats, {summary.words(protocol)}" for protocol in protocols]
-    header += ["bits per byte", "parameters", "TFLOP", "MB", "max update", "spikes"]
+    header += ["bits per byte", "parameters", "TFLOP (of the layers)", "MB"]
+    header += ["max update", "spikes"]
     body = []
     for arm in summary.ranked(arms, first):
         row = arm.rows(first)[0]
+        spent = row["results"][first]
         body.append(
             [
                 arm.name,
@@ -93,7 +103,7 @@ def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
                 *(_with_error(arm, protocol, "loss") for protocol in protocols),
                 _with_error(arm, first, "bits_per_byte"),
                 f"{row['parameters']:,}",
-                f"{row['results'][first]['flops'] / 1e12:.1f}",
+                f"{spent['flops'] / 1e12:.2f} ({spent['block_flops'] / 1e12:.2f})",
                 f"{row['train_bytes'] / 1e6:.1f}",
                 _number(arm.largest_update(first), ".2g"),
                 _number(arm.num_spikes(first), ".1f"),

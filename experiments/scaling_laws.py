@@ -329,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(study: ScalingLaws, book: ledger.Ledger) -> None:
     """Returns once every trial of the study is in the ledger."""
     corpus = data.prepare(study.base.data, vocab_size=study.base.model.vocab_size)
+    book.check_text(corpus)
     book.share_programs()
     ledger.fill(
         book,

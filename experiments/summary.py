@@ -65,16 +65,19 @@ class Arm:
     def at_edge(self, protocol: str) -> bool:
         """Returns whether one of the best rates is the least or greatest tried.
 
-        Rates of the matrices count where they were searched, those of the rest at the
-        best of these.
+        Each of the two on the line through both: at the best of the other one.
         """
         chosen = best(self.searched, protocol)
-        lines = (
-            (self.tuning(protocol), chosen["rate"]),
-            (self.tuning_of_others(protocol), rate_of_others(chosen)),
-        )
+        rate, adam_rate = chosen["rate"], rate_of_others(chosen)
+        at_adam_rate = {
+            row["rate"] for row in self.searched if rate_of_others(row) == adam_rate
+        }
+        if len(at_adam_rate) == 1:  # it was searched where Adam's rate goes with it
+            at_adam_rate = {at for at, _ in self.tuning(protocol)}
+        at_rate = {at for at, _ in self.tuning_of_others(protocol)}
         return any(
-            len(line) > 1 and at in (line[0][0], line[-1][0]) for line, at in lines
+            len(line) > 1 and at in (min(line), max(line))
+            for line, at in ((at_adam_rate, rate), (at_rate, adam_rate))
         )
 
     def results(self, protocol: str) -> list[Row]:
@@ -191,9 +194,12 @@ def loss_of(row: Row, protocol: str) -> float:
 
 
 def arms(rows: Sequence[Row]) -> list[Arm]:
-    """Returns the arms in the order in which their rows first appear."""
+    """Returns the arms in the order in which their rows first appear.
+
+    Of rows of one arm, setting and seed, as where folders were joined, one counts.
+    """
     named: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in {(row["arm"], setting(row), row["seed"]): row for row in rows}.values():
         named.setdefault(row["arm"], []).append(row)
     found = []
     for index, (name, own) in enumerate(named.items()):

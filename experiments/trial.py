@@ -74,6 +74,13 @@ class Trial:
         return self.experiment.optimizer.peak_learning_rate
 
     @property
+    def rate_of_others(self) -> float:
+        """Peak rate of what `optimizer.dense_rate` is for."""
+        if self.adam_rate is not None:
+            return self.adam_rate
+        return self.rate * self.experiment.optimizer.dense_rate
+
+    @property
     def fade_steps(self) -> int:
         """Steps with a dense path, 0 for most methods: half of the first horizon."""
         if baselines.METHODS[self.method].guided_linear is None:
@@ -212,6 +219,7 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
     return {
         "arm": trial.arm,
         "rate": trial.rate,
+        "corpus": corpus.hash,
         "seed": trial.experiment.seed,
         "definition": config.to_dict(trial),
         "parameters": accounting.count(_served(state.params)),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import pytest
 from samples import SHAPE
@@ -131,8 +132,10 @@ def test_adams_rate_is_searched_at_the_best_rates():
     assert set(order) == {
         *(("dense", rate, 0.08, 0) for rate in (0.01, 0.02, 0.04)),
         *(("dense", 0.02, rate, 0) for rate in (0.16, 0.04, 0.02, 0.01)),
+        *(("dense", rate, 0.02, 0) for rate in (0.01, 0.04)),
         *(("ours", rate, None, 0) for rate in (0.1, 0.2, 0.4)),
         *(("ours", 0.2, rate, 0) for rate in (0.1, 0.4, 0.8)),
+        ("ours", 0.1, 0.4, 0),  # at twice the rate it stands already
         ("dense", 0.02, 0.02, 1),
         ("ours", 0.2, 0.4, 1),
     }
@@ -166,10 +169,34 @@ def test_a_line_that_wins_elsewhere_goes_on():
         *((rate, None) for rate in (0.05, 0.1, 0.2, 0.4)),
         *((0.1, rate) for rate in (0.05, 0.2)),
         *((0.2, rate) for rate in (0.4, 0.1, 0.05, 0.025)),
+        *((0.4, rate) for rate in (0.2, 0.05)),  # across the two best ones
     }
     (arm,) = summary.arms(list(rows.values()))
     assert arm.setting("tokens 0.4") == (0.2, 0.05)
     assert not arm.at_edge("tokens 0.4")
+
+
+def test_both_rates_are_searched_until_neither_alone_is_better():
+    """Far from the first rates, where the best rate grows with Adam's own."""
+
+    def loss(rate, adam_rate):
+        rate, adam_rate = math.log2(rate / 0.4), math.log2(adam_rate / 0.02)
+        return 0.1 * (rate - adam_rate) ** 2 + 0.2 * (rate + adam_rate - 2) ** 2
+
+    arm = dataclasses.replace(OURS, adam_rate=0.01)
+    item = comparison(arms=(arm,), adam_rate_factors=(0.5, 1.0, 2.0), seeds=(0,))
+    rows = {}
+    while missing := grid.missing(item, rows):
+        rows[missing[0].key] = row_of(
+            missing[0], loss(missing[0].rate, missing[0].adam_rate)
+        )
+    (arm,) = summary.arms(list(rows.values()))
+    # One search of each rate ends at (1.6, .04).
+    assert arm.setting("tokens 0.4") == (0.8, 0.04)
+    assert not arm.at_edge("tokens 0.4")
+    less = {(0.2, 0.04), (0.4, 0.04)}
+    rest = [row for row in rows.values() if summary.setting(row) not in less]
+    assert summary.arms(rest)[0].at_edge("tokens 0.4")
 
 
 def test_a_rate_is_chosen_at_the_first_length():
@@ -194,6 +221,16 @@ def test_arms_that_are_not_asked_for_are_ranked_but_not_trained():
     assert grid.missing(item, searched, arms=(OURS,)) == []
     assert len(grid.missing(item, searched, arms=(DENSE,))) == 2
     assert {t.arm for t in grid.missing(item, {}, arms=(OURS,))} == {"ours"}
+
+
+def test_arms_that_are_not_asked_for_need_not_be_timed():
+    item = comparison(protocols=("tokens", "seconds"), reference="dense")
+    three = dataclasses.replace(
+        item, arms=(*item.arms, dataclasses.replace(OURS, name="more"))
+    )
+    seconds = {"dense": (1.0, 1.0), "ours": (2.0, 2.0)}
+    wanted = grid.missing(three, {}, arms=(OURS,), seconds=seconds)
+    assert wanted == grid.missing(item, {}, arms=(OURS,), seconds=seconds) != []
 
 
 def test_marked_arms_get_all_seeds():
@@ -332,6 +369,25 @@ def test_a_trial_of_another_folder_is_taken_over_as_it_is(tmp_path):
     assert second["environment"]["jax"]
     with pytest.raises(errors.ConfigError, match="--reuse: no finished trial"):
         ledger.Ledger(tmp_path / "new", reuse=str(tmp_path / "nothing"))
+
+
+def test_rows_on_another_text_are_refused(tmp_path):
+    item = comparison()
+    row = row_of(item.trial(OURS, 0.1, 0), 5.0)
+    old = ledger.Ledger(tmp_path / "old")
+    old.add(row | {"corpus": "0123"})
+    this, other = (types.SimpleNamespace(hash=text) for text in ("0123", "4567"))
+    old.check_text(this)
+    with pytest.raises(errors.ConfigError, match=r"--results: holds .*0123.*4567"):
+        old.check_text(other)
+    with pytest.raises(errors.ConfigError, match="--reuse: holds"):
+        ledger.Ledger(tmp_path / "new", reuse=str(old.folder)).check_text(other)
+
+
+def test_a_folder_that_lacks_nothing_says_so(tmp_path):
+    lines = []
+    ledger.fill(ledger.Ledger(tmp_path), lambda rows: [], None, log=lines.append)
+    assert len(lines) == 1 and "nothing is missing" in lines[0]
 
 
 def test_a_torn_line_goes_and_the_rest_stays(tmp_path):

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import pytest
 
+from configs import compare_methods
 from experiments import grid
 from sct_jax import accounting, config, model, sharding, train_state
 
@@ -82,6 +83,21 @@ def test_a_study_loads_with_trials_of_its_own(spec):
     assert len({trial.key for trial in trials}) == len(trials) > 0
     for trial in trials:
         trial.validate()
+
+
+@pytest.mark.parametrize("variant", ["small", "short", "long", "large"])
+def test_the_narrow_arm_has_the_flops_of_the_low_rank_ones(variant):
+    study = compare_methods.get_config(variant)
+    (muon, narrow, ours) = (
+        study.trial(arm, arm.rates[0], 0)
+        for name in ("dense Muon", "dense Muon (narrow)", "Stiefel Muon")
+        for arm in study.arms
+        if arm.name == name
+    )
+    assert narrow.flops(1) == pytest.approx(ours.flops(1), rel=0.01)
+    assert narrow.flops(1) < 0.8 * muon.flops(1)
+    shape = narrow.experiment.model
+    assert shape.spectral == () and shape.head_dim % 2 == 0
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

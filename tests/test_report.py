@@ -66,6 +66,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_row_that_stands_twice_counts_once():
+    (muon, _), (again, _) = summary.arms(ROWS), summary.arms([*ROWS, *ROWS])
+    assert again.rows("tokens 0.4") == muon.rows("tokens 0.4")
+    assert len(again.searched) == len(muon.searched) == 3
+
+
 def test_the_best_rate_has_mean_and_deviation_over_its_seeds():
     muon, ours = summary.arms(ROWS)
     first = "tokens 0.4"
