@@ -2,9 +2,9 @@
 
   python -m experiments.ablation_retraction
 
-Dense AdamW, and Adam on u, s and v of full rank and of rank d/4, with the retraction
-after each step and without it, from the same start, on the same data, for the same
-steps.
+Adam on u, s and v of full rank and of rank d/4, with the retraction after each step and
+without it, from the same start, on the same data, for the same steps; dense AdamW
+beside it.
 """
 
 from configs import compare_methods

@@ -14,18 +14,21 @@ def get_config() -> scaling_laws.ScalingLaws:
     return scaling_laws.ScalingLaws(
         base=compare_methods.with_qk_norm(small.base),
         kinds=tuple(
-            # One rate each, the middle one: the best of `small` at equal FLOPs.
+            # One rate each, the middle one: the best of `small`, near enough.
             dataclasses.replace(arm, rates=arm.rates[1:2])
             for arm in compare_methods.tuned("dense Muon", "Stiefel Muon")
         ),
         sizes=tuple(
             scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
             for d, d_ff, layers, heads in (
-                (48, 128, 3, 2),
-                (72, 192, 3, 3),
-                (104, 280, 4, 4),
-                (152, 408, 4, 4),
+                (24, 64, 3, 2),
+                (36, 96, 3, 3),
+                (56, 152, 4, 4),
+                (84, 224, 4, 3),
+                (124, 336, 4, 2),
+                (184, 496, 4, 4),
             )
         ),
         budgets=(1.5e12, 4.5e12, 1.35e13),
+        sizes_per_budget=4,
     )

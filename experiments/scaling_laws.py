@@ -49,8 +49,10 @@ class ScalingLaws:
     Attributes:
       base: the experiment that kinds and sizes override.
       kinds: methods with one rate each, that of `base_width`.
-      sizes: at least three, for a parabola.
-      budgets: training FLOPs, head included.
+      sizes: smallest first.
+      budgets: training FLOPs, head included, smallest first.
+      sizes_per_budget: at least three, for a parabola. The first budget has so many of
+        the smallest sizes, every further one starts at the next size.
       seeds: of parameters and data order.
       rank_ratio: rank over d_model.
       base_width: d_model at which the rates hold; at others they are scaled by
@@ -62,6 +64,7 @@ class ScalingLaws:
     kinds: tuple[grid.Arm, ...]
     sizes: tuple[Size, ...]
     budgets: tuple[float, ...]
+    sizes_per_budget: int
     seeds: tuple[int, ...] = (0,)
     rank_ratio: float = 0.25
     base_width: int = 128
@@ -69,8 +72,20 @@ class ScalingLaws:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field."""
-        errors.check("sizes", len(self.sizes) >= 3, "a parabola needs three")
         errors.check("budgets", len(self.budgets) >= 2, "an exponent needs two")
+        errors.check(
+            "budgets", list(self.budgets) == sorted(set(self.budgets)), "not sorted"
+        )
+        errors.check(
+            "sizes_per_budget", self.sizes_per_budget >= 3, "a parabola needs three"
+        )
+        needed = self.sizes_per_budget + len(self.budgets) - 1
+        errors.check(
+            "sizes",
+            len(self.sizes) == needed,
+            f"{len(self.budgets)} budgets of {self.sizes_per_budget} sizes, each from "
+            f"the next one on, need {needed}, not {len(self.sizes)}",
+        )
         for kind in self.kinds:
             errors.check(f"kinds.{kind.name}.rates", len(kind.rates) == 1, "give one")
         for trial in self.trials():
@@ -80,9 +95,9 @@ class ScalingLaws:
         """Returns all trials, cheapest budget first."""
         return [
             self.trial(kind, size, budget, seed)
-            for budget in sorted(self.budgets)
+            for start, budget in enumerate(self.budgets)
             for seed in self.seeds
-            for size in self.sizes
+            for size in self.sizes[start : start + self.sizes_per_budget]
             for kind in self.kinds
         ]
 
@@ -202,12 +217,15 @@ def bootstrap(
 
     Parametric: the noise of a loss has the variance of the residuals of all parabolas,
     with the tails of Student's t, as few of them are free. A sample without a law is
-    dropped. NaN where no residual is free.
+    dropped, and budgets with less than three sizes are, which have no parabola. NaN
+    where no residual is free.
     """
     generator = np.random.default_rng(seed)
-    groups = by_budget(runs)
+    groups = [g for g in by_budget(runs) if len(set(log_sizes(g))) >= 3]
     ordered = [run for group in groups for run in group]
-    fitted = np.concatenate([parabola(group)(log_sizes(group)) for group in groups])
+    fitted = np.concatenate(
+        [np.zeros(0), *(parabola(group)(log_sizes(group)) for group in groups)]
+    )
     residuals = np.array([run.loss for run in ordered]) - fitted
     freedom = len(residuals) - 3 * len(groups)
     drawn: dict[str, list[float]] = {"a": [], "b": []}

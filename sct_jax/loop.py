@@ -147,8 +147,11 @@ def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
         restored = checkpointer.restore(abstract, mesh, adapt=_adapt(config))
     if restored is None:
         raise errors.ConfigError(f"workdir: {workdir} has no checkpoint yet")
+    state, record = restored
+    # A run that was made longer, or logged otherwise, is as of its checkpoint.
+    config = config_lib.from_dict(record["config"])
     tokenizer = data.Tokenizer.load(str(workdir / "tokenizer.json"))
-    return LoadedRun(config, restored[0].params, tokenizer)
+    return LoadedRun(config, state.params, tokenizer)
 
 
 def generate(
@@ -320,6 +323,16 @@ def _start_state(
     return state, step
 
 
+@jax.jit
+def _largest(params: model.Params) -> Array:
+    """The largest magnitude of all parameters; NaN where one is."""
+    return jnp.max(
+        jnp.stack(
+            [jnp.max(jnp.abs(p)).astype(jnp.float32) for p in jax.tree.leaves(params)]
+        )
+    )
+
+
 def _identity(corpus: data.Corpus) -> dict[str, str]:
     """What may not change between the steps of a run, as hashes."""
     return {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
@@ -379,6 +392,8 @@ class _Run:
             if saved:
                 self._log_pending()
                 self._check_finite(step, values["loss"])
+                # That loss is of the parameters before the step, these are saved.
+                self._check_finite(step, _largest(state.params), "largest parameter")
             if self._diverged:
                 return state, DIVERGED
             if config.rank.decides_at(step) and not last:
@@ -402,15 +417,17 @@ class _Run:
         self._checkpointer.wait()
         return state, FINISHED
 
-    def _check_finite(self, step: int, loss: Array | float) -> None:
-        """Ends the run where its loss has become infinite or no number."""
-        if self._diverged or math.isfinite(float(loss)):
+    def _check_finite(
+        self, step: int, value: Array | float, name: str = "loss"
+    ) -> None:
+        """Ends the run where its loss, say, has become infinite or no number."""
+        if self._diverged or math.isfinite(float(value)):
             return
         self._diverged = True
         kept = self._checkpointer.latest_step()
         last = f"the checkpoint of step {kept} is kept" if kept else "nothing is saved"
         self._progress.print(
-            f"diverged: the loss of step {step} is {float(loss)}; {last}. "
+            f"diverged: the {name} of step {step} is {float(value)}; {last}. "
             "Lower optimizer.peak_learning_rate, or bound the update by "
             "optimizer.max_update_norm, in another --workdir"
         )

@@ -224,7 +224,7 @@ def stiefel_muon(
         transforms.scale_by_stiefel_muon(
             momentum, nesterov=nesterov, gauge=gauge, s_b1=b1, s_b2=b2, eps=eps
         ),
-        optax.scale_by_adam(b1, b2, eps),
+        transforms.scale_by_adam(b1, b2, eps),
     )
     parts = [
         direction,
@@ -281,7 +281,7 @@ def spectron(
         transforms.scale_by_spectron(
             momentum, nesterov=nesterov, shape_factor=shape_factor
         ),
-        optax.scale_by_adam(b1, b2, eps),
+        transforms.scale_by_adam(b1, b2, eps),
     )
     return _free(
         direction,
@@ -377,7 +377,7 @@ def muon(
         muon_weight_dimension_numbers=dimensions,
     )
     for_others = optax.chain(
-        optax.scale_by_adam(b1, b2, eps),
+        transforms.scale_by_adam(b1, b2, eps),
         *_decay(weight_decay, decay_mask),
         *_rates(1.0, dense_rate, None),
         optax.scale_by_learning_rate(learning_rate),
@@ -635,7 +635,8 @@ class OptimizerConfig:
                 peak, max(last, 1), self.final_rate_ratio
             )
         elif self.schedule == "wsd":
-            decay = self.decay_steps(num_steps)
+            # Where warm-up leaves less, all of that: the end is where it should be.
+            decay = min(self.decay_steps(num_steps), max(last, 1))
             main = optax.join_schedules(
                 [
                     optax.constant_schedule(peak),

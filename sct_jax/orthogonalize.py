@@ -2,8 +2,10 @@
 
 Everything here works on the last two axes, takes any leading axes, and multiplies at
 `HIGHEST` precision: the bf16 and TF32 defaults of accelerators ruin orthonormality.
+What loops is compiled as a function, once for callers outside of a jit too.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -221,6 +223,7 @@ def eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
     return rows[..., k:] * scale[..., None]
 
 
+@functools.partial(jax.jit, static_argnames="max_steps")
 def inverse_sqrt(
     g: Float[Array, "N k k"], *, max_steps: int = 60
 ) -> Float[Array, "N k k"]:
@@ -257,6 +260,7 @@ def inverse_sqrt(
     return jnp.where(converged, z / jnp.sqrt(scale), jnp.nan)
 
 
+@functools.partial(jax.jit, static_argnames="max_sweeps")
 def jacobi_svd(
     m: Float[Array, "N k k"], *, max_sweeps: int = 12
 ) -> tuple[Float[Array, "N k k"], Float[Array, "N k"], Float[Array, "N k k"]]:
@@ -410,6 +414,7 @@ def power_iteration(
     return norm, vector
 
 
+@functools.partial(jax.jit, static_argnames="squarings")
 def spectral_radius_bound(
     m: Float[Array, "N k k"],
     *,

@@ -342,8 +342,10 @@ def _wanted(w: Weight, energy: float, config: RankConfig) -> np.ndarray:
     """Columns that each layer should use at this tau."""
     necessary = np.asarray(spectral.energy_rank(jnp.asarray(w.s), energy))
     wanted = np.ceil(necessary * (1 + config.headroom)).astype(int)
-    wanted = np.clip(wanted, min(config.floor, _limit(w, config)), _limit(w, config))
+    limit = _limit(w, config)
+    wanted = np.clip(wanted, min(config.floor, limit), limit)
     stays = (wanted <= w.active) & (wanted >= (1 - config.hysteresis) * w.active)
+    stays &= w.active <= limit
     return np.where(stays, w.active, wanted)
 
 

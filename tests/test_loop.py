@@ -214,6 +214,24 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(experiment, tmp_
     assert train(experiment, tmp_path)[0] == 0
 
 
+def test_parameters_that_are_no_numbers_are_not_saved_either(experiment, tmp_path):
+    # The loss of the only step is of the start, and finite.
+    wild = dataclasses.replace(
+        experiment,
+        num_steps=1,
+        optimizer=dataclasses.replace(
+            experiment.optimizer,
+            peak_learning_rate=1e38,
+            dense_rate=1e3,
+            max_update_norm=None,
+        ),
+    )
+    code, text = train(wild, tmp_path)
+    assert code == loop.DIVERGED
+    assert "diverged: the largest parameter of step 1 is" in text
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
 def test_files_of_a_run(experiment, finished):
     workdir = finished[0]
     written = json.loads((workdir / "config.json").read_text())
@@ -320,6 +338,7 @@ def test_a_run_can_be_made_longer_and_logged_otherwise(experiment, finished, wor
     assert after[: len(before)] == before
     new = [(r["step"], "eval/loss" in r) for r in after[len(before) :]]
     assert new == [(9, False), (10, False), (11, False), (11, True)]
+    assert loop.load_run(workdir)[0] == longer
     # It is finished with 11 steps, and with the 8 of the first command too.
     for config in (longer, experiment):
         before = snapshot(workdir)

@@ -49,6 +49,27 @@ def test_a_second_moment_decays():
     assert mean == pytest.approx(0.999**300, abs=slack)
 
 
+@pytest.mark.parametrize("name", ["sct", "stiefel_muon", "adamw"])
+def test_the_second_moment_of_bfloat16_parameters_decays_too(name):
+    params = {"w": spectral.init(jax.random.key(0), 16, 24, 4), "b": jnp.ones(8)}
+    if name == "adamw":
+        params = {"b": params["b"]}
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    tx = optimizers.CHAINS[name](0.0, b2=0.999)
+    step = jax.jit(lambda grads, state: tx.update(grads, state, params)[1])
+    state = step(jax.tree.map(jnp.ones_like, params), tx.init(params))
+    start = optax.tree.get_all_with_path(state, "nu")
+    for _ in range(200):
+        state = step(jax.tree.map(jnp.zeros_like, params), state)
+    end = optax.tree.get_all_with_path(state, "nu")
+    assert jax.tree.leaves(end)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(y, 0.999**200 * x, rtol=1e-4),
+        [nu for _, nu in start],
+        [nu for _, nu in end],
+    )
+
+
 def test_the_direction_is_adams():
     params = {"w": spectral.init(jax.random.key(0), 16, 24, 4), "b": jnp.ones(8)}
     low = transforms.scale_by_adam(0.9, 0.99, 1e-8, moment_dtype=jnp.bfloat16)

@@ -237,6 +237,39 @@ def test_the_second_step_does_not_compile_again():
     assert count == 3
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optimizers.sct(1e-3, max_update_norm=1e-3),
+        optimizers.sct(1e-3, retraction="lossless"),
+        optimizers.sct(1e-3, retraction="polar"),
+        optimizers.sct(1e-3, moment_dtype="bfloat16"),
+        optimizers.tsvd(1e-3, retraction_every=2),
+        optimizers.stiefel_muon(1e-3, gauge="svd"),
+    ],
+    ids=["clip", "lossless", "polar", "bfloat16", "lazy", "svd gauge"],
+)
+def test_without_jit_the_second_update_compiles_nothing(tx):
+    compiled = []
+
+    def count(event, seconds, **_):
+        del seconds
+        compiled.append(event == "/jax/core/compile/backend_compile_duration")
+
+    params = as_params(start())
+    grads = as_params(gradient(0, as_reference(params)))
+    _, state = tx.update(grads, tx.init(params), params)
+    jax.block_until_ready(state)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        jax.block_until_ready(tx.update(grads, state, params))
+        assert sum(compiled) == 0
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
+        assert sum(compiled) >= 1  # it would have been seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
 def test_in_the_train_state_of_flax_linen():
     u, s, v = as_params(start())["stack"]
     params = {"kernel": spectral.SpectralFactors(u[0], s[0], v[0]), "bias": jnp.ones(9)}
@@ -306,6 +339,16 @@ def test_the_cosine_ends_at_its_final_ratio(ratio):
     expected = 0.1 * (ratio + (1 - ratio) * (1 + np.cos(np.pi * t)) / 2)
     np.testing.assert_allclose(found[4:], expected, atol=0.1 * 8 * EPS)
     assert rates(config(final_rate_ratio=0.1), 20, [500]) == pytest.approx(0.01)
+
+
+def test_wsd_falls_all_the_way_where_warmup_leaves_less_than_its_decay():
+    shortened = config(
+        schedule="wsd", warmup_steps=4, decay_ratio=0.8, final_rate_ratio=0.1
+    )
+    peak, low = shortened.peak_learning_rate, 0.1 * shortened.peak_learning_rate
+    np.testing.assert_allclose(
+        rates(shortened, 10, range(4, 11)), np.linspace(peak, low, 7), rtol=1e-5
+    )
 
 
 def test_wsd_is_stable_then_falls_linearly():

@@ -102,6 +102,7 @@ def weight(s, active=None, fans=(20, 16)):
         ({"headroom": 9.0, "max_rank": 11}, [1] * 10, 11),
         ({"hysteresis": 0.1}, [1] * 10, 10),  # nine is not less enough
         ({"hysteresis": 0.05}, [1] * 10, 9),
+        ({"hysteresis": 0.1, "max_rank": 9}, [1] * 10, 9),  # nor may ten stay
         ({"energy": 1.0}, [1] * 10, 10),
         ({}, [0] * 6, 2),
     ],

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from configs import compare_methods, rank_sweep
+from configs import ablation_retraction, compare_methods, rank_sweep
 from experiments import grid, ledger, report, summary
 from sct_jax import metrics
 
@@ -14,6 +14,7 @@ RESULTS = ROOT / "experiments" / "results"
 FINISHED = {
     "compare_methods-small": lambda: compare_methods.get_config("small"),
     "compare_methods-recipe": lambda: compare_methods.get_config("recipe"),
+    "ablation_retraction": ablation_retraction.get_config,
     "rank_sweep": rank_sweep.get_config,
 }
 

@@ -57,6 +57,14 @@ def test_intervals_hold_the_true_exponent_as_often_as_they_say(num_budgets, num_
     assert 0 < np.median(widths) < 1
 
 
+def test_a_budget_of_two_sizes_changes_no_interval():
+    runs, _ = synthetic(0.34, 0.28, noise=0.003)
+    more = [Run(9e18, 1e8, 1.5e10, 3.0), Run(9e18, 2e8, 0.75e10, 3.1)]
+    assert scaling_laws.fit([*runs, *more]) == scaling_laws.fit(runs)
+    found = scaling_laws.bootstrap([*runs, *more], samples=40)
+    assert found == scaling_laws.bootstrap(runs, samples=40)
+
+
 def test_no_free_residual_is_no_interval():
     runs, _ = synthetic(0.5, 0.5, num_sizes=3)
     assert np.isnan(scaling_laws.bootstrap(runs)["a"]).all()
@@ -110,7 +118,7 @@ def test_what_was_trained_is_fitted_and_drawn(tmp_path, capsys):
         n = trial.experiment.model.d_model**2 * 40
         flops = trial.flops(steps)
         d = flops / (6 * n)
-        loss = 1 + 240 * n**-0.5 + 400 * d**-0.5
+        loss = 1 + 64 * n**-0.5 + 400 * d**-0.5
         book.add(
             {
                 "arm": trial.arm,
@@ -147,8 +155,10 @@ def test_nothing_trained_is_nothing_to_fit(tmp_path, capfd):
 def test_a_study_that_cannot_be_fitted_is_refused():
     study = config.load_as(scaling_laws.ScalingLaws, "configs/scaling_laws.py")
     for fields, message in (
-        ({"sizes": study.sizes[:2]}, "sizes: a parabola needs three"),
+        ({"sizes_per_budget": 2}, "sizes_per_budget: a parabola needs three"),
+        ({"sizes": study.sizes[:4]}, "sizes: 3 budgets of 4 sizes.* need 6, not 4"),
         ({"budgets": (1e12,)}, "budgets: an exponent needs two"),
+        ({"budgets": (3e12, 1e12, 2e12)}, "budgets: not sorted"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             dataclasses.replace(study, **fields).validate()

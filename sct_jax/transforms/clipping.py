@@ -76,17 +76,27 @@ def clip_by_composite_spectral_norm(
         if not factors:
             return updates, new_state
         bound = jnp.asarray(common.value_of(max_norm, state.count), jnp.float32)
-        decided = [_cheap_bound(p, d, retraction) <= bound for p, d in factors]
-        scales = jax.lax.cond(
-            jnp.all(jnp.stack([jnp.all(x) for x in decided])),
-            lambda: [jnp.ones(x.shape, jnp.float32) for x in decided],
-            lambda: _admissible_scales(factors, bound, retraction),
-        )
+        scales = _scales(factors, bound, retraction)
         return rebuild(
             [_scale_update(d, c) for (_, d), c in zip(factors, scales, strict=True)]
         ), new_state
 
     return optax.GradientTransformationExtraArgs(common.init_count, update_fn)
+
+
+@functools.partial(jax.jit, static_argnames="retraction")
+def _scales(
+    factors: list[tuple[spectral.SpectralFactors, spectral.SpectralFactors]],
+    bound: Float[Array, ""],
+    retraction: str,
+) -> list[Float[Array, "*L"]]:
+    """The c of every weight; compiled once, for those who update outside of a jit."""
+    decided = [_cheap_bound(p, d, retraction) <= bound for p, d in factors]
+    return jax.lax.cond(
+        jnp.all(jnp.stack([jnp.all(x) for x in decided])),
+        lambda: [jnp.ones(x.shape, jnp.float32) for x in decided],
+        lambda: _admissible_scales(factors, bound, retraction),
+    )
 
 
 def _scale_update(

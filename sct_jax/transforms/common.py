@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from sct_jax import spectral
 
@@ -34,6 +34,12 @@ def init_count(params: optax.Params) -> CountState:
 def value_of(rate: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
     """Returns the rate at this count."""
     return rate(count) if callable(rate) else rate
+
+
+@jax.jit  # a power of a count that is no tracer compiles anew for every count
+def share_seen(decay: float | jax.Array, count: Int[Array, ""]) -> Float[Array, ""]:
+    """Returns 1 - decay^count, by which a mean that started at 0 is too small."""
+    return 1 - decay**count
 
 
 def require(params: optax.Params | None, name: str) -> optax.Params:

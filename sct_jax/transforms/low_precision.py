@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from sct_jax.transforms import common
+
 
 def scale_by_low_precision_adam(
     b1: float | jax.Array = 0.9,
@@ -45,10 +47,11 @@ def scale_by_low_precision_adam(
             state.nu,
             updates,
         )
+        seen_1, seen_2 = (common.share_seen(b, count) for b in (b1, b2))
         directions = jax.tree.map(
-            lambda m, v, g: (
-                (m / (1 - b1**count)) / (jnp.sqrt(v / (1 - b2**count)) + eps)
-            ).astype(g.dtype),
+            lambda m, v, g: ((m / seen_1) / (jnp.sqrt(v / seen_2) + eps)).astype(
+                g.dtype
+            ),
             mu,
             nu,
             updates,
@@ -67,9 +70,12 @@ def scale_by_adam(
     b2: float | jax.Array,
     eps: float | jax.Array,
     *,
-    moment_dtype: jax.typing.DTypeLike,
+    moment_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns Adam by optax, or for bfloat16 `scale_by_low_precision_adam`.
+
+    Float32 moments are that for leaves of less precision too: a second moment in
+    bfloat16 to the nearest number, as optax has it for those, never falls.
 
     Raises:
       ValueError: for another type of the moments.
@@ -79,11 +85,23 @@ def scale_by_adam(
         return scale_by_low_precision_adam(b1, b2, eps)
     if dtype != jnp.float32:
         raise ValueError(f"moments are float32 or bfloat16, not {dtype.name}")
-    return optax.with_extra_args_support(
-        optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype)
-    )
+    tx = optax.scale_by_adam(b1, b2, eps)
+
+    def init_fn(params):
+        return tx.init(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        directions, state = tx.update(
+            jax.tree.map(lambda g: g.astype(dtype), updates), state
+        )
+        back = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
+        return back, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@jax.jit
 def round_stochastically(
     x: Float[Array, "*N"], salt: Int[Array, ""]
 ) -> Float[Array, "*N"]:
@@ -91,8 +109,8 @@ def round_stochastically(
 
     Up with the probability of what is cut off, over all values of `salt`. The random
     bits are a hash of x, of its place in the last two axes, and of salt, so equal
-    arguments give equal results, whatever the sharding or stacking of the arrays.
-    Infinities and NaN stay.
+    arguments give equal results, whatever the sharding; and so do matrices, whatever
+    layers they are stacked with. Infinities and NaN stay.
 
     Args:
       x: float32.

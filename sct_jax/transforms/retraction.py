@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from sct_jax import stiefel
 from sct_jax.transforms import common
@@ -63,9 +64,8 @@ def retract_to_stiefel(
         if not factors:
             return updates, state.next()
         moved = [(p.u + d.u, p.v + d.v) for p, d in factors]
-        retraction = functools.partial(stiefel.retract, method=method)
         if every == 1 and tolerance is None:
-            retracted = retraction(moved)
+            retracted = stiefel.retract(moved, method=method)
         else:
             due = (state.count + 1) % every == 0 if every > 1 else jnp.array(False)
             if tolerance is not None:
@@ -73,7 +73,7 @@ def retract_to_stiefel(
                     stiefel.orthonormality_error(x) for x in jax.tree.leaves(moved)
                 ]
                 due |= jnp.max(jnp.stack(errors)) > tolerance
-            retracted = jax.lax.cond(due, retraction, lambda x: x, moved)
+            retracted = _retract_when(due, moved, method)
         updates = rebuild(
             [
                 d._replace(u=u - p.u, v=v - p.v)
@@ -83,6 +83,15 @@ def retract_to_stiefel(
         return updates, state.next()
 
     return optax.GradientTransformationExtraArgs(common.init_count, update_fn)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _retract_when(
+    due: Bool[Array, ""], moved: list[tuple[Array, Array]], method: str
+) -> list[tuple[Array, Array]]:
+    """Retracted or as it is; compiled once, for those who update outside of a jit."""
+    retraction = functools.partial(stiefel.retract, method=method)
+    return jax.lax.cond(due, retraction, lambda x: x, moved)
 
 
 def project_to_tangent() -> optax.GradientTransformationExtraArgs:

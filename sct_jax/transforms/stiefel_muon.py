@@ -97,7 +97,10 @@ def scale_by_stiefel_muon(
         return StiefelMuonState(
             count=jnp.zeros([], jnp.int32),
             mu=per_weight(lambda w: jax.tree.map(jnp.zeros_like, w)),
-            nu=per_weight(lambda w: SecondMoment(jnp.zeros_like(w.s))),
+            # In bfloat16 to the nearest number it would never fall.
+            nu=per_weight(
+                lambda w: SecondMoment(jnp.zeros_like(w.s, dtype=jnp.float32))
+            ),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -118,14 +121,15 @@ def scale_by_stiefel_muon(
                 g = g._replace(u=g.u * inverse, v=g.v * inverse)
             u, v = _mean(m.u, g.u, b1), _mean(m.v, g.v, b1)
             means[i] = spectral.SpectralFactors(u, _mean(m.s, g.s, s_b1), v)
-            squares[i] = SecondMoment(_mean(squares[i].s, jnp.square(g.s), s_b2))
+            square = jnp.square(g.s.astype(jnp.float32))
+            squares[i] = SecondMoment(_mean(squares[i].s, square, s_b2))
             if nesterov:
                 u, v = _mean(u, g.u, b1), _mean(v, g.v, b1)
             directions.append((u, v))
         directions = orthogonalize.newton_schulz(directions, steps=newton_schulz_steps)
         for i, (u, v) in zip(chosen, directions, strict=True):
-            mean_s = means[i].s / (1 - s_b1**count)
-            root = jnp.sqrt(squares[i].s / (1 - s_b2**count))
+            mean_s = means[i].s / common.share_seen(s_b1, count)
+            root = jnp.sqrt(squares[i].s / common.share_seen(s_b2, count))
             s = mean_s / (root + eps)
             if gauge == "svd":
                 inverse = transport.damped_inverse(weights[i].s)[..., None, :]
