@@ -67,9 +67,9 @@ def qr_retraction(x: T) -> T:
 
     A zero on the diagonal counts as positive, so a rank-deficient x still gives
     orthonormal columns. One LAPACK call per matrix, one after another: batched ones,
-    side by side on a CPU with few threads, deadlock in jaxlib up to 0.11. It takes whole
-    matrices: on a mesh they are gathered, and under Explicit axes rows that are sharded
-    are refused by JAX. The other retractions leave them where they are.
+    side by side on a CPU with few threads, deadlock in jaxlib up to 0.11. It takes
+    whole matrices: on a mesh they are gathered, and under Explicit axes JAX refuses
+    rows that are sharded. The other retractions leave them where they are.
 
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, Algorithm 1
