@@ -7,31 +7,35 @@ without it, from the same start, on the same data, for the same steps; dense Ada
 beside it.
 """
 
+import dataclasses
+
 from configs import compare_methods
 from experiments import grid
 
 RATES = (1.5e-3, 3e-3, 6e-3)
+ADAM_RATE = 0.027  # of the embedding and norms
 # A retraction that never comes.
 WITHOUT = (("optimizer.name", "tsvd"), ("optimizer.retraction_every", "1000000000"))
 
 
 def get_config() -> grid.Comparison:
-    small = compare_methods.get_config("small")
-    width = small.base.model.d_model
-    arms = list(compare_methods.tuned("dense AdamW"))
+    experiment = compare_methods.base_of_small()
+    width = experiment.model.d_model
+    dense = compare_methods.arm_named("dense AdamW")
+    arms = [dataclasses.replace(dense, adam_rate=ADAM_RATE)]
     for title, rank in (("full rank", width), ("R = d/4", width // 4)):
         arms += [
             grid.Arm(
                 name=f"{title} {kind}",
                 rates=RATES,
                 overrides=(("model.rank", str(rank)), *fields),
-                adam_rate=compare_methods.TUNED_ADAM_RATE,
+                adam_rate=ADAM_RATE,
                 always=True,
             )
             for kind, fields in (("retracted", ()), ("free", WITHOUT))
         ]
     return grid.Comparison(
-        base=small.base,
+        base=experiment,
         arms=tuple(arms),
         tokens_per_parameter=(1.0, 0.4),
         protocols=("tokens",),

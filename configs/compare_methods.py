@@ -3,19 +3,19 @@
   python -m experiments.compare --config=configs/compare_methods.py
 
 Variants, on the Python standard library's source text, R = d/4 in all seven matrices:
-  short   d 256, 4 layers, 4.2 M parameters dense, .4 tokens for each: the six that
-          lead, with the rate of the embedding that `small` found (the default);
-          about eight hours on two cores.
+  short   d 256, 4 layers, 4.2 M parameters dense, .4 tokens for each: five methods and
+          a narrow dense model, with the rates of the embedding that `small` found (the
+          default); about six hours on two cores.
   small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each: all methods, with
-          the rate of the embedding searched as well; three hours.
+          the rate of the embedding searched as well; eight hours.
   recipe  the model of `small`, two chains with other ranks, rates, bounds, retractions
           and moments, one by one.
   triple  the model of `small`, three times the rates, for loss spikes.
-  large   d 384, 6 layers, 10.7 M parameters dense in the layers: six methods, .4 tokens
+  large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
           for each; for accelerators, a process for each:
           for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
             experiments.compare --config=configs/compare_methods.py:large & done; wait
-  long    d 64, 4 layers, .2 M parameters dense, the same six, .4 to 10 tokens for each.
+  long    d 64, 4 layers, .2 M parameters dense: the same, .4 to 10 tokens for each.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from sct_jax import accounting, config, data, model, optimizers
 # Of embedding and norms, where the matrices have a rule of their own; of `small`, where
 # it is searched for every arm, a first guess.
 ADAM_RATE = 3e-3
-# About the best one of the arms of `small` (see its report): for the other studies.
-TUNED_ADAM_RATE = 0.027
 ADAM_RATE_FACTORS = (1 / 3, 1.0, 3.0)  # where it is searched
+
+SHORT = (0.4,)  # tokens per parameter
 
 # Fields of the experiment by arm; the base has spectral factors and the chain sct.
 DENSE = (("model.spectral", "()"),)
@@ -150,39 +150,36 @@ ARMS = (
 )
 
 
-# Those that are worth larger models and longer runs.
-LEADING = (
-    "dense AdamW",
-    "dense Muon",
-    "SCT (s = 1)",
-    "SCT (dense spectrum)",
-    "Spectron (code)",
-    "Stiefel Muon",
-)
+# Those of larger models and longer runs, with the best rates of `small` at equal FLOPs:
+# of the matrices, and of the embedding and norms.
+LEADING = {
+    "dense AdamW": (3e-3, 0.027),
+    "dense Muon": (0.01, 0.081),
+    "SCT (s = 1)": (6e-3, 0.054),
+    "Spectron (code)": (0.0125, 0.027),
+    "Stiefel Muon": (0.01, 0.027),
+}
 
 
-def arms_named(*names: str) -> tuple[grid.Arm, ...]:
-    """The arms with these names, in the order of `ARMS`."""
-    return tuple(arm for arm in ARMS if arm.name in names)
+def arm_named(name: str) -> grid.Arm:
+    """The arm of `ARMS` with this name."""
+    (arm,) = (arm for arm in ARMS if arm.name == name)
+    return arm
 
 
-def tuned(*names: str) -> tuple[grid.Arm, ...]:
-    """The same, with the rate of the embedding that `small` found."""
+def at_setting(name: str, rate: float, adam_rate: float) -> grid.Arm:
+    """This arm at one rate of the matrices and one of the rest, with all seeds."""
+    arm = arm_named(name)
+    return dataclasses.replace(arm, rates=(rate,), adam_rate=adam_rate, always=True)
+
+
+def leading() -> tuple[grid.Arm, ...]:
+    """The arms of `LEADING`, at three rates of the matrices each."""
     return tuple(
-        dataclasses.replace(arm, adam_rate=TUNED_ADAM_RATE)
-        for arm in arms_named(*names)
-    )
-
-
-def of_short_runs(arms: tuple[grid.Arm, ...]) -> tuple[grid.Arm, ...]:
-    """With the best momentum of few steps, less than the .95 of the papers."""
-    momentum = ("optimizer.momentum", "0.9")
-    with_momentum = [arm.name for arm in ARMS if arm.adam_rate is not None]
-    return tuple(
-        dataclasses.replace(arm, overrides=(*arm.overrides, momentum))
-        if arm.name in with_momentum
-        else arm
-        for arm in arms
+        dataclasses.replace(
+            at_setting(name, rate, adam_rate), rates=(rate / 2, rate, 2 * rate)
+        )
+        for name, (rate, adam_rate) in LEADING.items()
     )
 
 
@@ -251,35 +248,44 @@ def base(
     )
 
 
-def _plain() -> grid.Comparison:
-    """The leading methods on the small model, before `recipe`."""
-    return grid.Comparison(
-        base=base(d_model=128, d_ff=344, vocab_size=1024, seq_len=128),
-        arms=tuned(*LEADING),
-        tokens_per_parameter=(0.4,),
-    )
-
-
-def _small() -> grid.Comparison:
-    plain = _plain()
-    return dataclasses.replace(
-        plain.with_arms(with_narrow_muon(ARMS, plain.base)),
-        adam_rate_factors=ADAM_RATE_FACTORS,
-        max_rates=7,
-    )
+def base_of_small() -> config.ExperimentConfig:
+    """The model of `small`, on which most studies are."""
+    return base(d_model=128, d_ff=344, vocab_size=1024, seq_len=128)
 
 
 def with_qk_norm(experiment: config.ExperimentConfig) -> config.ExperimentConfig:
-    """With queries and keys normalised, which `recipe` found to help most methods."""
+    """With queries and keys normalised, which `recipe` found to help."""
     return dataclasses.replace(
         experiment, model=dataclasses.replace(experiment.model, qk_norm=True)
     )
 
 
-def _leading(shape: config.ExperimentConfig) -> grid.Comparison:
-    experiment = with_qk_norm(shape)
-    arms = with_narrow_muon(of_short_runs(tuned(*LEADING)), experiment)
-    return dataclasses.replace(_plain(), base=experiment, arms=arms)
+def of_short_run(arm: grid.Arm) -> grid.Arm:
+    """With the best momentum of few steps, less than the .95 of the papers."""
+    if arm_named(arm.name).adam_rate is None:  # a rule without momentum
+        return arm
+    momentum = ("optimizer.momentum", "0.9")
+    return dataclasses.replace(arm, overrides=(*arm.overrides, momentum))
+
+
+def _small() -> grid.Comparison:
+    experiment = base_of_small()
+    return grid.Comparison(
+        base=experiment,
+        arms=with_narrow_muon(ARMS, experiment),
+        tokens_per_parameter=SHORT,
+        adam_rate_factors=ADAM_RATE_FACTORS,
+        max_rates=7,
+    )
+
+
+def _leading(experiment: config.ExperimentConfig) -> grid.Comparison:
+    experiment = with_qk_norm(experiment)
+    return grid.Comparison(
+        base=experiment,
+        arms=with_narrow_muon(tuple(map(of_short_run, leading())), experiment),
+        tokens_per_parameter=SHORT,
+    )
 
 
 def _short() -> grid.Comparison:
@@ -290,10 +296,43 @@ def _short() -> grid.Comparison:
     )
 
 
+def _large() -> grid.Comparison:
+    return _leading(
+        base(d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256)
+    )
+
+
+def _long() -> grid.Comparison:
+    # A small vocabulary, as the head has a small share of the FLOPs of a large model;
+    # the best rate of the embedding falls with the length, so it is searched again.
+    shape = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
+    batches = dataclasses.replace(shape.data, batch_size=8)
+    experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
+    return grid.Comparison(
+        base=experiment,
+        arms=with_narrow_muon(leading(), experiment),
+        tokens_per_parameter=(10.0, *SHORT, 2.0),
+        adam_rate_factors=ADAM_RATE_FACTORS,
+    )
+
+
+def _triple() -> grid.Comparison:
+    """The leading methods at three times the rates of the other studies: who spikes?"""
+    arms = (
+        at_setting(name, round(3 * rate, 6), round(3 * adam_rate, 6))
+        for name, (rate, adam_rate) in LEADING.items()
+    )
+    return grid.Comparison(
+        base=with_qk_norm(base_of_small()),
+        arms=tuple(map(of_short_run, arms)),
+        tokens_per_parameter=SHORT,
+    )
+
+
 def _recipe() -> grid.Comparison:
     """Variations of two chains, and of dense Muon, each at a good rate of `small`."""
-    muon, sct, stiefel = tuned("dense Muon", "SCT (dense spectrum)", "Stiefel Muon")
-    rank = _plain().base.model.rank
+    experiment = base_of_small()
+    rank = experiment.model.rank
     # The parameters of the uniform ranks, 32 of d 128 and d_ff 344, moved.
     ranks = lambda **by_name: tuple(
         (f"model.ranks.{name}", str(r)) for name, r in by_name.items()
@@ -321,16 +360,16 @@ def _recipe() -> grid.Comparison:
     }
 
     def varied(
-        arm: grid.Arm, rate: float, *titles: str, always: tuple[str, ...] = ()
+        name: str, rate: float, *titles: str, always: tuple[str, ...] = ()
     ) -> tuple[grid.Arm, ...]:
-        plain = dataclasses.replace(arm, rates=(rate,), always=True)
+        plain = at_setting(name, rate, 0.027)
         # Of a field that is given twice the later value counts.
         return plain, *(
             dataclasses.replace(
                 plain,
-                name=f"{arm.name}: {title}",
+                name=f"{name}: {title}",
                 overrides=(
-                    *arm.overrides,
+                    *plain.overrides,
                     *(f for part in title.split(" + ") for f in variations[part]),
                 ),
                 always=title in always,
@@ -349,7 +388,7 @@ def _recipe() -> grid.Comparison:
     best = "momentum .9 + normalised q and k"
     arms = (
         *varied(
-            stiefel,
+            "Stiefel Muon",
             0.01,
             *of_both,
             "rate of s as of u and v",
@@ -363,7 +402,7 @@ def _recipe() -> grid.Comparison:
             always=(best, "R = d/2"),
         ),
         *varied(
-            sct,
+            "SCT (dense spectrum)",
             3e-3,
             *of_both,
             "clip at .1",
@@ -374,44 +413,16 @@ def _recipe() -> grid.Comparison:
             always=("bfloat16 moments",),  # how much do they cost?
         ),
         # What helps the one chain may help the other.
-        *varied(muon, 0.01, "momentum .9", "normalised q and k", best, always=(best,)),
+        *varied(
+            "dense Muon",
+            0.01,
+            "momentum .9",
+            "normalised q and k",
+            best,
+            always=(best,),
+        ),
     )
-    return _plain().with_arms(arms)
-
-
-def _triple() -> grid.Comparison:
-    """The leading methods at three times the rates of the other studies: who spikes?"""
-    arms = (
-        dataclasses.replace(
-            arm,
-            rates=(round(3 * arm.rates[1], 6),),
-            adam_rate=3 * TUNED_ADAM_RATE,
-            always=True,
-        )
-        for arm in arms_named(*LEADING)
-    )
-    return _leading(_plain().base).with_arms(of_short_runs(tuple(arms)))
-
-
-def _large() -> grid.Comparison:
-    return _leading(
-        base(d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256)
-    )
-
-
-def _long() -> grid.Comparison:
-    # A small vocabulary, as the head has a small share of the FLOPs of a large model;
-    # the best rate of the embedding falls with the length, so it is searched again.
-    shape = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
-    batches = dataclasses.replace(shape.data, batch_size=8)
-    experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
-    return dataclasses.replace(
-        _plain(),
-        base=experiment,
-        arms=with_narrow_muon(tuned(*LEADING), experiment),
-        tokens_per_parameter=(10.0, 0.4, 2.0),
-        adam_rate_factors=ADAM_RATE_FACTORS,
-    )
+    return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
 
 
 VARIANTS = {

@@ -34,7 +34,7 @@ def get_config() -> grid.Comparison:
         for arm in shared
     )
     return grid.Comparison(
-        base=compare_methods.get_config("small").base,
-        arms=(*compare_methods.arms_named("dense AdamW"), *shared, *apart),
+        base=compare_methods.base_of_small(),
+        arms=(compare_methods.arm_named("dense AdamW"), *shared, *apart),
         tokens_per_parameter=(0.4,),
     )

@@ -3,20 +3,16 @@
 python -m experiments.scaling_laws
 """
 
-import dataclasses
-
 from configs import compare_methods
 from experiments import scaling_laws
 
 
 def get_config() -> scaling_laws.ScalingLaws:
-    small = compare_methods.get_config("small")
     return scaling_laws.ScalingLaws(
-        base=compare_methods.with_qk_norm(small.base),
+        base=compare_methods.with_qk_norm(compare_methods.base_of_small()),
         kinds=tuple(
-            # One rate each, the middle one: the best of `small`, near enough.
-            dataclasses.replace(arm, rates=arm.rates[1:2])
-            for arm in compare_methods.tuned("dense Muon", "Stiefel Muon")
+            compare_methods.at_setting(name, *compare_methods.LEADING[name])
+            for name in ("dense Muon", "Stiefel Muon")
         ),
         sizes=tuple(
             scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
