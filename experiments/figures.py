@@ -75,6 +75,7 @@ def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
         )
     names = [f"{arm.name} ({_seeds(arm.num_seeds(protocol))})" for arm in shown]
     axes.set_yticks(range(len(shown)), names)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     _make_room(axes, names, line=0.34)
     # The horizon has a line of its own: in one it is wider than the axes.
     axes.set_xlabel(f"held-out loss, nats per token\n({summary.words(protocol)})")
@@ -152,6 +153,7 @@ def gaps(arms: Sequence[summary.Arm], reference: summary.Arm, kind: str) -> Figu
       kind: the protocol that is shown, "tokens" for one.
     """
     figure, axes = _figure()
+    trained = set()
     for arm in arms:
         points = []
         for protocol in arm.protocols:
@@ -161,10 +163,13 @@ def gaps(arms: Sequence[summary.Arm], reference: summary.Arm, kind: str) -> Figu
                 points.append((float(length), mean, 0 if math.isnan(error) else error))
         if points:
             lengths, means, errors = zip(*sorted(points), strict=True)
+            trained |= set(lengths)
             axes.errorbar(
                 lengths, means, yerr=errors, label=arm.name, **style(arm.index)
             )
     axes.set_xscale("log")
+    axes.set_xticks(sorted(trained), [f"{length:g}" for length in sorted(trained)])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("tokens per parameter of the dense model")
     axes.set_ylabel(f"held-out loss, less that of {reference.name}, nats")
     _legend(axes)
