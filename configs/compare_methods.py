@@ -173,24 +173,26 @@ def at_setting(name: str, rate: float, adam_rate: float) -> grid.Arm:
     return dataclasses.replace(arm, rates=(rate,), adam_rate=adam_rate, always=True)
 
 
-def leading() -> tuple[grid.Arm, ...]:
-    """The arms of `LEADING`, at three rates of the matrices each."""
-    return tuple(
-        dataclasses.replace(
+def leading(
+    experiment: config.ExperimentConfig, *, short_run: bool
+) -> tuple[grid.Arm, ...]:
+    """The arms of `LEADING` at three rates of the matrices each, and a narrow one."""
+    arms = {
+        name: dataclasses.replace(
             at_setting(name, rate, adam_rate), rates=(rate / 2, rate, 2 * rate)
         )
         for name, (rate, adam_rate) in LEADING.items()
-    )
+    }
+    if short_run:
+        arms = {name: of_short_run(arm) for name, arm in arms.items()}
+    return *arms.values(), narrow(arms["dense Muon"], experiment)
 
 
-def with_narrow_muon(
-    arms: tuple[grid.Arm, ...], experiment: config.ExperimentConfig
-) -> tuple[grid.Arm, ...]:
-    """With dense Muon at the width that has the FLOPs per token of the low-rank arms.
+def narrow(arm: grid.Arm, experiment: config.ExperimentConfig) -> grid.Arm:
+    """A dense arm at the width that has the FLOPs per token of the low-rank ones.
 
     What it gains at equal FLOPs, any smaller model does.
     """
-    (muon,) = (arm for arm in arms if arm.name == "dense Muon")
     low_rank, seq_len = experiment.model, experiment.data.seq_len
     budget = accounting.flops_per_token(low_rank, seq_len=seq_len)
 
@@ -207,16 +209,15 @@ def with_narrow_muon(
     ratio = low_rank.d_ff / low_rank.d_model
     found = min((at(w, round(w * ratio)) for w in widths), key=excess)
     found = min((at(found.d_model, f) for f in range(1, low_rank.d_ff)), key=excess)
-    narrow = dataclasses.replace(
-        muon,
-        name="dense Muon (narrow)",
+    return dataclasses.replace(
+        arm,
+        name=f"{arm.name} (narrow)",
         overrides=(
-            *muon.overrides,
+            *arm.overrides,
             ("model.d_model", str(found.d_model)),
             ("model.d_ff", str(found.d_ff)),
         ),
     )
-    return *arms, narrow
 
 
 def base(
@@ -272,7 +273,7 @@ def _small() -> grid.Comparison:
     experiment = base_of_small()
     return grid.Comparison(
         base=experiment,
-        arms=with_narrow_muon(ARMS, experiment),
+        arms=(*ARMS, narrow(arm_named("dense Muon"), experiment)),
         tokens_per_parameter=SHORT,
         adam_rate_factors=ADAM_RATE_FACTORS,
         max_rates=7,
@@ -283,7 +284,7 @@ def _leading(experiment: config.ExperimentConfig) -> grid.Comparison:
     experiment = with_qk_norm(experiment)
     return grid.Comparison(
         base=experiment,
-        arms=with_narrow_muon(tuple(map(of_short_run, leading())), experiment),
+        arms=leading(experiment, short_run=True),
         tokens_per_parameter=SHORT,
     )
 
@@ -310,7 +311,7 @@ def _long() -> grid.Comparison:
     experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
     return grid.Comparison(
         base=experiment,
-        arms=with_narrow_muon(leading(), experiment),
+        arms=leading(experiment, short_run=False),
         tokens_per_parameter=(10.0, *SHORT, 2.0),
         adam_rate_factors=ADAM_RATE_FACTORS,
     )
@@ -422,6 +423,7 @@ def _recipe() -> grid.Comparison:
             always=(best,),
         ),
     )
+    arms = (*arms, narrow(arms[-1], experiment))
     return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
 
 
