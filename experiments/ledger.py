@@ -98,7 +98,7 @@ class Ledger:
     def add(self, row: summary.Row) -> None:
         """Appends a row, on disk when this returns; one that is reused as it is."""
         stamped = {"environment": self._environment} | row
-        line = json.dumps(stamped, allow_nan=False) + "\n"
+        line = json.dumps(stamped, allow_nan=False, separators=(",", ":")) + "\n"
         with self._cells.open("ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             # What a killed process left of a line goes.

@@ -36,6 +36,7 @@ from sct_jax import (
 )
 
 DIAGNOSE_EVERY = 10  # steps between measured norms of the update of W
+KEPT_SPECTRA = ("down",)  # in a row; of the other matrices the effective rank is
 SPIKE_WINDOW = 100  # trailing steps, at most, whose trend and deviation tell a spike
 SPIKE_DEVIATIONS = 4.0
 _LEAST_WINDOW = 50  # trailing steps without which nothing is judged
@@ -158,13 +159,14 @@ class _Record:
         self.ranks: list[tuple[int, dict[str, int]]] = []
 
     def measure(self, step: int, params: model.Params) -> None:
-        """Adds the effective rank of every kind of matrix, and the latest spectra."""
+        """Adds the effective rank of every kind of matrix; keeps the latest spectra."""
         if not self._has_spectra or not optax.tree.norm(params) < math.inf:
             return  # of a diverged model there is nothing to decompose
         for name, spectrum in spectra(params).items():
             points = self.effective_ranks.setdefault(name, [])
             points.append(Point(step, effective_rank(spectrum)))
-            self.spectra[name] = [float(f"{x:.5g}") for x in spectrum]
+            if name in KEPT_SPECTRA:
+                self.spectra[name] = [float(f"{x:.5g}") for x in spectrum]
 
     def as_json(self) -> dict[str, Any]:
         """Returns what a row holds of it."""

@@ -14,6 +14,7 @@ RESULTS = ROOT / "experiments" / "results"
 FINISHED = {
     "compare_methods-small": lambda: compare_methods.get_config("small"),
     "compare_methods-recipe": lambda: compare_methods.get_config("recipe"),
+    "compare_methods-triple": lambda: compare_methods.get_config("triple"),
     "ablation_retraction": ablation_retraction.get_config,
     "rank_sweep": rank_sweep.get_config,
 }
@@ -57,3 +58,8 @@ def test_the_table_of_the_readme_is_that_of_the_report():
     lines = [f"| {' | '.join(row)} |" for row in repeated]
     assert len(lines) >= 6
     assert "\n".join(lines) in (ROOT / "README.md").read_text()
+
+
+def test_no_file_is_large():
+    kept = [path for path in RESULTS.rglob("*.*") if ".cache" not in path.parts]
+    assert max(path.stat().st_size for path in kept) < 1_000_000
