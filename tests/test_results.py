@@ -6,7 +6,7 @@ import pytest
 
 from configs import ablation_retraction, compare_methods, rank_sweep
 from experiments import grid, ledger, report, summary
-from sct_jax import metrics
+from sct_jax import accounting, config, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -63,3 +63,14 @@ def test_the_table_of_the_readme_is_that_of_the_report():
 def test_no_file_is_large():
     kept = [path for path in RESULTS.rglob("*.*") if ".cache" not in path.parts]
     assert max(path.stat().st_size for path in kept) < 1_000_000
+
+
+def test_the_start_table_of_the_readme_is_that_of_tiny():
+    experiment = config.load(str(ROOT / "configs" / "smollm_r128.py") + ":tiny")
+    tx = experiment.optimizer.build(experiment.num_steps)
+    found = accounting.summary(experiment.model, tx, seq_len=experiment.data.seq_len)
+    readme = (ROOT / "README.md").read_text()
+    for name in ("parameters", "dense_equivalent_parameters", "flops_per_token"):
+        assert f"│ {found[name]:,} " in readme
+    for size in found["bytes"].values():
+        assert f"│ {size:,} (" in readme
