@@ -84,14 +84,13 @@ def _recipe() -> config.ExperimentConfig:
             spectral=ATTENTION_AND_MLP,
             qk_norm=True,
         ),
-        optimizer=optimizers.OptimizerConfig(
+        optimizer=dataclasses.replace(
+            plain.optimizer,
             name="stiefel_muon",
             peak_learning_rate=0.01,
-            schedule="wsd",
-            warmup_steps=500,
             final_rate_ratio=0.0,
-            grad_clip=1.0,
-            b2=0.95,
+            max_update_norm=None,
+            weight_decay=0.0,
             singular_value_rate=0.2,
         ),
     )

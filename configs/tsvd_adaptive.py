@@ -25,16 +25,12 @@ VARIANTS = {
 
 def get_config(variant: str = "energy") -> config.ExperimentConfig:
     tiny = smollm_r128.get_config("tiny")
-    optimizer = optimizers.OptimizerConfig(
+    optimizer = dataclasses.replace(
+        tiny.optimizer,
         name="tsvd",
         peak_learning_rate=6e-3,
-        schedule="wsd",
-        warmup_steps=40,
-        decay_ratio=0.8,
-        final_rate_ratio=0.02,
         max_update_norm=0.5,
-        grad_clip=1.0,
-        b2=0.95,
+        momentum=optimizers.OptimizerConfig.momentum,  # this chain has none
         singular_value_rate=4.0,
         dense_rate=4.0,
     )

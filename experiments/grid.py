@@ -104,10 +104,6 @@ class Comparison:
             errors.check(field, list(arm.rates) == sorted(set(arm.rates)), "not sorted")
             self.trial(arm, arm.rates[0], self.seeds[0]).validate()
 
-    def with_arms(self, arms: tuple[Arm, ...]) -> "Comparison":
-        """Returns the comparison of these arms alone."""
-        return dataclasses.replace(self, arms=arms)
-
     def trial(
         self,
         arm: Arm,

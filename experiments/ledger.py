@@ -188,8 +188,7 @@ def fill(
 
 def describe(trial: trial_lib.Trial) -> str:
     """Returns the trial in a few words."""
-    rates = summary.Setting(trial.rate, trial.adam_rate)
-    return f"{trial.arm}, rate {rates}, seed {trial.experiment.seed}"
+    return f"{trial.arm}, rate {trial.setting}, seed {trial.experiment.seed}"
 
 
 def outcome(row: summary.Row) -> str:

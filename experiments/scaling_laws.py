@@ -163,10 +163,9 @@ def optimum(runs: Sequence[Run]) -> Optimum | None:
     less than three sizes. Tokens at the optimum follow from C / (N D), interpolated in
     log N: with the head included that is no constant.
     """
-    sizes = log_sizes(runs)
-    if len(set(sizes)) < 3:
+    if not has_parabola(runs):
         return None
-    curve = parabola(runs)
+    sizes, curve = log_sizes(runs), parabola(runs)
     if curve.deriv(2)(0.0) <= 0:
         return None
     (vertex,) = curve.deriv().roots()
@@ -184,6 +183,11 @@ def optimum(runs: Sequence[Run]) -> Optimum | None:
 def log_sizes(runs: Sequence[Run]) -> np.ndarray:
     """Returns log N of every run."""
     return np.log([run.parameters for run in runs])
+
+
+def has_parabola(runs: Sequence[Run]) -> bool:
+    """Returns whether there are the three sizes that a parabola needs."""
+    return len({run.parameters for run in runs}) >= 3
 
 
 def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
@@ -221,7 +225,7 @@ def bootstrap(
     where no residual is free.
     """
     generator = np.random.default_rng(seed)
-    groups = [g for g in by_budget(runs) if len(set(log_sizes(g))) >= 3]
+    groups = [group for group in by_budget(runs) if has_parabola(group)]
     ordered = [run for group in groups for run in group]
     fitted = np.concatenate(
         [np.zeros(0), *(parabola(group)(log_sizes(group)) for group in groups)]
@@ -310,7 +314,7 @@ def draw(kinds: Mapping[str, Sequence[Run]]) -> bytes:
             losses = [run.loss for run in group]
             label = f"{group[0].flops:.1e} FLOPs"
             axes.plot(sizes, losses, label=label, **(look | {"linestyle": "none"}))
-            if len(set(sizes)) >= 3:
+            if has_parabola(group):
                 fine = np.geomspace(sizes.min(), sizes.max(), 60)
                 axes.plot(fine, parabola(group)(np.log(fine)), color=look["color"])
         axes.set_xscale("log")

@@ -20,6 +20,10 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         return " / ".join(f"{rate:g}" for rate in self if rate is not None)
 
+    def rate_of_others(self, dense_rate: float) -> float:
+        """Returns the rate of what `optimizer.dense_rate`, given here, is for."""
+        return self.rate * dense_rate if self.adam_rate is None else self.adam_rate
+
 
 PROTOCOLS = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
 
@@ -154,10 +158,8 @@ def setting(row: Row) -> Setting:
 
 def rate_of_others(row: Row) -> float:
     """Returns the rate of what `optimizer.dense_rate` is for."""
-    rate, adam_rate = setting(row)
-    if adam_rate is not None:
-        return adam_rate
-    return rate * row["definition"]["experiment"]["optimizer"]["dense_rate"]
+    optimizer = row["definition"]["experiment"]["optimizer"]
+    return setting(row).rate_of_others(optimizer["dense_rate"])
 
 
 def best(rows: Sequence[Row], protocol: str) -> Row:

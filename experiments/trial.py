@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import baselines
+from experiments import baselines, summary
 from sct_jax import (
     accounting,
     config,
@@ -75,11 +75,14 @@ class Trial:
         return self.experiment.optimizer.peak_learning_rate
 
     @property
+    def setting(self) -> summary.Setting:
+        """Its two rates."""
+        return summary.Setting(self.rate, self.adam_rate)
+
+    @property
     def rate_of_others(self) -> float:
         """Peak rate of what `optimizer.dense_rate` is for."""
-        if self.adam_rate is not None:
-            return self.adam_rate
-        return self.rate * self.experiment.optimizer.dense_rate
+        return self.setting.rate_of_others(self.experiment.optimizer.dense_rate)
 
     @property
     def fade_steps(self) -> int:

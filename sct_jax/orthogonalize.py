@@ -2,7 +2,7 @@
 
 Everything here works on the last two axes, takes any leading axes, and multiplies at
 `HIGHEST` precision: the bf16 and TF32 defaults of accelerators ruin orthonormality.
-What loops is compiled as a function, once for callers outside of a jit too.
+What loops and is called from outside of a jit too is a function compiled once.
 """
 
 import functools

@@ -127,9 +127,10 @@ def scale_by_stiefel_muon(
                 u, v = _mean(u, g.u, b1), _mean(v, g.v, b1)
             directions.append((u, v))
         directions = orthogonalize.newton_schulz(directions, steps=newton_schulz_steps)
+        seen_1, seen_2 = (common.share_seen(b, count) for b in (s_b1, s_b2))
         for i, (u, v) in zip(chosen, directions, strict=True):
-            mean_s = means[i].s / common.share_seen(s_b1, count)
-            root = jnp.sqrt(squares[i].s / common.share_seen(s_b2, count))
+            mean_s = means[i].s / seen_1
+            root = jnp.sqrt(squares[i].s / seen_2)
             s = mean_s / (root + eps)
             if gauge == "svd":
                 inverse = transport.damped_inverse(weights[i].s)[..., None, :]
