@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from sct_jax import (
 )
 
 DIAGNOSE_EVERY = 10  # steps between measured norms of the update of W
+CURVE_POINTS = 64  # at most, of a curve in a row
 KEPT_SPECTRA = ("down",)  # in a row; of the other matrices the effective rank is
 SPIKE_WINDOW = 100  # trailing steps, at most, whose trend and deviation tell a spike
 SPIKE_DEVIATIONS = 4.0
@@ -171,12 +172,17 @@ class _Record:
             if name in KEPT_SPECTRA:
                 self.spectra[name] = [float(f"{x:.5g}") for x in spectrum]
 
-    def as_json(self) -> dict[str, Any]:
-        """Returns what a row holds of it."""
+    def as_json(self, length: int) -> dict[str, Any]:
+        """Returns what a row holds of it, when `length` steps were planned."""
+        # All rows of an arm have their points at the same steps, diverged ones too.
+        thinned = math.ceil(length / (DIAGNOSE_EVERY * CURVE_POINTS))
         return {
             "spikes": spikes(self.losses),
-            "train_loss": _every(self.losses, DIAGNOSE_EVERY),
-            "update_norms": [[p.step, _finite(p.value)] for p in self.update_norms],
+            "train_loss": _every(self.losses, thinned * DIAGNOSE_EVERY),
+            "update_norms": [
+                [group[-1].step, _finite(float(np.max([p.value for p in group])))]
+                for group in _in_groups(self.update_norms, thinned)
+            ],
             "effective_ranks": {
                 name: [[p.step, round(p.value, 2)] for p in points]
                 for name, points in self.effective_ranks.items()
@@ -233,7 +239,7 @@ def run(trial: Trial, corpus: data.Corpus) -> dict[str, Any]:
         "results": {
             name: _result(trial, steps, ends[steps]) for name, steps in trial.horizons
         },
-        **record.as_json(),
+        **record.as_json(lengths[-1]),
     }
 
 
@@ -536,6 +542,12 @@ def _result(trial: Trial, steps: int, figures: Mapping[str, float]) -> dict[str,
 def _finite(value: float) -> float | None:
     """The value to five digits; None (JSON's null) where it is not finite."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _in_groups(points: list[Point], n: int) -> Iterator[list[Point]]:
+    """N points in a row, then the next n, and at the end what is left."""
+    for start in range(0, len(points), n):
+        yield points[start : start + n]
 
 
 def _every(losses: list[float], n: int) -> list[list[float | None]]:

@@ -124,6 +124,16 @@ def test_a_row_is_json_and_says_what_was_spent(branched):
     assert len(row["spectra"]["down"]) == SHAPE.matrix_rank("down")
 
 
+def test_a_long_run_has_few_points_and_its_largest_norm(branched, corpus, monkeypatch):
+    item, row = branched
+    monkeypatch.setattr(trial, "CURVE_POINTS", 1)
+    few = trial.run(item, corpus)
+    means = [mean for _, mean in row["train_loss"]]
+    ((step, mean),) = few["train_loss"]
+    assert step == 20 and mean == pytest.approx(np.mean(means), rel=1e-4)
+    assert few["update_norms"] == [[20, max(n for _, n in row["update_norms"])]]
+
+
 def test_the_key_is_of_the_definition_alone(experiment):
     item = make(experiment)
     assert item.key == make(experiment).key
