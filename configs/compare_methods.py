@@ -11,6 +11,7 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
   recipe  the model of `small`, two chains with other ranks, rates, bounds, retractions
           and moments, one by one.
   triple  the model of `small`, three times the rates, for loss spikes.
+  width   the model of `small` at d 64, 128 and 256: where do rates have their best?
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
           for each; for accelerators, a process for each:
           for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
@@ -427,11 +428,52 @@ def _recipe() -> grid.Comparison:
     return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
 
 
+def _width() -> grid.Comparison:
+    """Two chains at three widths, the same tokens for each, tuned alike."""
+    experiment = with_qk_norm(base_of_small())
+    shape = experiment.model
+
+    def at_width(arm: grid.Arm, width: int) -> grid.Arm:
+        d_ff = 8 * round(width * shape.d_ff / shape.d_model / 8)
+        fields = {"d_model": width, "d_ff": d_ff, "rank": width // 4}
+        return dataclasses.replace(
+            arm,
+            name=f"{arm.name} at d {width}",
+            overrides=(
+                *arm.overrides,
+                *((f"model.{name}", str(value)) for name, value in fields.items()),
+            ),
+        )
+
+    muon = of_short_run(arm_named("Stiefel Muon"))
+    muon = dataclasses.replace(muon, adam_rate=0.027)
+    adam = dataclasses.replace(
+        arm_named("SCT (dense spectrum)"), name="SCT", adam_rate=0.027
+    )
+    by_width = dataclasses.replace(
+        adam,
+        name="SCT with base_width",
+        overrides=(*adam.overrides, ("optimizer.base_width", str(shape.d_model))),
+    )
+    return grid.Comparison(
+        base=experiment,
+        arms=tuple(
+            at_width(arm, width)
+            for arm in (muon, adam, by_width)
+            for width in (shape.d_model // 2, shape.d_model, 2 * shape.d_model)
+        ),
+        seeds=(0,),
+        tokens_per_parameter=SHORT,
+        protocols=("tokens",),
+    )
+
+
 VARIANTS = {
     "short": _short,
     "small": _small,
     "recipe": _recipe,
     "triple": _triple,
+    "width": _width,
     "large": _large,
     "long": _long,
 }
