@@ -196,8 +196,8 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
     wanted += [
         (
             "curves",
-            "Training loss at the best rate, means of ten steps; bands: one standard "
-            f"deviation over seeds{seeds}.",
+            "Training loss at the best rate, means of ten steps or more; bands: one "
+            f"standard deviation over seeds{seeds}.",
             lambda: figures.curves(compared, first),
         ),
         (
