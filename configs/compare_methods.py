@@ -10,6 +10,8 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
           the rate of the embedding searched as well; eight hours.
   recipe  the model of `small`, two chains with other ranks, rates, bounds, retractions
           and moments, one by one.
+  recipe_long
+          the model of `long`, one chain with other ranks, rates and retractions.
   triple  the model of `small`, three times the rates, for loss spikes.
   width   the model of `small` at d 64, 128 and 256: where do rates have their best?
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
@@ -20,6 +22,7 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 from configs import smollm_r128
 from experiments import grid
@@ -331,53 +334,67 @@ def _triple() -> grid.Comparison:
     )
 
 
+# Of the chains that studies vary, by the name of what is changed.
+VARIATIONS = {
+    "normalised q and k": (("model.qk_norm", "true"),),
+    "clip at .1": (("optimizer.max_update_norm", "0.1"),),
+    "clip at .05": (("optimizer.max_update_norm", "0.05"),),
+    "rate of s as of u and v": (("optimizer.singular_value_rate", "1.0"),),
+    "rate of s x 5": (("optimizer.singular_value_rate", "5.0"),),
+    "lossless": (("optimizer.retraction", "lossless"),),
+    "polar retraction": (("optimizer.retraction", "polar"),),
+    "transported moments": (("optimizer.transport_moments", "true"),),
+    "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
+    "momentum .9": (("optimizer.momentum", "0.9"),),
+    "momentum .8": (("optimizer.momentum", "0.8"),),
+    "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
+    "weight decay .01": (("optimizer.weight_decay", "0.01"),),
+    "init of the dense norm": (("model.rescale_init", "true"),),
+}
+
+
+def ranks(**by_name: int) -> tuple[tuple[str, str], ...]:
+    """Overrides of the ranks of some matrices."""
+    return tuple((f"model.ranks.{name}", str(r)) for name, r in by_name.items())
+
+
+def varied(
+    plain: grid.Arm,
+    variations: Mapping[str, tuple[tuple[str, str], ...]],
+    *titles: str,
+    always: Sequence[str] = (),
+) -> tuple[grid.Arm, ...]:
+    """An arm, and one more for each title, which may join variations by " + "."""
+    # Of a field that is given twice the later value counts.
+    return plain, *(
+        dataclasses.replace(
+            plain,
+            name=f"{plain.name}: {title}",
+            overrides=(
+                *plain.overrides,
+                *(f for part in title.split(" + ") for f in variations[part]),
+            ),
+            always=title in always,
+        )
+        for title in titles
+    )
+
+
 def _recipe() -> grid.Comparison:
     """Variations of two chains, and of dense Muon, each at a good rate of `small`."""
     experiment = base_of_small()
-    rank = experiment.model.rank
-    # The parameters of the uniform ranks, 32 of d 128 and d_ff 344, moved.
-    ranks = lambda **by_name: tuple(
-        (f"model.ranks.{name}", str(r)) for name, r in by_name.items()
-    )
-    variations = {
-        "normalised q and k": (("model.qk_norm", "true"),),
-        "clip at .1": (("optimizer.max_update_norm", "0.1"),),
-        "clip at .05": (("optimizer.max_update_norm", "0.05"),),
-        "rate of s as of u and v": (("optimizer.singular_value_rate", "1.0"),),
-        "rate of s x 5": (("optimizer.singular_value_rate", "5.0"),),
-        "lossless": (("optimizer.retraction", "lossless"),),
-        "polar retraction": (("optimizer.retraction", "polar"),),
-        "transported moments": (("optimizer.transport_moments", "true"),),
-        "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
-        "momentum .9": (("optimizer.momentum", "0.9"),),
-        "momentum .8": (("optimizer.momentum", "0.8"),),
-        "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
-        "init of the dense norm": (("model.rescale_init", "true"),),
+    moved = {
         "ranks from q and k to v and o": ranks(q=16, k=16, v=48, o=48),
         "ranks from attention to MLP": ranks(
             q=16, k=16, v=16, o=16, gate=43, up=43, down=43
         ),
         "ranks from gate to up and down": ranks(gate=16, up=40, down=40),
-        "R = d/2": (("model.rank", str(2 * rank)),),
+        "R = d/2": (("model.rank", str(2 * experiment.model.rank)),),
     }
 
-    def varied(
-        name: str, rate: float, *titles: str, always: tuple[str, ...] = ()
-    ) -> tuple[grid.Arm, ...]:
+    def of(name: str, rate: float, *titles: str, always: Sequence[str] = ()):
         plain = at_setting(name, rate, 0.027)
-        # Of a field that is given twice the later value counts.
-        return plain, *(
-            dataclasses.replace(
-                plain,
-                name=f"{name}: {title}",
-                overrides=(
-                    *plain.overrides,
-                    *(f for part in title.split(" + ") for f in variations[part]),
-                ),
-                always=title in always,
-            )
-            for title in titles
-        )
+        return varied(plain, VARIATIONS | moved, *titles, always=always)
 
     of_both = (
         "clip at .05",
@@ -389,7 +406,7 @@ def _recipe() -> grid.Comparison:
     )
     best = "momentum .9 + normalised q and k"
     arms = (
-        *varied(
+        *of(
             "Stiefel Muon",
             0.01,
             *of_both,
@@ -398,12 +415,10 @@ def _recipe() -> grid.Comparison:
             "momentum .8",
             best,
             f"{best} + lossless",
-            "ranks from q and k to v and o",
-            "ranks from attention to MLP",
-            "ranks from gate to up and down",
+            *tuple(moved)[:-1],
             always=(best, "R = d/2"),
         ),
-        *varied(
+        *of(
             "SCT (dense spectrum)",
             3e-3,
             *of_both,
@@ -415,7 +430,7 @@ def _recipe() -> grid.Comparison:
             always=("bfloat16 moments",),  # how much do they cost?
         ),
         # What helps the one chain may help the other.
-        *varied(
+        *of(
             "dense Muon",
             0.01,
             "momentum .9",
@@ -426,6 +441,34 @@ def _recipe() -> grid.Comparison:
     )
     arms = (*arms, narrow(arms[-1], experiment))
     return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
+
+
+def _recipe_long() -> grid.Comparison:
+    """What may bring the low-rank arms of `long` nearer to the dense ones there."""
+    study = _long()
+    moved = {
+        "ranks from q and k to v and o": ranks(q=8, k=8, v=24, o=24),
+        "ranks from attention to MLP": ranks(
+            q=8, k=8, v=8, o=8, gate=22, up=22, down=21
+        ),
+        "R = d/2": (("model.rank", str(2 * study.base.model.rank)),),
+    }
+    titles = (
+        "lossless",
+        "momentum .9",
+        "rate of s as of u and v",
+        "tangent gradient",
+        "weight decay .01",
+        *moved,
+    )
+    muon = at_setting("Stiefel Muon", 5e-3, 0.027)
+    arms = varied(muon, VARIATIONS | moved, *titles, always=titles)
+    return dataclasses.replace(
+        study,
+        arms=(*arms, at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.027)),
+        protocols=("tokens",),
+        adam_rate_factors=(),
+    )
 
 
 def _width() -> grid.Comparison:
@@ -476,6 +519,7 @@ VARIANTS = {
     "width": _width,
     "large": _large,
     "long": _long,
+    "recipe_long": _recipe_long,
 }
 
 
