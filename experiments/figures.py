@@ -18,6 +18,7 @@ try:
     import matplotlib.figure
     import matplotlib.pyplot as plt
     import PIL.Image
+    from matplotlib import ticker
 except ImportError as error:
     raise errors.ConfigError(
         "figures need matplotlib: pip install -e '.[plots]'"
@@ -97,6 +98,9 @@ def tuning(
         if points:
             axes.plot(*zip(*points, strict=True), label=arm.name, **style(arm.index))
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     whose = "the embedding and norms" if of_others else "the matrices"
     axes.set_xlabel(f"peak learning rate of {whose}")
     axes.set_ylabel("held-out loss, nats per token")
