@@ -461,11 +461,11 @@ def _recipe_long() -> grid.Comparison:
         "weight decay .01",
         *moved,
     )
-    muon = at_setting("Stiefel Muon", 5e-3, 0.027)
+    muon = at_setting("Stiefel Muon", 0.01, 0.081)
     arms = varied(muon, VARIATIONS | moved, *titles, always=titles)
     return dataclasses.replace(
         study,
-        arms=(*arms, at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.027)),
+        arms=(*arms, at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081)),
         protocols=("tokens",),
         adam_rate_factors=(),
     )
