@@ -175,7 +175,8 @@ def gaps(arms: Sequence[summary.Arm], reference: summary.Arm, kind: str) -> Figu
     axes.set_xticks(sorted(trained), [f"{length:g}" for length in sorted(trained)])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("tokens per parameter of the dense model")
-    axes.set_ylabel(f"held-out loss, less that of {reference.name}, nats")
+    # In one line a long name is wider than the figure is high.
+    axes.set_ylabel(f"nats per token, held out,\nless those of {reference.name}")
     _legend(axes)
     return figure
 
