@@ -14,6 +14,8 @@ RESULTS = ROOT / "experiments" / "results"
 FINISHED = {
     "compare_methods-small": lambda: compare_methods.get_config("small"),
     "compare_methods-recipe": lambda: compare_methods.get_config("recipe"),
+    "compare_methods-long": lambda: compare_methods.get_config("long"),
+    "compare_methods-recipe_long": lambda: compare_methods.get_config("recipe_long"),
     "compare_methods-triple": lambda: compare_methods.get_config("triple"),
     "ablation_retraction": ablation_retraction.get_config,
     "rank_sweep": rank_sweep.get_config,
@@ -40,6 +42,20 @@ def test_a_report_is_that_of_its_rows(folder):
     _, body = _table(folder)
     for cells in body:
         assert f"| {' | '.join(cells)} |" in text
+
+
+def test_the_gaps_of_the_readme_are_those_of_the_report():
+    arms = summary.arms(metrics.read_rows(RESULTS / "compare_methods-long/cells.jsonl"))
+    (muon,) = (arm for arm in arms if arm.name == "dense Muon")
+    header, body = report.differences(arms, muon)
+    columns = [
+        header.index(summary.words(summary.horizon("flops", length)))
+        for length in (0.4, 2, 10)
+    ]
+    readme = (ROOT / "README.md").read_text()
+    for name, *cells in body:
+        line = [name, *(cells[i - 1] for i in columns)]
+        assert f"| {' | '.join(line)} |" in readme
 
 
 def test_the_table_of_the_readme_is_that_of_the_report():
