@@ -349,6 +349,7 @@ VARIATIONS = {
     "momentum .8": (("optimizer.momentum", "0.8"),),
     "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
     "weight decay .01": (("optimizer.weight_decay", "0.01"),),
+    "decay .9": (("optimizer.decay_ratio", "0.9"),),
     "init of the dense norm": (("model.rescale_init", "true"),),
 }
 
@@ -459,13 +460,33 @@ def _recipe_long() -> grid.Comparison:
         "rate of s as of u and v",
         "tangent gradient",
         "weight decay .01",
+        "decay .9",
         *moved,
     )
-    muon = at_setting("Stiefel Muon", 0.01, 0.081)
-    arms = varied(muon, VARIATIONS | moved, *titles, always=titles)
+    arms = varied(
+        at_setting("Stiefel Muon", 0.01, 0.081),
+        VARIATIONS | moved,
+        *titles,
+        always=titles,
+    )
+    # What helps the low-rank chain may help the dense one.
+    dense = varied(
+        at_setting("dense Muon", 0.02, 0.081),
+        VARIATIONS,
+        "decay .9",
+        always=("decay .9",),
+    )
+    # Its rates in `long` are others than those of the wide one.
+    thin = narrow(at_setting("dense Muon", 0.04, 0.027), study.base)
+    thin = varied(thin, VARIATIONS, "decay .9", always=("decay .9",))
     return dataclasses.replace(
         study,
-        arms=(*arms, at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081)),
+        arms=(
+            *arms,
+            at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
+            *dense,
+            *thin,
+        ),
         protocols=("tokens",),
         adam_rate_factors=(),
     )

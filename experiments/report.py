@@ -135,8 +135,9 @@ def differences(
 
 
 def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
-    """The arms which the others are measured by: the dense ones, or else the first."""
-    return [arm for arm in arms if arm.name.startswith("dense")] or list(arms[:1])
+    """The arms which the others are measured by: the first, and the dense ones."""
+    dense = [arm for arm in arms if arm.name.startswith("dense")]
+    return dense if arms[0] in dense else [arms[0], *dense]
 
 
 def provenance(rows: Sequence[summary.Row]) -> tuple[list[str], list[list[str]]]:
