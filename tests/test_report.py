@@ -152,6 +152,14 @@ def test_differences_to_the_dense_arms_are_told(folder):
     assert "| ours <&> | -0.100 | -0.100 |" in text
 
 
+def test_differences_to_the_first_arm_are_told_though_another_is_dense(tmp_path):
+    rows = "".join(json.dumps(r) + "\n" for r in reversed(ROWS))
+    (tmp_path / "cells.jsonl").write_text(rows)
+    text = report.write(tmp_path).read_text()
+    for name in ("ours <&>", "dense Muon"):
+        assert f"## Less the loss of {name}, seed by seed" in text
+
+
 def test_several_lengths_show_how_a_gap_goes_on(folder):
     longer = [
         r | {"results": r["results"] | {"tokens 2": r["results"]["tokens 0.4"]}}
