@@ -88,10 +88,12 @@ def _recipe() -> config.ExperimentConfig:
             plain.optimizer,
             name="stiefel_muon",
             peak_learning_rate=0.01,
+            decay_ratio=0.9,
             final_rate_ratio=0.0,
             max_update_norm=None,
             weight_decay=0.0,
             singular_value_rate=0.2,
+            dense_rate=2.7,
         ),
     )
 
