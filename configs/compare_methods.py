@@ -416,7 +416,7 @@ def _recipe() -> grid.Comparison:
             "momentum .8",
             best,
             f"{best} + lossless",
-            *tuple(moved)[:-1],
+            *(title for title in moved if title not in of_both),
             always=(best, "R = d/2"),
         ),
         *of(

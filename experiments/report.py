@@ -10,6 +10,7 @@ import base64
 import html
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,9 +136,15 @@ def differences(
 
 
 def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
-    """The arms which the others are measured by: the first, and the dense ones."""
-    dense = [arm for arm in arms if arm.name.startswith("dense")]
-    return dense if arms[0] in dense else [arms[0], *dense]
+    """The arms which the others are measured by: the first, and the dense ones.
+
+    Not those that are variations of another one, named after it with a colon.
+    """
+    return [
+        arm
+        for arm in arms
+        if arm is arms[0] or (arm.name.startswith("dense") and ":" not in arm.name)
+    ]
 
 
 def provenance(rows: Sequence[summary.Row]) -> tuple[list[str], list[list[str]]]:
@@ -234,7 +241,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
     if len(set(lengths)) > 1:
         wanted += [
             (
-                f"gap-to-{other.name.replace(' ', '-')}-{kind}",
+                f"gap-to-{re.sub('[^A-Za-z0-9]+', '-', other.name).strip('-')}-{kind}",
                 f"Held-out loss less that of {other.name}, seed by seed, over the "
                 f"length of training; {summary.PROTOCOLS[kind]}; bars: one standard "
                 "error.",
