@@ -194,6 +194,9 @@ def stiefel_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Stiefel Muon, ours: orthogonalised momentum on u and v, AdamW on all the rest.
 
+    Columns of norm 1 turn by the rate however long they have trained, where a dense
+    matrix grows and turns less: a rate that falls over most of the run suits it best.
+
     Args:
       learning_rate: by about as much, in radians, the columns of u and v turn per step;
         with the gauge "svd", about the change of W in spectral norm.
