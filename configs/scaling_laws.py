@@ -4,18 +4,18 @@ python -m experiments.scaling_laws
 """
 
 from configs import compare_methods
-from experiments import scaling_laws
+from experiments import iso_flop
 
 
-def get_config() -> scaling_laws.ScalingLaws:
-    return scaling_laws.ScalingLaws(
+def get_config() -> iso_flop.ScalingLaws:
+    return iso_flop.ScalingLaws(
         base=compare_methods.with_qk_norm(compare_methods.base_of_small()),
         kinds=tuple(
             compare_methods.at_setting(name, *compare_methods.LEADING[name])
             for name in ("dense Muon", "Stiefel Muon")
         ),
         sizes=tuple(
-            scaling_laws.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
+            iso_flop.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
             for d, d_ff, layers, heads in (
                 (24, 64, 3, 2),
                 (36, 96, 3, 3),
