@@ -52,7 +52,10 @@ def _smollm(
         ),
         data=data.DataConfig(batch_size=16, seq_len=2048),
         optimizer=optimizers.OptimizerConfig(
-            peak_learning_rate=1e-3,
+            # Of u and v, by their fan; see compare_methods.py:width.
+            peak_learning_rate=3e-3,
+            base_width=128,
+            dense_rate=1 / 3,
             schedule="wsd",
             warmup_steps=500,
             max_update_norm=0.5,
@@ -88,6 +91,7 @@ def _recipe() -> config.ExperimentConfig:
             plain.optimizer,
             name="stiefel_muon",
             peak_learning_rate=0.01,
+            base_width=None,
             decay_ratio=0.9,
             final_rate_ratio=0.0,
             max_update_norm=None,

@@ -16,6 +16,7 @@ FINISHED = {
     "compare_methods-recipe": lambda: compare_methods.get_config("recipe"),
     "compare_methods-long": lambda: compare_methods.get_config("long"),
     "compare_methods-recipe_long": lambda: compare_methods.get_config("recipe_long"),
+    "compare_methods-width": lambda: compare_methods.get_config("width"),
     "compare_methods-triple": lambda: compare_methods.get_config("triple"),
     "ablation_retraction": ablation_retraction.get_config,
     "rank_sweep": rank_sweep.get_config,
