@@ -23,6 +23,7 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from configs import smollm_r128
 from experiments import grid
@@ -42,6 +43,11 @@ LOW_RANK = (("model.factors", "low_rank"),)
 
 def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
     return (("optimizer.name", name), *fields)
+
+
+def fields(prefix: str, **values: int) -> tuple[tuple[str, str], ...]:
+    """Overrides of some fields of one part of an experiment."""
+    return tuple((f"{prefix}.{name}", str(value)) for name, value in values.items())
 
 
 ADAMW = chain("adamw")
@@ -171,6 +177,11 @@ def arm_named(name: str) -> grid.Arm:
     return arm
 
 
+def with_fields(arm: grid.Arm, *overrides: tuple[str, str], **changes: Any) -> grid.Arm:
+    """The arm with overrides after its own, of which a later one counts."""
+    return dataclasses.replace(arm, overrides=(*arm.overrides, *overrides), **changes)
+
+
 def at_setting(name: str, rate: float, adam_rate: float) -> grid.Arm:
     """This arm at one rate of the matrices and one of the rest, with all seeds."""
     arm = arm_named(name)
@@ -213,14 +224,10 @@ def narrow(arm: grid.Arm, experiment: config.ExperimentConfig) -> grid.Arm:
     ratio = low_rank.d_ff / low_rank.d_model
     found = min((at(w, round(w * ratio)) for w in widths), key=excess)
     found = min((at(found.d_model, f) for f in range(1, low_rank.d_ff)), key=excess)
-    return dataclasses.replace(
+    return with_fields(
         arm,
+        *fields("model", d_model=found.d_model, d_ff=found.d_ff),
         name=f"{arm.name} (narrow)",
-        overrides=(
-            *arm.overrides,
-            ("model.d_model", str(found.d_model)),
-            ("model.d_ff", str(found.d_ff)),
-        ),
     )
 
 
@@ -269,8 +276,7 @@ def of_short_run(arm: grid.Arm) -> grid.Arm:
     """With the best momentum of few steps, less than the .95 of the papers."""
     if arm_named(arm.name).adam_rate is None:  # a rule without momentum
         return arm
-    momentum = ("optimizer.momentum", "0.9")
-    return dataclasses.replace(arm, overrides=(*arm.overrides, momentum))
+    return with_fields(arm, ("optimizer.momentum", "0.9"))
 
 
 def _small() -> grid.Comparison:
@@ -354,9 +360,23 @@ VARIATIONS = {
 }
 
 
-def ranks(**by_name: int) -> tuple[tuple[str, str], ...]:
-    """Overrides of the ranks of some matrices."""
-    return tuple((f"model.ranks.{name}", str(r)) for name, r in by_name.items())
+def moved_ranks(rank: int, **mlp: int) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Variations of uniform ranks: two of the same parameters, and twice the rank.
+
+    Args:
+      rank: the uniform one.
+      **mlp: ranks of the MLP when attention has half of it.
+    """
+    less, more = rank // 2, rank + rank // 2
+    return {
+        "ranks from q and k to v and o": fields(
+            "model.ranks", q=less, k=less, v=more, o=more
+        ),
+        "ranks from attention to MLP": fields(
+            "model.ranks", q=less, k=less, v=less, o=less, **mlp
+        ),
+        "R = d/2": fields("model", rank=2 * rank),
+    }
 
 
 def varied(
@@ -366,15 +386,11 @@ def varied(
     always: Sequence[str] = (),
 ) -> tuple[grid.Arm, ...]:
     """An arm, and one more for each title, which may join variations by " + "."""
-    # Of a field that is given twice the later value counts.
     return plain, *(
-        dataclasses.replace(
+        with_fields(
             plain,
+            *(f for part in title.split(" + ") for f in variations[part]),
             name=f"{plain.name}: {title}",
-            overrides=(
-                *plain.overrides,
-                *(f for part in title.split(" + ") for f in variations[part]),
-            ),
             always=title in always,
         )
         for title in titles
@@ -384,18 +400,16 @@ def varied(
 def _recipe() -> grid.Comparison:
     """Variations of two chains, and of dense Muon, each at a good rate of `small`."""
     experiment = base_of_small()
-    moved = {
-        "ranks from q and k to v and o": ranks(q=16, k=16, v=48, o=48),
-        "ranks from attention to MLP": ranks(
-            q=16, k=16, v=16, o=16, gate=43, up=43, down=43
-        ),
-        "ranks from gate to up and down": ranks(gate=16, up=40, down=40),
-        "R = d/2": (("model.rank", str(2 * experiment.model.rank)),),
+    within_mlp = "ranks from gate to up and down"
+    variations = {
+        **VARIATIONS,
+        **moved_ranks(experiment.model.rank, gate=43, up=43, down=43),
+        within_mlp: fields("model.ranks", gate=16, up=40, down=40),
     }
 
     def of(name: str, rate: float, *titles: str, always: Sequence[str] = ()):
         plain = at_setting(name, rate, 0.027)
-        return varied(plain, VARIATIONS | moved, *titles, always=always)
+        return varied(plain, variations, *titles, always=always)
 
     of_both = (
         "clip at .05",
@@ -416,7 +430,9 @@ def _recipe() -> grid.Comparison:
             "momentum .8",
             best,
             f"{best} + lossless",
-            *(title for title in moved if title not in of_both),
+            "ranks from q and k to v and o",
+            "ranks from attention to MLP",
+            within_mlp,
             always=(best, "R = d/2"),
         ),
         *of(
@@ -447,46 +463,33 @@ def _recipe() -> grid.Comparison:
 def _recipe_long() -> grid.Comparison:
     """What may bring the low-rank arms of `long` nearer to the dense ones there."""
     study = _long()
-    moved = {
-        "ranks from q and k to v and o": ranks(q=8, k=8, v=24, o=24),
-        "ranks from attention to MLP": ranks(
-            q=8, k=8, v=8, o=8, gate=22, up=22, down=21
+    moved = moved_ranks(study.base.model.rank, gate=22, up=22, down=21)
+    variations = VARIATIONS | moved
+    arms = (
+        *varied(
+            at_setting("Stiefel Muon", 0.01, 0.081),
+            variations,
+            "lossless",
+            "momentum .9",
+            "rate of s as of u and v",
+            "tangent gradient",
+            "weight decay .01",
+            "decay .9",
+            *moved,
         ),
-        "R = d/2": (("model.rank", str(2 * study.base.model.rank)),),
-    }
-    titles = (
-        "lossless",
-        "momentum .9",
-        "rate of s as of u and v",
-        "tangent gradient",
-        "weight decay .01",
-        "decay .9",
-        *moved,
+        at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
+        # What helps the low-rank chain may help the dense one.
+        *varied(at_setting("dense Muon", 0.02, 0.081), variations, "decay .9"),
+        # Its rates in `long` are others than those of the wide one.
+        *varied(
+            narrow(at_setting("dense Muon", 0.04, 0.027), study.base),
+            variations,
+            "decay .9",
+        ),
     )
-    arms = varied(
-        at_setting("Stiefel Muon", 0.01, 0.081),
-        VARIATIONS | moved,
-        *titles,
-        always=titles,
-    )
-    # What helps the low-rank chain may help the dense one.
-    dense = varied(
-        at_setting("dense Muon", 0.02, 0.081),
-        VARIATIONS,
-        "decay .9",
-        always=("decay .9",),
-    )
-    # Its rates in `long` are others than those of the wide one.
-    thin = narrow(at_setting("dense Muon", 0.04, 0.027), study.base)
-    thin = varied(thin, VARIATIONS, "decay .9", always=("decay .9",))
     return dataclasses.replace(
         study,
-        arms=(
-            *arms,
-            at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
-            *dense,
-            *thin,
-        ),
+        arms=tuple(dataclasses.replace(arm, always=True) for arm in arms),
         protocols=("tokens",),
         adam_rate_factors=(),
     )
@@ -499,14 +502,10 @@ def _width() -> grid.Comparison:
 
     def at_width(arm: grid.Arm, width: int) -> grid.Arm:
         d_ff = 8 * round(width * shape.d_ff / shape.d_model / 8)
-        fields = {"d_model": width, "d_ff": d_ff, "rank": width // 4}
-        return dataclasses.replace(
+        return with_fields(
             arm,
+            *fields("model", d_model=width, d_ff=d_ff, rank=width // 4),
             name=f"{arm.name} at d {width}",
-            overrides=(
-                *arm.overrides,
-                *((f"model.{name}", str(value)) for name, value in fields.items()),
-            ),
         )
 
     muon = of_short_run(arm_named("Stiefel Muon"))
@@ -514,10 +513,10 @@ def _width() -> grid.Comparison:
     adam = dataclasses.replace(
         arm_named("SCT (dense spectrum)"), name="SCT", adam_rate=0.027
     )
-    by_width = dataclasses.replace(
+    by_width = with_fields(
         adam,
+        *fields("optimizer", base_width=shape.d_model),
         name="SCT with base_width",
-        overrides=(*adam.overrides, ("optimizer.base_width", str(shape.d_model))),
     )
     return grid.Comparison(
         base=experiment,

@@ -173,7 +173,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
     seeds = "; methods with all seeds" if len(compared) < len(arms) else ""
     wanted: list[tuple[str, str, Callable[[], Any]]] = [
         (
-            f"loss-{protocol.replace(' ', '-')}",
+            _file_name(f"loss-{protocol}"),
             f"Held-out loss at the best rate, {summary.words(protocol)}; bars: one "
             "standard deviation over seeds.",
             lambda protocol=protocol: figures.losses(arms, protocol),
@@ -241,7 +241,7 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
     if len(set(lengths)) > 1:
         wanted += [
             (
-                f"gap-to-{re.sub('[^A-Za-z0-9]+', '-', other.name).strip('-')}-{kind}",
+                _file_name(f"gap-to-{other.name}-{kind}"),
                 f"Held-out loss less that of {other.name}, seed by seed, over the "
                 f"length of training; {summary.PROTOCOLS[kind]}; bars: one standard "
                 "error.",
@@ -294,6 +294,11 @@ def as_html(title: str, tables, drawn) -> str:
             f"<figcaption>{text}</figcaption></figure>"
         )
     return "\n".join([*parts, "</body></html>"]) + "\n"
+
+
+def _file_name(text: str) -> str:
+    """The text without signs that a shell, a link or a file system could misread."""
+    return re.sub("[^A-Za-z0-9.]+", "-", text)
 
 
 def _with_error(arm: summary.Arm, protocol: str, field: str) -> str:

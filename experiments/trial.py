@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -176,12 +176,14 @@ class _Record:
         """Returns what a row holds of it, when `length` steps were planned."""
         # All rows of an arm have their points at the same steps, diverged ones too.
         thinned = math.ceil(length / (DIAGNOSE_EVERY * CURVE_POINTS))
+        norms = self.update_norms
+        groups = [norms[i : i + thinned] for i in range(0, len(norms), thinned)]
         return {
             "spikes": spikes(self.losses),
             "train_loss": _every(self.losses, thinned * DIAGNOSE_EVERY),
             "update_norms": [
                 [group[-1].step, _finite(float(np.max([p.value for p in group])))]
-                for group in _in_groups(self.update_norms, thinned)
+                for group in groups
             ],
             "effective_ranks": {
                 name: [[p.step, round(p.value, 2)] for p in points]
@@ -542,12 +544,6 @@ def _result(trial: Trial, steps: int, figures: Mapping[str, float]) -> dict[str,
 def _finite(value: float) -> float | None:
     """The value to five digits; None (JSON's null) where it is not finite."""
     return float(f"{value:.5g}") if math.isfinite(value) else None
-
-
-def _in_groups(points: list[Point], n: int) -> Iterator[list[Point]]:
-    """N points in a row, then the next n, and at the end what is left."""
-    for start in range(0, len(points), n):
-        yield points[start : start + n]
 
 
 def _every(losses: list[float], n: int) -> list[list[float | None]]:

@@ -1,5 +1,6 @@
 """The results that are kept are those of the configurations, and the README's."""
 
+import functools
 import pathlib
 
 import pytest
@@ -12,20 +13,23 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 # By folder, the comparison that was trained to its end.
 FINISHED = {
-    "compare_methods-small": lambda: compare_methods.get_config("small"),
-    "compare_methods-recipe": lambda: compare_methods.get_config("recipe"),
-    "compare_methods-long": lambda: compare_methods.get_config("long"),
-    "compare_methods-recipe_long": lambda: compare_methods.get_config("recipe_long"),
-    "compare_methods-width": lambda: compare_methods.get_config("width"),
-    "compare_methods-triple": lambda: compare_methods.get_config("triple"),
+    **{
+        f"compare_methods-{variant}": functools.partial(
+            compare_methods.get_config, variant
+        )
+        for variant in ("small", "recipe", "long", "recipe_long", "width", "triple")
+    },
     "ablation_retraction": ablation_retraction.get_config,
     "rank_sweep": rank_sweep.get_config,
 }
 
 
+def _arms(folder):
+    return summary.arms(metrics.read_rows(RESULTS / folder / "cells.jsonl"))
+
+
 def _table(folder):
-    rows = metrics.read_rows(RESULTS / folder / "cells.jsonl")
-    return report.table(summary.arms(rows))
+    return report.table(_arms(folder))
 
 
 @pytest.mark.parametrize("name", FINISHED)
@@ -46,7 +50,7 @@ def test_a_report_is_that_of_its_rows(folder):
 
 
 def test_the_gaps_of_the_readme_are_those_of_the_report():
-    arms = summary.arms(metrics.read_rows(RESULTS / "compare_methods-long/cells.jsonl"))
+    arms = _arms("compare_methods-long")
     (muon,) = (arm for arm in arms if arm.name == "dense Muon")
     header, body = report.differences(arms, muon)
     columns = [

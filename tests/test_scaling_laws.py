@@ -14,6 +14,11 @@ from sct_jax import config, errors
 Run = scaling_laws.Run
 
 
+@pytest.fixture(scope="module")
+def study():
+    return config.load_as(iso_flop.ScalingLaws, "configs/scaling_laws.py")
+
+
 def synthetic(alpha, beta, *, noise=0.0, seed=0, num_budgets=4, num_sizes=5):
     """Losses E + A N^-alpha + B D^-beta at C = 6 N D, and the exponent of N."""
     generator = np.random.default_rng(seed)
@@ -89,8 +94,7 @@ def test_an_optimum_beyond_the_sizes_is_marked():
     assert found.parameters == pytest.approx(np.exp(5))
 
 
-def test_every_trial_spends_its_budget():
-    study = config.load_as(iso_flop.ScalingLaws, "configs/scaling_laws.py")
+def test_every_trial_spends_its_budget(study):
     trials = study.trials()
     assert len({t.key for t in trials}) == 2 * 4 * 3
     for trial in trials:
@@ -101,8 +105,7 @@ def test_every_trial_spends_its_budget():
         assert shape.rank == round(shape.d_model / 4) or not shape.spectral
 
 
-def test_named_kinds_have_rates_that_follow_the_width():
-    study = config.load_as(iso_flop.ScalingLaws, "configs/scaling_laws.py")
+def test_named_kinds_have_rates_that_follow_the_width(study):
     scaled = dataclasses.replace(study, scaled=(study.kinds[0].name,))
     first, second = study.kinds
     rate = lambda kind, size: scaled.trial(kind, size, 1e12, 0).rate
@@ -112,8 +115,7 @@ def test_named_kinds_have_rates_that_follow_the_width():
         assert rate(second, size) == second.rates[0]
 
 
-def test_what_was_trained_is_fitted_and_drawn(tmp_path, capsys):
-    study = config.load_as(iso_flop.ScalingLaws, "configs/scaling_laws.py")
+def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     book = ledger.Ledger(tmp_path)
     for trial in study.trials():
         ((name, steps),) = trial.horizons
@@ -164,8 +166,7 @@ def test_nothing_trained_is_nothing_to_fit(tmp_path):
     assert "no finished trial" in ended.stderr
 
 
-def test_a_study_that_cannot_be_fitted_is_refused():
-    study = config.load_as(iso_flop.ScalingLaws, "configs/scaling_laws.py")
+def test_a_study_that_cannot_be_fitted_is_refused(study):
     for fields, message in (
         ({"sizes_per_budget": 2}, "sizes_per_budget: a parabola needs three"),
         ({"sizes": study.sizes[:4]}, "sizes: 3 budgets of 4 sizes.* need 6, not 4"),
