@@ -319,9 +319,11 @@ def _long() -> grid.Comparison:
     shape = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
     batches = dataclasses.replace(shape.data, batch_size=8)
     experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
+    ours = at_setting("Stiefel Muon", 0.01, 0.081)
+    _, decaying = varied(ours, VARIATIONS, "decay .9")  # of `recipe_long` the best
     return grid.Comparison(
         base=experiment,
-        arms=leading(experiment, short_run=False),
+        arms=(*leading(experiment, short_run=False), decaying),
         tokens_per_parameter=(10.0, *SHORT, 2.0),
         adam_rate_factors=ADAM_RATE_FACTORS,
     )

@@ -18,32 +18,41 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A method, and the sizes between which its best one is looked for.
+
+    Attributes:
+      arm: the method; every size is trained at each of its rates, and the best counts.
+      sizes: for each budget, at least three, as a parabola needs them.
+      scaled: whether the rates hold at `ScalingLaws.base_width` and are scaled by
+        base_width / d_model at others; one of Adam's own is not.
+    """
+
+    arm: grid.Arm
+    sizes: tuple[tuple[Size, ...], ...]
+    scaled: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingLaws:
-    """Kinds of models x sizes x budgets x seeds.
+    """Kinds of models x budgets x sizes x rates x seeds.
 
     Attributes:
       base: the experiment that kinds and sizes override.
-      kinds: methods with one rate each, that of `base_width`.
-      sizes: smallest first.
+      kinds: methods, each with sizes of its own: the best one of a low-rank model is
+        larger than that of a dense one.
       budgets: training FLOPs, head included, smallest first.
-      sizes_per_budget: at least three, for a parabola. The first budget has so many of
-        the smallest sizes, every further one starts at the next size.
       seeds: of parameters and data order.
       rank_ratio: rank over d_model.
-      base_width: d_model at which the rates hold; at others they are scaled by
-        base_width / d_model where a kind is named in `scaled`.
-      scaled: kinds whose rate is scaled; one of Adam's own is not.
+      base_width: d_model at which the rates of a kind hold that is `scaled`.
     """
 
     base: config.ExperimentConfig
-    kinds: tuple[grid.Arm, ...]
-    sizes: tuple[Size, ...]
+    kinds: tuple[Kind, ...]
     budgets: tuple[float, ...]
-    sizes_per_budget: int
     seeds: tuple[int, ...] = (0,)
     rank_ratio: float = 0.25
     base_width: int = 128
-    scaled: tuple[str, ...] = ()
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field."""
@@ -51,35 +60,31 @@ class ScalingLaws:
         errors.check(
             "budgets", list(self.budgets) == sorted(set(self.budgets)), "not sorted"
         )
-        errors.check(
-            "sizes_per_budget", self.sizes_per_budget >= 3, "a parabola needs three"
-        )
-        needed = self.sizes_per_budget + len(self.budgets) - 1
-        errors.check(
-            "sizes",
-            len(self.sizes) == needed,
-            f"{len(self.budgets)} budgets of {self.sizes_per_budget} sizes, each from "
-            f"the next one on, need {needed}, not {len(self.sizes)}",
-        )
         for kind in self.kinds:
-            errors.check(f"kinds.{kind.name}.rates", len(kind.rates) == 1, "give one")
+            field = f"kinds.{kind.arm.name}.sizes"
+            given, wanted = len(kind.sizes), len(self.budgets)
+            errors.check(field, given == wanted, f"{given} for {wanted} budgets")
+            for sizes in kind.sizes:
+                widths = {size.d_model for size in sizes}
+                errors.check(field, len(widths) >= 3, "a parabola needs three")
         for trial in self.trials():
             trial.validate()
 
     def trials(self) -> list[trial_lib.Trial]:
         """Returns all trials, cheapest budget first."""
         return [
-            self.trial(kind, size, budget, seed)
-            for start, budget in enumerate(self.budgets)
+            self.trial(kind, size, budget, seed, rate)
+            for index, budget in enumerate(self.budgets)
             for seed in self.seeds
-            for size in self.sizes[start : start + self.sizes_per_budget]
             for kind in self.kinds
+            for size in kind.sizes[index]
+            for rate in kind.arm.rates
         ]
 
     def trial(
-        self, kind: grid.Arm, size: Size, budget: float, seed: int
+        self, kind: Kind, size: Size, budget: float, seed: int, rate: float
     ) -> trial_lib.Trial:
-        """Returns the trial of a kind at a size that spends the budget."""
+        """Returns the trial of a kind at a size and a rate that spends the budget."""
         rank = max(1, round(self.rank_ratio * size.d_model))
         shape = dataclasses.replace(
             self.base.model,
@@ -90,15 +95,15 @@ class ScalingLaws:
             num_kv_heads=size.num_heads,
             rank=rank,
         )
-        scale = self.base_width / size.d_model if kind.name in self.scaled else 1.0
+        scale = self.base_width / size.d_model if kind.scaled else 1.0
         sized = grid.Comparison(
-            base=dataclasses.replace(self.base, model=shape), arms=(kind,)
+            base=dataclasses.replace(self.base, model=shape), arms=(kind.arm,)
         )
-        draft = sized.trial(kind, kind.rates[0] * scale, seed)
+        draft = sized.trial(kind.arm, rate * scale, seed)
         steps = max(round(budget / draft.flops(1)), 2)
         return dataclasses.replace(
             draft,
-            arm=f"{kind.name}, d {size.d_model}",
+            arm=f"{kind.arm.name}, d {size.d_model}",
             experiment=dataclasses.replace(draft.experiment, num_steps=steps),
             horizons=((f"budget {budget:g}", steps),),
         )

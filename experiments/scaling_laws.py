@@ -4,8 +4,9 @@ python -m experiments.scaling_laws --config=configs/scaling_laws.py
 
 Trains every kind of model at several sizes for each budget of FLOPs, with the folder of
 results, the resumption and the sharing of work of `experiments.compare`; then fits, per
-kind and budget, a parabola of the held-out loss in the logarithm of the parameters, and
-through the least points of the parabolas the power laws N = k C^a and D = k' C^b.
+kind and budget, a parabola of the held-out loss at the best rate in the logarithm of
+the parameters, and through the least points of the parabolas the power laws N = k C^a
+and D = k' C^b.
 Intervals are bootstrapped. `--fit_only` fits what has been trained.
 """
 
@@ -171,17 +172,21 @@ def by_budget(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def runs_of(rows: Sequence[summary.Row]) -> dict[str, list[Run]]:
-    """Returns the runs of every kind, those that diverged left out."""
-    found: dict[str, list[Run]] = {}
+    """Returns the runs of every kind: of each size and seed the one at its best rate.
+
+    Those that diverged are left out.
+    """
+    found: dict[str, dict[tuple[str, str, int], Run]] = {}
     for row in rows:
-        (result,) = row["results"].values()
+        ((budget, result),) = row["results"].items()
         if result["loss"] is not None:
-            kind = row["arm"].rpartition(", d ")[0]
+            best = found.setdefault(row["arm"].rpartition(", d ")[0], {})
             run = Run(
                 result["flops"], row["parameters"], result["tokens"], result["loss"]
             )
-            found.setdefault(kind, []).append(run)
-    return found
+            point = row["arm"], budget, row["seed"]
+            best[point] = min(best.get(point, run), run, key=lambda run: run.loss)
+    return {kind: list(best.values()) for kind, best in found.items()}
 
 
 def laws(kinds: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
