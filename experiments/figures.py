@@ -1,16 +1,16 @@
-"""Figures of a comparison, from its rows. Every function returns one figure.
+"""Figures of comparisons and scaling laws. Every function returns one figure.
 
 Raises ConfigError when it is loaded where matplotlib is not installed.
 """
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments import summary
+from experiments import power_laws, summary
 from sct_jax import errors
 
 try:
@@ -260,13 +260,68 @@ def spectra(arms: Sequence[summary.Arm], protocol: str, matrix: str = "down") ->
     return figure
 
 
+def iso_flop(kinds: Mapping[str, Sequence[power_laws.Run]]) -> Figure:
+    """Returns losses over the parameters with their parabolas, a panel per kind."""
+    figure, panels = plt.subplots(
+        1,
+        len(kinds),
+        figsize=(4.4 * len(kinds) + 2.2, 4.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (kind, runs) in zip(panels[0], kinds.items(), strict=True):
+        for index, group in enumerate(power_laws.by_budget(runs)):
+            look = style(index)
+            sizes = np.array([run.parameters for run in group])
+            axes.plot(
+                sizes,
+                [run.loss for run in group],
+                label=f"{group[0].flops:.2g} FLOPs",
+                **(look | {"linestyle": "none"}),
+            )
+            if power_laws.has_parabola(group):
+                fine = np.geomspace(sizes.min(), sizes.max(), 60)
+                curve = power_laws.parabola(group)(np.log(fine))
+                axes.plot(fine, curve, color=look["color"])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_title(kind, fontsize=13)
+        axes.set_xlabel("parameters, embedding included")
+        _plain(axes)
+    panels[0][0].set_ylabel("held-out loss, nats per token")
+    panels[0][-1].legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=11
+    )
+    return figure
+
+
+def best_sizes(optima: Mapping[str, Sequence[power_laws.Optimum]]) -> Figure:
+    """Returns the loss of the best size over the FLOPs, a line per kind."""
+    figure, axes = _figure()
+    for index, (kind, found) in enumerate(optima.items()):
+        flops = [best.flops for best in found]
+        axes.plot(flops, [best.loss for best in found], label=kind, **style(index))
+    axes.set_xscale("log")
+    axes.set_xlabel("training FLOPs, head included")
+    axes.set_ylabel("held-out loss of the best size,\nnats per token")
+    _legend(axes)
+    return figure
+
+
 def _figure() -> tuple[Figure, Any]:
     figure, axes = plt.subplots(layout="constrained")
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=12)
     axes.xaxis.label.set_fontsize(13)
     axes.yaxis.label.set_fontsize(13)
-    return figure, axes
 
 
 def _legend(axes) -> None:

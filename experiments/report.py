@@ -6,8 +6,6 @@ Reads cells.jsonl of the folder and writes report.md, figures/*.png and report.h
 which holds its figures, beside it. Only trials that were trained to the end are shown.
 """
 
-import base64
-import html
 import math
 import pathlib
 import re
@@ -15,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import summary
+from experiments import page, summary
 from sct_jax import command_line, errors, metrics
 
 RESULTS = "Held-out loss: mean ± standard deviation over seeds"
@@ -41,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", help="folder of a comparison")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
-        page = write(pathlib.Path(flags.results))
+        written = write(pathlib.Path(flags.results))
     except errors.ConfigError as error:
         command_line.fail(str(error))
-    print(f"written: {page}, {page.with_suffix('.html')}")
+    print(f"written: {written}, {written.with_suffix('.html')}")
     return 0
 
 
@@ -62,21 +60,17 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         len({arm.protocols for arm in arms}) == 1,
         "its trials are of different horizons, not of a comparison",
     )
-    drawn = draw(arms)
-    (folder / "figures").mkdir(exist_ok=True)
-    for name, _, png in drawn:
-        (folder / "figures" / f"{name}.png").write_bytes(png)
-    title = f"{folder.name}: {len(arms)} methods, {len(rows)} trials"
-    tables = [(RESULTS, *table(arms))]
+    tables = [page.Table(RESULTS, *table(arms))]
     tables += [
-        (DIFFERENCES.format(other.name), *differences(arms, other))
+        page.Table(DIFFERENCES.format(other.name), *differences(arms, other))
         for other in _references(arms)
     ]
-    tables.append(("What was run", *provenance(rows)))
-    (folder / "report.html").write_text(as_html(title, tables, drawn))
-    page = folder / "report.md"
-    page.write_text(as_markdown(title, tables, drawn))
-    return page
+    return page.Page(
+        title=f"{folder.name}: {len(arms)} methods, {len(rows)} trials",
+        notes=NOTES,
+        tables=[*tables, page.provenance(rows)],
+        figures=draw(arms),
+    ).write(folder)
 
 
 def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
@@ -147,19 +141,8 @@ def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
     ]
 
 
-def provenance(rows: Sequence[summary.Row]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: which trials were made with what."""
-    counts: dict[tuple[str, ...], int] = {}
-    header = list(dict.fromkeys(name for row in rows for name in row["environment"]))
-    for row in rows:
-        made_with = tuple(str(row["environment"].get(name, "")) for name in header)
-        counts[made_with] = counts.get(made_with, 0) + 1
-    body = [[str(count), *made_with] for made_with, count in counts.items()]
-    return ["trials", *header], body
-
-
-def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
-    """Returns file name, caption and PNG of every figure.
+def draw(arms: Sequence[summary.Arm]) -> list[page.Figure]:
+    """Returns every figure.
 
     Raises:
       ConfigError: where matplotlib is not installed.
@@ -250,50 +233,10 @@ def draw(arms: Sequence[summary.Arm]) -> list[tuple[str, str, bytes]]:
             for other in _references(arms)
             for kind in dict.fromkeys(kinds)
         ]
-    return [(name, caption, figures.to_png(make())) for name, caption, make in wanted]
-
-
-def as_markdown(title: str, tables, drawn) -> str:
-    """Returns the report as Markdown, with links to its figures."""
-    lines = [f"# {title}", ""]
-    for note in NOTES:
-        lines += [note, ""]
-    for heading, header, body in tables:
-        lines += [f"## {heading}", ""]
-        lines += [_row(header), _row(["---"] * len(header)), *map(_row, body), ""]
-    for name, caption, _ in drawn:
-        lines += [f"![{caption}](figures/{name}.png)", "", caption, ""]
-    return "\n".join(lines)
-
-
-def as_html(title: str, tables, drawn) -> str:
-    """Returns the report as one page that needs no other file."""
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<link rel="icon" href="data:,">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-        *(f"<p>{html.escape(note)}</p>" for note in NOTES),
+    return [
+        page.Figure(name, caption, figures.to_png(make()))
+        for name, caption, make in wanted
     ]
-    for heading, header, body in tables:
-        cells = lambda tag, row: "".join(
-            f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row
-        )
-        parts += [
-            f"<h2>{html.escape(heading)}</h2><div class='wide'><table>",
-            f"<tr>{cells('th', header)}</tr>",
-            *(f"<tr>{cells('td', row)}</tr>" for row in body),
-            "</table></div>",
-        ]
-    for _, caption, png in drawn:
-        source = base64.b64encode(png).decode()
-        text = html.escape(caption, quote=True)
-        parts.append(
-            f'<figure><img alt="{text}" src="data:image/png;base64,{source}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
-    return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
 def _file_name(text: str) -> str:
@@ -318,22 +261,6 @@ def _choice(arm: summary.Arm, protocol: str) -> str:
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto;
-  padding: 0 1rem; color: #111; background: #fff; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ccc; text-align: right;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { margin: 2rem 0; } img { max-width: 100%; height: auto; }
-figcaption { color: #444; }
-"""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,8 +6,8 @@ Trains every kind of model at several sizes for each budget of FLOPs, with the f
 results, the resumption and the sharing of work of `experiments.compare`; then fits, per
 kind and budget, a parabola of the held-out loss at the best rate in the logarithm of
 the parameters, and through the least points of the parabolas the power laws N = k C^a
-and D = k' C^b.
-Intervals are bootstrapped. `--fit_only` fits what has been trained.
+and D = k' C^b. Intervals are bootstrapped. Writes a report; `--fit_only` of what has
+been trained.
 """
 
 import json
@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -27,175 +27,63 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from experiments import compare, iso_flop, ledger, summary
+from experiments import compare, iso_flop, ledger, page, power_laws, summary
 from experiments import trial as trial_lib
 from sct_jax import command_line, config, data, errors
 
-
-class Run(NamedTuple):
-    """One finished run: compute C, parameters N, tokens D, held-out loss."""
-
-    flops: float
-    parameters: float
-    tokens: float
-    loss: float
-
-
-class Optimum(NamedTuple):
-    """The least point of a budget's parabola; `inside` the sizes that were trained."""
-
-    flops: float
-    parameters: float
-    tokens: float
-    loss: float
-    inside: bool
+NOTES = (
+    "Of every size the best of the rates that were tried counts, by the mean over "
+    "seeds. Parabolas are fitted to the held-out loss in the logarithm of the "
+    "parameters, with the embedding; their least points count where they lie inside of "
+    "the sizes.",
+    "FLOPs are the matrix products of forward and backward pass, head included; those "
+    "of the optimizer are not counted, in favour of methods that have many.",
+)
 
 
-class Law(NamedTuple):
-    """Exponents of N ~ C^a and D ~ C^b, and the optima that they were fitted to."""
+def at_best_rate(rows: Sequence[summary.Row]) -> dict[str, list[summary.Row]]:
+    """Returns the rows of every kind: of each size and budget those at its best rate.
 
-    a: float
-    b: float
-    optima: list[Optimum]
-
-
-def optimum(runs: Sequence[Run]) -> Optimum | None:
-    """Returns the least point of the parabola through runs of one budget.
-
-    Loss is fitted as a quadratic of log N; None where that opens downwards, or with
-    less than three sizes. Tokens at the optimum follow from C / (N D), interpolated in
-    log N: with the head included that is no constant.
+    Sizes that diverged at every rate are left out.
     """
-    if not has_parabola(runs):
-        return None
-    sizes, curve = log_sizes(runs), parabola(runs)
-    if curve.deriv(2)(0.0) <= 0:
-        return None
-    (vertex,) = curve.deriv().roots()
-    order = np.argsort(sizes)
-    tokens = np.interp(vertex, sizes[order], np.log([runs[i].tokens for i in order]))
-    return Optimum(
-        flops=float(np.exp(np.mean(np.log([run.flops for run in runs])))),
-        parameters=float(np.exp(vertex)),
-        tokens=float(np.exp(tokens)),
-        loss=float(curve(vertex)),
-        inside=bool(sizes.min() <= vertex <= sizes.max()),
-    )
-
-
-def log_sizes(runs: Sequence[Run]) -> np.ndarray:
-    """Returns log N of every run."""
-    return np.log([run.parameters for run in runs])
-
-
-def has_parabola(runs: Sequence[Run]) -> bool:
-    """Returns whether there are the three sizes that a parabola needs."""
-    return len({run.parameters for run in runs}) >= 3
-
-
-def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
-    """Returns the quadratic in log N that is nearest to the losses of runs."""
-    losses = [run.loss for run in runs]
-    return np.polynomial.Polynomial.fit(log_sizes(runs), losses, deg=2)
-
-
-def fit(runs: Sequence[Run]) -> Law | None:
-    """Returns the power laws through the optima inside of the sizes that were trained.
-
-    None for less than two of them. Runs belong to one budget where their FLOPs agree to
-    2 %.
-    """
-    found = [optimum(group) for group in by_budget(runs)]
-    optima = [o for o in found if o is not None and o.inside]
-    if len(optima) < 2:
-        return None
-    flops = np.log([o.flops for o in optima])
-    a, b = (
-        float(np.polyfit(flops, np.log([getattr(o, field) for o in optima]), 1)[0])
-        for field in ("parameters", "tokens")
-    )
-    return Law(a, b, optima)
-
-
-def bootstrap(
-    runs: Sequence[Run], *, samples: int = 1000, level: float = 0.9, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Returns intervals of the exponents "a" and "b" at a level.
-
-    Parametric: the noise of a loss has the variance of the residuals of all parabolas,
-    with the tails of Student's t, as few of them are free. A sample without a law is
-    dropped, and budgets with less than three sizes are, which have no parabola. NaN
-    where no residual is free.
-    """
-    generator = np.random.default_rng(seed)
-    groups = [group for group in by_budget(runs) if has_parabola(group)]
-    ordered = [run for group in groups for run in group]
-    fitted = np.concatenate(
-        [np.zeros(0), *(parabola(group)(log_sizes(group)) for group in groups)]
-    )
-    residuals = np.array([run.loss for run in ordered]) - fitted
-    freedom = len(residuals) - 3 * len(groups)
-    drawn: dict[str, list[float]] = {"a": [], "b": []}
-    sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
-    for _ in range(samples if freedom > 0 else 0):
-        # One variance for a sample, as one was estimated for all.
-        scale = sigma * math.sqrt(freedom / generator.chisquare(freedom))
-        losses = fitted + scale * generator.standard_normal(len(fitted))
-        noisy = [
-            run._replace(loss=float(loss))
-            for run, loss in zip(ordered, losses, strict=True)
-        ]
-        law = fit(noisy)
-        if law is not None:
-            drawn["a"].append(law.a)
-            drawn["b"].append(law.b)
-    tail = 50 * (1 - level)
-    return {
-        name: (
-            (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
-            if v
-            else (math.nan, math.nan)
-        )
-        for name, v in drawn.items()
-    }
-
-
-def by_budget(runs: Sequence[Run]) -> list[list[Run]]:
-    """Returns the runs in groups of equal FLOPs, to 2 %, ascending."""
-    groups: list[list[Run]] = []
-    for run in sorted(runs, key=lambda run: run.flops):
-        if groups and run.flops <= 1.02 * groups[-1][0].flops:
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    return groups
-
-
-def runs_of(rows: Sequence[summary.Row]) -> dict[str, list[Run]]:
-    """Returns the runs of every kind: of each size and seed the one at its best rate.
-
-    Those that diverged are left out.
-    """
-    found: dict[str, dict[tuple[str, str, int], Run]] = {}
+    tried: dict[tuple[str, str], dict[float, list[summary.Row]]] = {}
     for row in rows:
-        ((budget, result),) = row["results"].items()
-        if result["loss"] is not None:
-            best = found.setdefault(row["arm"].rpartition(", d ")[0], {})
-            run = Run(
-                result["flops"], row["parameters"], result["tokens"], result["loss"]
-            )
-            point = row["arm"], budget, row["seed"]
-            best[point] = min(best.get(point, run), run, key=lambda run: run.loss)
-    return {kind: list(best.values()) for kind, best in found.items()}
+        (budget,) = row["results"]
+        rates = tried.setdefault((row["arm"], budget), {})
+        rates.setdefault(row["rate"], []).append(row)
+    found: dict[str, list[summary.Row]] = {}
+    for (arm, budget), rates in tried.items():
+        mean = lambda own, budget=budget: float(
+            np.mean([summary.loss_of(row, budget) for row in own])
+        )
+        best = min(rates.values(), key=mean)
+        if math.isfinite(mean(best)):
+            kind, _ = kind_and_width(arm)
+            found.setdefault(kind, []).extend(best)
+    return found
 
 
-def laws(kinds: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
+def kind_and_width(arm: str) -> tuple[str, str]:
+    """Returns the parts of an arm's name, see `iso_flop.ScalingLaws.trial`."""
+    kind, _, width = arm.rpartition(", d ")
+    return kind, width
+
+
+def run_of(row: summary.Row) -> power_laws.Run:
+    """Returns what a fit needs of a row."""
+    (result,) = row["results"].values()
+    return power_laws.Run(
+        result["flops"], row["parameters"], result["tokens"], result["loss"]
+    )
+
+
+def laws(kinds: Mapping[str, Sequence[power_laws.Run]]) -> dict[str, dict[str, Any]]:
     """Returns exponents, intervals and optima of every kind that has a law."""
     found = {}
     for kind, runs in kinds.items():
-        law = fit(runs)
+        law = power_laws.fit(runs)
         if law is not None:
-            intervals = bootstrap(runs)
+            intervals = power_laws.bootstrap(runs)
             found[kind] = {
                 "N ~ C^a": law.a,
                 "a, 90 %": intervals["a"],
@@ -206,31 +94,95 @@ def laws(kinds: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(kinds: Mapping[str, Sequence[Run]]) -> bytes:
-    """Returns the losses over the parameters, with their parabolas, as a PNG."""
+def tables(
+    rows: Mapping[str, Sequence[summary.Row]], found: Mapping[str, dict[str, Any]]
+) -> list[page.Table]:
+    """Returns the exponents, the optima, and the runs at the best rates."""
+    between = lambda value, interval: (
+        f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    )
+    exponents = [
+        [
+            kind,
+            between(law["N ~ C^a"], law["a, 90 %"]),
+            between(law["D ~ C^b"], law["b, 90 %"]),
+        ]
+        for kind, law in found.items()
+    ]
+    optima = [
+        [
+            kind,
+            f"{best['flops']:.3g}",
+            f"{best['parameters']:,.0f}",
+            f"{best['tokens']:,.0f}",
+            f"{best['loss']:.3f}",
+        ]
+        for kind, law in found.items()
+        for best in law["optima"]
+    ]
+    runs = [
+        [
+            kind,
+            f"{run.flops:.3g}",
+            kind_and_width(row["arm"])[1],
+            f"{run.parameters:,}",
+            f"{run.tokens:,.0f}",
+            str(summary.setting(row)),
+            f"{run.loss:.3f}",
+        ]
+        for kind, own in rows.items()
+        for row, run in zip(own, map(run_of, own), strict=True)
+    ]
+    return [
+        page.Table(
+            "Exponents, in brackets 90 % intervals",
+            ["kind", "parameters N ~ C^a", "tokens D ~ C^b"],
+            exponents,
+        ),
+        page.Table(
+            "The best size of a budget",
+            ["kind", "FLOPs", "parameters", "tokens", "nats"],
+            optima,
+        ),
+        page.Table(
+            "Runs at their best rate",
+            ["kind", "FLOPs", "d_model", "parameters", "tokens", "rate", "nats"],
+            runs,
+        ),
+    ]
+
+
+def draw(
+    kinds: Mapping[str, Sequence[power_laws.Run]], found: Mapping[str, dict[str, Any]]
+) -> list[page.Figure]:
+    """Returns the losses over the parameters, and those of the best sizes over FLOPs.
+
+    Raises:
+      ConfigError: where matplotlib is not installed.
+    """
     from experiments import figures
 
-    figure, panels = figures.plt.subplots(
-        1, len(kinds), figsize=(5.2 * len(kinds), 4.6), sharey=True, squeeze=False
-    )
-    figure.set_layout_engine("constrained")
-    for axes, (kind, runs) in zip(panels[0], kinds.items(), strict=True):
-        for index, group in enumerate(by_budget(runs)):
-            look = figures.style(index)
-            sizes = np.array([run.parameters for run in group])
-            losses = [run.loss for run in group]
-            label = f"{group[0].flops:.1e} FLOPs"
-            axes.plot(sizes, losses, label=label, **(look | {"linestyle": "none"}))
-            if has_parabola(group):
-                fine = np.geomspace(sizes.min(), sizes.max(), 60)
-                axes.plot(fine, parabola(group)(np.log(fine)), color=look["color"])
-        axes.set_xscale("log")
-        axes.set_title(kind)
-        axes.set_xlabel("parameters, embedding included")
-        axes.legend(frameon=False, fontsize=11)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("held-out loss, nats per token")
-    return figures.to_png(figure)
+    drawn = [
+        page.Figure(
+            "iso-flop",
+            "Held-out loss over the parameters, a curve per budget of FLOPs: parabolas "
+            "in the logarithm of the parameters.",
+            figures.to_png(figures.iso_flop(kinds)),
+        )
+    ]
+    if found:
+        optima = {
+            kind: [power_laws.Optimum(**best) for best in law["optima"]]
+            for kind, law in found.items()
+        }
+        drawn.append(
+            page.Figure(
+                "best-sizes",
+                "Held-out loss of the best size over the training FLOPs.",
+                figures.to_png(figures.best_sizes(optima)),
+            )
+        )
+    return drawn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         book = ledger.Ledger(folder)
         if not flags.fit_only:
             train(study, book)
-        write(folder, runs_of(rows_of(study, book)))
+        write(folder, rows_of(study, book))
     except errors.ConfigError as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:
@@ -276,17 +228,19 @@ def rows_of(study: iso_flop.ScalingLaws, book: ledger.Ledger) -> list[summary.Ro
     return [row for key, row in rows.items() if key in wanted]
 
 
-def write(folder: pathlib.Path, kinds: Mapping[str, Sequence[Run]]) -> None:
-    """Prints the laws; writes laws.json and iso-flop.png into the folder.
+def write(folder: pathlib.Path, rows: Sequence[summary.Row]) -> None:
+    """Prints the laws; writes laws.json, the report and its figures into the folder.
 
     Raises:
-      ConfigError: where nothing has been trained.
+      ConfigError: where nothing has been trained, or matplotlib is not installed.
     """
-    errors.check("--results", bool(kinds), f"no finished trial in {folder}")
+    best = at_best_rate(rows)
+    errors.check("--results", bool(best), f"no finished trial in {folder}")
+    kinds = {kind: list(map(run_of, own)) for kind, own in best.items()}
     found = laws(kinds)
     (folder / "laws.json").write_text(json.dumps(found, indent=2) + "\n")
     for kind, runs in kinds.items():
-        budgets = len(by_budget(runs))
+        budgets = len(power_laws.by_budget(runs))
         if kind not in found:
             print(
                 f"{kind}: no law, as less than two of {budgets} budgets have their "
@@ -302,9 +256,13 @@ def write(folder: pathlib.Path, kinds: Mapping[str, Sequence[Run]]) -> None:
         print(f"{kind}: N ~ C^{law['N ~ C^a']:.3f} [{low:.3f}, {high:.3f}]")
         low, high = law["b, 90 %"]
         print(f"{kind}: D ~ C^{law['D ~ C^b']:.3f} [{low:.3f}, {high:.3f}]")
-    (folder / "figures").mkdir(exist_ok=True)
-    (folder / "figures" / "iso-flop.png").write_bytes(draw(kinds))
-    print(f"written: {folder}/laws.json, {folder}/figures/iso-flop.png")
+    written = page.Page(
+        title=f"{folder.name}: {len(kinds)} kinds, {len(rows)} trials",
+        notes=NOTES,
+        tables=[*tables(best, found), page.provenance(rows)],
+        figures=draw(kinds, found),
+    ).write(folder)
+    print(f"written: {written}, {written.with_suffix('.html')}, {folder}/laws.json")
 
 
 if __name__ == "__main__":

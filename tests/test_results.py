@@ -32,6 +32,16 @@ def _table(folder):
     return report.table(_arms(folder))
 
 
+def _losses(folder, length):
+    """By method, its losses at equal tokens and at equal FLOPs, best first."""
+    header, body = _table(folder)
+    columns = [
+        header.index(f"nats, {summary.words(summary.horizon(kind, length))}")
+        for kind in ("tokens", "flops")
+    ]
+    return {cells[0]: [cells[i] for i in columns] for cells in body}
+
+
 @pytest.mark.parametrize("name", FINISHED)
 def test_a_finished_comparison_lacks_no_trial(name):
     comparison, rows = FINISHED[name](), ledger.Ledger(RESULTS / name).rows()
@@ -63,22 +73,28 @@ def test_the_gaps_of_the_readme_are_those_of_the_report():
         assert f"| {' | '.join(line)} |" in readme
 
 
-def test_the_table_of_the_readme_is_that_of_the_report():
+def test_the_summary_of_the_readme_is_that_of_the_reports():
+    readme = (ROOT / "README.md").read_text()
+    found = [_losses("compare_methods-small", 0.4), _losses("compare_methods-long", 10)]
+    # Variations, named after a colon, have a table of their own.
+    names = [name for name in found[1] if ":" not in name]
+    assert len(names) == 6
+    for name in names:
+        cells = [name, *(cell for losses in found for cell in losses[name])]
+        assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_the_table_of_all_methods_is_that_of_the_report():
     header, body = _table("compare_methods-small")
-    columns = [
-        header.index(name)
-        for name in (
-            "method",
-            "parameters",
-            "nats, equal tokens, 0.4 tokens per parameter",
-            "nats, equal FLOPs, 0.4 tokens per parameter",
-        )
+    parameters = {cells[0]: cells[header.index("parameters")] for cells in body}
+    losses = _losses("compare_methods-small", 0.4)
+    lines = [
+        f"| {' | '.join([name, parameters[name], *cells])} |"
+        for name, cells in losses.items()
+        if "±" in cells[-1]
     ]
-    rows = [[cells[i] for i in columns] for cells in body]
-    repeated = [row for row in rows if "±" in row[-1]]
-    lines = [f"| {' | '.join(row)} |" for row in repeated]
     assert len(lines) >= 6
-    assert "\n".join(lines) in (ROOT / "README.md").read_text()
+    assert "\n".join(lines) in (RESULTS / "README.md").read_text()
 
 
 def test_no_file_is_large():

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import iso_flop, ledger, scaling_laws
+from experiments import iso_flop, ledger, power_laws, scaling_laws
 from sct_jax import config, errors
 
-Run = scaling_laws.Run
+Run = power_laws.Run
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def synthetic(alpha, beta, *, noise=0.0, seed=0, num_budgets=4, num_sizes=5):
 @pytest.mark.parametrize(("alpha", "beta"), [(0.34, 0.28), (0.5, 0.5), (0.3, 0.5)])
 def test_known_exponents_are_found(alpha, beta):
     runs, expected = synthetic(alpha, beta)
-    law = scaling_laws.fit(runs)
+    law = power_laws.fit(runs)
     assert law is not None
     assert law.a == pytest.approx(expected, abs=0.01)
     assert law.b == pytest.approx(1 - expected, abs=0.01)
@@ -56,7 +56,7 @@ def test_intervals_hold_the_true_exponent_as_often_as_they_say(num_budgets, num_
             num_budgets=num_budgets,
             num_sizes=num_sizes,
         )
-        low, high = scaling_laws.bootstrap(runs, samples=60, seed=seed)["a"]
+        low, high = power_laws.bootstrap(runs, samples=60, seed=seed)["a"]
         hits += low <= expected <= high
         widths.append(high - low)
     # 54 of 60 at 90 %; at 77 % it were 46, and 48 or more once in four times.
@@ -67,30 +67,30 @@ def test_intervals_hold_the_true_exponent_as_often_as_they_say(num_budgets, num_
 def test_a_budget_of_two_sizes_changes_no_interval():
     runs, _ = synthetic(0.34, 0.28, noise=0.003)
     more = [Run(9e18, 1e8, 1.5e10, 3.0), Run(9e18, 2e8, 0.75e10, 3.1)]
-    assert scaling_laws.fit([*runs, *more]) == scaling_laws.fit(runs)
-    found = scaling_laws.bootstrap([*runs, *more], samples=40)
-    assert found == scaling_laws.bootstrap(runs, samples=40)
+    assert power_laws.fit([*runs, *more]) == power_laws.fit(runs)
+    found = power_laws.bootstrap([*runs, *more], samples=40)
+    assert found == power_laws.bootstrap(runs, samples=40)
 
 
 def test_no_free_residual_is_no_interval():
     runs, _ = synthetic(0.5, 0.5, num_sizes=3)
-    assert np.isnan(scaling_laws.bootstrap(runs)["a"]).all()
+    assert np.isnan(power_laws.bootstrap(runs)["a"]).all()
 
 
 def test_a_budget_that_bends_down_has_no_optimum():
     runs = [Run(1e12, n, 1e12 / n, loss) for n, loss in ((1, 3), (2, 4), (4, 3))]
-    assert scaling_laws.optimum(runs) is None
-    assert scaling_laws.optimum(runs[:2]) is None
-    assert scaling_laws.fit(runs) is None
+    assert power_laws.optimum(runs) is None
+    assert power_laws.optimum(runs[:2]) is None
+    assert power_laws.fit(runs) is None
 
 
 def test_an_optimum_beyond_the_sizes_is_marked():
     sizes = np.array([1.0, 2.0, 4.0])
     runs = [Run(1e12, n, 1e12 / n, (np.log(n) - 5) ** 2) for n in sizes]
-    found = scaling_laws.optimum(runs)
+    found = power_laws.optimum(runs)
     assert found is not None and not found.inside
     both = [*runs, *(run._replace(flops=2e12) for run in runs)]
-    assert scaling_laws.fit(both) is None
+    assert power_laws.fit(both) is None
     assert found.parameters == pytest.approx(np.exp(5))
 
 
@@ -131,6 +131,7 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
                 "rate": trial.rate,
                 "seed": 0,
                 "definition": config.to_dict(trial),
+                "environment": {"commit": "abc"},
                 "parameters": n,
                 "results": {name: {"flops": flops, "tokens": d, "loss": loss}},
             }
@@ -149,7 +150,16 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     for kind, law in laws.items():
         assert law["N ~ C^a"] == pytest.approx(0.5, abs=0.05)
         assert f"{kind}: N ~ C^{law['N ~ C^a']:.3f}" in printed
-    assert (tmp_path / "figures" / "iso-flop.png").stat().st_size < 300_000
+    report = (tmp_path / "report.md").read_text()
+    for kind, law in laws.items():
+        assert f"| {kind} | {law['N ~ C^a']:.3f} [" in report
+    # Of the two rates of a size and budget one line.
+    (runs,) = (part for part in report.split("\n## ") if part.startswith("Runs at"))
+    assert runs.count("\n|") == 2 + len(study.trials()) // 2
+    assert "| 0.01 / " in runs and "| 0.02 / " in runs
+    for name in ("iso-flop", "best-sizes"):
+        assert f"(figures/{name}.png)" in report
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000
 
 
 def test_nothing_trained_is_nothing_to_fit(tmp_path):

@@ -1,0 +1,146 @@
+"""Power laws of the best size and length of training, from losses at equal FLOPs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Run(NamedTuple):
+    """One finished run: compute C, parameters N, tokens D, held-out loss."""
+
+    flops: float
+    parameters: float
+    tokens: float
+    loss: float
+
+
+class Optimum(NamedTuple):
+    """The least point of a budget's parabola; `inside` the sizes that were trained."""
+
+    flops: float
+    parameters: float
+    tokens: float
+    loss: float
+    inside: bool
+
+
+class Law(NamedTuple):
+    """Exponents of N ~ C^a and D ~ C^b, and the optima that they were fitted to."""
+
+    a: float
+    b: float
+    optima: list[Optimum]
+
+
+def optimum(runs: Sequence[Run]) -> Optimum | None:
+    """Returns the least point of the parabola through runs of one budget.
+
+    Loss is fitted as a quadratic of log N; None where that opens downwards, or with
+    less than three sizes. Tokens at the optimum follow from C / (N D), interpolated in
+    log N: with the head included that is no constant.
+    """
+    if not has_parabola(runs):
+        return None
+    sizes, curve = log_sizes(runs), parabola(runs)
+    if curve.deriv(2)(0.0) <= 0:
+        return None
+    (vertex,) = curve.deriv().roots()
+    order = np.argsort(sizes)
+    tokens = np.interp(vertex, sizes[order], np.log([runs[i].tokens for i in order]))
+    return Optimum(
+        flops=float(np.exp(np.mean(np.log([run.flops for run in runs])))),
+        parameters=float(np.exp(vertex)),
+        tokens=float(np.exp(tokens)),
+        loss=float(curve(vertex)),
+        inside=bool(sizes.min() <= vertex <= sizes.max()),
+    )
+
+
+def log_sizes(runs: Sequence[Run]) -> np.ndarray:
+    """Returns log N of every run."""
+    return np.log([run.parameters for run in runs])
+
+
+def has_parabola(runs: Sequence[Run]) -> bool:
+    """Returns whether there are the three sizes that a parabola needs."""
+    return len({run.parameters for run in runs}) >= 3
+
+
+def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
+    """Returns the quadratic in log N that is nearest to the losses of runs."""
+    losses = [run.loss for run in runs]
+    return np.polynomial.Polynomial.fit(log_sizes(runs), losses, deg=2)
+
+
+def fit(runs: Sequence[Run]) -> Law | None:
+    """Returns the power laws through the optima inside of the sizes that were trained.
+
+    None for less than two of them. Runs belong to one budget where their FLOPs agree to
+    2 %.
+    """
+    found = [optimum(group) for group in by_budget(runs)]
+    optima = [o for o in found if o is not None and o.inside]
+    if len(optima) < 2:
+        return None
+    flops = np.log([o.flops for o in optima])
+    a, b = (
+        float(np.polyfit(flops, np.log([getattr(o, field) for o in optima]), 1)[0])
+        for field in ("parameters", "tokens")
+    )
+    return Law(a, b, optima)
+
+
+def bootstrap(
+    runs: Sequence[Run], *, samples: int = 1000, level: float = 0.9, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Returns intervals of the exponents "a" and "b" at a level.
+
+    Parametric: the noise of a loss has the variance of the residuals of all parabolas,
+    with the tails of Student's t, as few of them are free. A sample without a law is
+    dropped, and budgets with less than three sizes are, which have no parabola. NaN
+    where no residual is free.
+    """
+    generator = np.random.default_rng(seed)
+    groups = [group for group in by_budget(runs) if has_parabola(group)]
+    ordered = [run for group in groups for run in group]
+    fitted = np.concatenate(
+        [np.zeros(0), *(parabola(group)(log_sizes(group)) for group in groups)]
+    )
+    residuals = np.array([run.loss for run in ordered]) - fitted
+    freedom = len(residuals) - 3 * len(groups)
+    drawn: dict[str, list[float]] = {"a": [], "b": []}
+    sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
+    for _ in range(samples if freedom > 0 else 0):
+        # One variance for a sample, as one was estimated for all.
+        scale = sigma * math.sqrt(freedom / generator.chisquare(freedom))
+        losses = fitted + scale * generator.standard_normal(len(fitted))
+        noisy = [
+            run._replace(loss=float(loss))
+            for run, loss in zip(ordered, losses, strict=True)
+        ]
+        law = fit(noisy)
+        if law is not None:
+            drawn["a"].append(law.a)
+            drawn["b"].append(law.b)
+    tail = 50 * (1 - level)
+    return {
+        name: (
+            (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
+            if v
+            else (math.nan, math.nan)
+        )
+        for name, v in drawn.items()
+    }
+
+
+def by_budget(runs: Sequence[Run]) -> list[list[Run]]:
+    """Returns the runs in groups of equal FLOPs, to 2 %, ascending."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: run.flops):
+        if groups and run.flops <= 1.02 * groups[-1][0].flops:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
