@@ -6,28 +6,24 @@ python -m experiments.scaling_laws
 import dataclasses
 
 from configs import compare_methods
-from experiments import grid, iso_flop
+from experiments import iso_flop
 
-RATES = (0.01, 0.02)  # around the best of `compare_methods` at d 64 and 128
+# Around the best of `compare_methods` at d 64 and 128, and Adam's there.
+RATES, ADAM_RATE = (0.01, 0.02), 0.081
 
+# One depth and number of heads, so that sizes differ in their width alone.
 SIZES = {
-    d: iso_flop.Size(d_model=d, d_ff=d_ff, num_layers=layers, num_heads=heads)
-    for d, d_ff, layers, heads in (
-        (24, 64, 3, 2),
-        (36, 96, 3, 3),
-        (56, 152, 4, 4),
-        (84, 224, 4, 3),
-        (124, 336, 4, 2),
-        (184, 496, 4, 4),
-        (272, 728, 4, 4),
+    d: iso_flop.Size(d_model=d, d_ff=d_ff, num_layers=4, num_heads=4)
+    for d, d_ff in (
+        (24, 64),
+        (40, 108),
+        (56, 152),
+        (80, 216),
+        (120, 324),
+        (176, 472),
+        (256, 688),
     )
 }
-
-
-def _arm(name: str) -> grid.Arm:
-    rate, adam_rate = compare_methods.LEADING[name]
-    arm = compare_methods.at_setting(name, rate, adam_rate)
-    return dataclasses.replace(arm, rates=RATES)
 
 
 def _sizes(*widths: tuple[int, ...]) -> tuple[tuple[iso_flop.Size, ...], ...]:
@@ -35,17 +31,27 @@ def _sizes(*widths: tuple[int, ...]) -> tuple[tuple[iso_flop.Size, ...], ...]:
 
 
 def get_config() -> iso_flop.ScalingLaws:
+    dense, low_rank = (
+        dataclasses.replace(
+            compare_methods.arm_named(name), rates=RATES, adam_rate=ADAM_RATE
+        )
+        for name in ("dense Muon", "Stiefel Muon")
+    )
+    # It helps this one alone, see `recipe_long`.
+    low_rank = compare_methods.with_fields(
+        low_rank, *compare_methods.VARIATIONS["decay .9"]
+    )
     return iso_flop.ScalingLaws(
         base=compare_methods.with_qk_norm(compare_methods.base_of_small()),
         kinds=(
             iso_flop.Kind(
-                arm=_arm("dense Muon"),
-                sizes=_sizes((24, 36, 56, 84), (24, 36, 56, 84), (36, 56, 84, 124)),
+                arm=dense,
+                sizes=_sizes((24, 40, 56, 80), (40, 56, 80, 120), (56, 80, 120, 176)),
             ),
             iso_flop.Kind(
-                arm=_arm("Stiefel Muon"),
+                arm=low_rank,
                 sizes=_sizes(
-                    (56, 84, 124, 184), (56, 84, 124, 184), (84, 124, 184, 272)
+                    (56, 80, 120, 176), (56, 80, 120, 176), (80, 120, 176, 256)
                 ),
             ),
         ),

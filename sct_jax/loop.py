@@ -389,22 +389,23 @@ class _Run:
                 self._pending = (step, values)
             interrupted = signals.exit_code
             saved = last or interrupted or step % config.checkpoint.every == 0
+            evaluated = last or step % config.eval.every == 0
+            decided = config.rank.decides_at(step) and not last
+            if saved or evaluated or decided:
+                self._log_pending()  # these take time that is none of a step
             if saved:
-                self._log_pending()
                 self._check_finite(step, values["loss"])
                 # That loss is of the parameters before the step, these are saved.
                 self._check_finite(step, _largest(state.params), "largest parameter")
             if self._diverged:
                 return state, DIVERGED
-            if config.rank.decides_at(step) and not last:
-                self._log_pending()
+            if decided:
                 resized = self._decide_ranks(step, state)
                 before, after = map(rank.stored_ranks, (state.params, resized.params))
                 state = resized
                 if before != after:
                     compiled = self._compile(state)
-            if last or step % config.eval.every == 0:
-                self._log_pending()
+            if evaluated:
                 self._log_evaluation(step, state.params)
             if saved:
                 self._save(step, state)
