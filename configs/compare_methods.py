@@ -255,6 +255,7 @@ def base(
             final_rate_ratio=0.0,
             grad_clip=1.0,
             b2=0.95,
+            eps=1e-8,
         ),
         eval=config.EvalConfig(num_batches=16),
     )

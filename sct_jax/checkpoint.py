@@ -9,13 +9,14 @@ import logging
 import pathlib
 import warnings
 import zlib
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from sct_jax import errors, model, sharding, train_state
 
@@ -35,7 +36,6 @@ class Checkpointer:
         self._keep = keep
         self._read_only = read_only
         self._manager = self._open()
-        self._unstack: Callable | None = None
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -80,7 +80,9 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         self._manager.wait_until_finished()
-        tree = _as_dict(self._by_name(state))
+        # By name, and views: a second copy of a large state may not fit in memory.
+        # Orbax takes its own copy of host arrays.
+        tree = _as_dict(model.unstack_layers(jax.tree.map(np.asarray, state)))
         record = record | {"step": step, "leaves": _describe(tree)}
         self._manager.save(
             step,
@@ -88,15 +90,6 @@ class Checkpointer:
                 state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
             ),
         )
-
-    def _by_name(self, state: train_state.TrainState) -> train_state.TrainState:
-        """The state with layers by name; orbax takes its own copy of host arrays."""
-        if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(state)):
-            # Views: a second copy of a large state may not fit in memory.
-            return model.unstack_layers(jax.tree.map(np.asarray, state))
-        if self._unstack is None:
-            self._unstack = _jit_unstack(state)
-        return self._unstack(state)
 
     def restore(
         self,
@@ -146,8 +139,8 @@ class Checkpointer:
                 continue
             self._set_aside(damaged)
             if stacked:
-                shardings = sharding.shardings(wanted, mesh)
-                state = jax.jit(model.stack_layers, out_shardings=shardings)(state)
+                state = model.stack_layers(state, stack_arrays=_stack_and_free)
+                state = jax.device_put(state, sharding.shardings(wanted, mesh))
             return state, record
         errors.check(
             "workdir",
@@ -178,9 +171,7 @@ class Checkpointer:
         )["state"]
         for name, leaf in _describe(restored).items():
             saved = record["leaves"][name]
-            # Of what several processes hold, or held, there is no sum.
-            known = [k for k in leaf if leaf[k] is not None and saved[k] is not None]
-            if any(leaf[k] != saved[k] for k in known):
+            if leaf != saved:
                 raise ValueError(f"{name} is not as it was saved: {leaf}, not {saved}")
         return train_state.TrainState(**restored)
 
@@ -194,7 +185,7 @@ class Checkpointer:
             while target.exists():
                 copies += 1
                 target = self._directory / f"damaged-{step}-{copies}"
-            if folder.exists() and jax.process_index() == 0:
+            if folder.exists():
                 folder.rename(target)
         self._manager = self._open()
 
@@ -216,24 +207,23 @@ def _as_dict(state: train_state.TrainState) -> dict[str, Any]:
     }
 
 
-def _jit_unstack(state: train_state.TrainState) -> Callable:
-    by_name = jax.eval_shape(model.unstack_layers, state)
-    mesh = cast(NamedSharding, state.step.sharding).mesh
-    return jax.jit(
-        model.unstack_layers, out_shardings=sharding.shardings(by_name, mesh)
-    )
+def _stack_and_free(arrays: Sequence[jax.Array]) -> jax.Array:
+    """One array of those of all layers, which go: a state may not fit twice."""
+    stacked = jax.block_until_ready(jnp.stack(arrays))
+    for array in arrays:
+        array.delete()
+    return stacked
 
 
 def _describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and CRC-32 of every leaf; no sum for what other processes hold."""
+    """Shape, dtype and CRC-32 of every leaf."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        array = np.ascontiguousarray(leaf) if local else None
+        array = np.ascontiguousarray(leaf)
         leaves[sharding.path_name(path)] = {
             "shape": list(leaf.shape),
             "dtype": str(leaf.dtype),
-            "crc32": None if array is None else zlib.crc32(array.view(np.uint8).data),
+            "crc32": zlib.crc32(array.view(np.uint8).data),
         }
     return leaves
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -278,8 +279,8 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, AttributeError, TypeError) as error:
-        raise errors.ConfigError(f"--config: {path}: {error}") from error
+    except Exception as error:  # of a user's code
+        raise _broken(path, error) from error
     if not hasattr(module, "get_config"):
         raise errors.ConfigError(f"--config: {path} has no get_config(variant=...)")
     return module
@@ -291,8 +292,22 @@ def _call_get_config(path: pathlib.Path, variant: str) -> Any:
         errors.check_choice("--config variant", variant, tuple(_variants(module)))
     try:
         return module.get_config(variant=variant) if variant else module.get_config()
-    except (AttributeError, TypeError) as error:
-        raise errors.ConfigError(f"--config: {path}: {error}") from error
+    except errors.ConfigError:
+        raise
+    except Exception as error:  # of a user's code
+        raise _broken(path, error) from error
+
+
+def _broken(path: pathlib.Path, error: Exception) -> errors.ConfigError:
+    """What is wrong with a config file, where it is wrong, and with which error."""
+    lines = [
+        f.lineno
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename == str(path)
+    ]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    where = f"{path}:{line}" if line else str(path)
+    return errors.ConfigError(f"--config: {where}: {type(error).__name__}: {error}")
 
 
 def _variants(module: types.ModuleType) -> Iterable[str]:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from sct_jax import config as config_lib
@@ -13,12 +12,8 @@ from sct_jax import data, metrics, model, sharding, spectral, train_step
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> train_step.Batch:
-    """Returns the rows that this process read of a batch, on its devices."""
-    rows = NamedSharding(mesh, sharding.BATCH)
-    return {
-        name: jax.make_array_from_process_local_data(rows, array)
-        for name, array in batch.items()
-    }
+    """Returns a batch on the devices, its rows shared among them."""
+    return jax.device_put(batch, NamedSharding(mesh, sharding.BATCH))
 
 
 def make_evaluation(
@@ -43,13 +38,10 @@ def make_evaluation(
         corpus,
         config.data,
         num_batches=config.eval.num_batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     lengths = corpus.tokenizer.byte_lengths()
     num_bytes = sum(int(lengths[batch["targets"]].sum()) for batch in batches)
-    num_bytes = int(np.sum(multihost_utils.process_allgather(np.array(num_bytes))))
-    num_tokens = sum(b["targets"].size for b in batches) * jax.process_count()
+    num_tokens = sum(batch["targets"].size for batch in batches)
     eval_step = jax.jit(
         train_step.make_eval_step(
             config.model, num_microbatches=config.data.num_microbatches, linear=linear

@@ -191,6 +191,12 @@ def generate(
 
 def _set_up(config: config_lib.ExperimentConfig) -> _Setup:
     config.validate()
+    errors.check(
+        "mesh",
+        jax.process_count() == 1,
+        f"{jax.process_count()} processes: one process drives all devices of one host, "
+        "start one",
+    )
     mesh = config.mesh.build()
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     share = config.data.batch_size // config.data.num_microbatches
@@ -256,8 +262,6 @@ def _train(
             config.data,
             seed=config.seed,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
         run = _Run(
             setup,
@@ -594,9 +598,6 @@ def _claimed(workdir: pathlib.Path) -> Iterator[None]:
 
     The lock dies with the process, so a killed run leaves none behind.
     """
-    if jax.process_index():
-        yield
-        return
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -663,8 +664,7 @@ def _make_folder(workdir: pathlib.Path) -> None:
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
-    if jax.process_index() == 0:
-        metrics.replace_text(path, json.dumps(value, indent=2) + "\n")
+    metrics.replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _print_start(

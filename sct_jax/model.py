@@ -11,7 +11,7 @@ blocks, "head" is absent when tied, and any matrix may be a factor tuple.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -339,8 +339,14 @@ def unstack_layers(tree: Any) -> Any:
     return jax.tree.map(unstack, tree, is_leaf=has_layers)
 
 
-def stack_layers(tree: Any) -> Any:
+def stack_layers(
+    tree: Any, *, stack_arrays: Callable[[Sequence[Array]], Array] = jnp.stack
+) -> Any:
     """Returns the tree with every "layers" tuple stacked: undoes `unstack_layers`.
+
+    Args:
+      tree: a state, or a part of one.
+      stack_arrays: what makes one array of those of all layers.
 
     Raises:
       ValueError: where the layers differ in shape (ranks of their own).
@@ -350,7 +356,7 @@ def stack_layers(tree: Any) -> Any:
         if not has_layers(node) or not isinstance(node["layers"], tuple):
             return node
         return node | {
-            "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *node["layers"])
+            "layers": jax.tree.map(lambda *xs: stack_arrays(xs), *node["layers"])
         }
 
     return jax.tree.map(stack, tree, is_leaf=has_layers)
@@ -443,7 +449,10 @@ def positions(
 def logits(
     params: Params, x_BLD: Float[Array, "B L D"], config: ModelConfig
 ) -> Float[Array, "B L V"]:
-    """Returns the head's scores of the final residual stream, in float32."""
+    """Returns the head's scores of the final residual stream, in float32.
+
+    They are computed in the compute dtype: in bfloat16 they have its 8 bits.
+    """
     x_BLD = rms_norm(x_BLD, params["final_norm"], config.norm_eps)
     head = params.get("head")
     if head is None:

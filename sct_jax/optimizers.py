@@ -509,14 +509,15 @@ class OptimizerConfig:
       peak_learning_rate: rate after warm-up.
       schedule: "constant", "cosine" or "wsd" (warm-up, stable, decay), after warm-up.
       warmup_steps: steps of linear warm-up from 0.
-      final_rate_ratio: rate of the last step over the peak (cosine and wsd).
+      final_rate_ratio: rate over the peak that cosine and wsd fall to; they would
+        reach it one step after the last.
       decay_ratio: share of all steps in the linear decay of "wsd".
       max_update_norm: bound of ||W' - W||_2 per weight and step; None: no clip.
       weight_decay: decoupled decay of s and of dense matrices.
       grad_clip: bound of the global gradient norm; None: no clip.
       b1: decay of Adam's first moment.
-      b2: decay of Adam's second moment.
-      eps: Adam's epsilon.
+      b2: decay of Adam's second moment; None: that of the chain, .95 or .999.
+      eps: Adam's epsilon; None: that of the chain.
       singular_value_rate: factor of the rate for s.
       dense_rate: factor of the rate for arrays outside factors and, with adamw and
         muon, outside the matrices of the layers.
@@ -544,8 +545,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     grad_clip: float | None = None
     b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b2: float | None = None
+    eps: float | None = None
     singular_value_rate: float = 1.0
     dense_rate: float = 1.0
     base_width: int | None = None
@@ -589,7 +590,11 @@ class OptimizerConfig:
             errors.check(f"optimizer.{field}", value >= 0, f"{value} must be >= 0")
         for field in ("b1", "b2", "momentum"):
             value = getattr(self, field)
-            errors.check(f"optimizer.{field}", 0 <= value < 1, f"{value} not in [0, 1)")
+            errors.check(
+                f"optimizer.{field}",
+                value is None or 0 <= value < 1,
+                f"{value} not in [0, 1)",
+            )
         for field in ("final_rate_ratio", "decay_ratio"):
             value = getattr(self, field)
             errors.check(
@@ -692,8 +697,9 @@ class OptimizerConfig:
             does not have are ignored.
         """
         fields = dataclasses.asdict(self) | keywords
-        if self.nesterov is None:
-            del fields["nesterov"]
+        for field in ("b2", "eps", "nesterov"):  # as the chain has them
+            if fields[field] is None:
+                del fields[field]
         known = inspect.signature(CHAINS[self.name]).parameters
         tx = CHAINS[self.name](
             learning_rate, **{k: v for k, v in fields.items() if k in known}

@@ -254,8 +254,9 @@ def resize(
     Columns are sorted by |s|. A layer that shrinks keeps its largest ones: W loses what
     the Eckart-Young theorem says, no more. One that grows keeps W, exactly: its new
     columns are random, orthogonal to the old ones, with s = 0. Moments of columns that
-    go are dropped. Of those that come the first moments are zero and the second ones
-    the mean of the other columns': Adam's count is that of all columns, so that from
+    go are dropped. Of new ones the first moments are zero and the second ones the mean
+    of the other columns'; one that was stored, but not in use, keeps its own: Adam's
+    count is that of all columns, so that from
     zero its first steps would be up to six times too long.
 
     Meant for jit, with `ranks` static.

@@ -142,6 +142,7 @@ def energy_rank(
     References:
       TSVD, arXiv 2605.28573, 2026 (energy criterion)
     """
+    s = orthogonalize.as_float32(s)
     peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
     squares = -jnp.sort(-jnp.square(s / orthogonalize.or_one(peak)), axis=-1)
     reached = jnp.cumsum(squares, axis=-1)
@@ -280,10 +281,10 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
 
         W' - W = [u, E_u] (C_u diag(s') C_v.T - diag(s) (+) 0) [v, E_v].T,  C = [P; I],
 
-    where [u, E] has orthogonal blocks. The subtraction happens in a 2R x 2R matrix, so
-    the result is exact to about 1e-5 relative plus eps max|s| absolute, for co-rotating
-    u and v too. Requires that `old` is orthonormal (to 1e-5; the error is of that
-    relative size).
+    an identity for any factors. The subtraction happens in a 2R x 2R matrix, so the
+    result is exact to about 1e-5 relative plus eps max|s| absolute, for co-rotating u
+    and v too. Where `old` is off the manifold, lazily retracted by |u.T u - I| = d, add
+    sqrt(eps) d^2 max|s|.
 
     LowRankFactors: W' - W = [a' - a, a] [b', b' - b].T, exact in real arithmetic, with
     a floor of about sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
@@ -325,11 +326,17 @@ def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
 def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
     """A 2R x 2R matrix whose spectral radius is ||W' - W||_2^2."""
     if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
-        p_u, e_u = split_along(old.u, new.u)
-        p_v, e_v = split_along(old.v, new.v)
+        p_u, e_u = _split_twice(old.u, new.u)
+        p_v, e_v = _split_twice(old.v, new.v)
         k = small_space_difference(p_u, p_v, old.s, new.s)
-        g_u, g_v = orthogonalize.gram(e_u), orthogonalize.gram(e_v)
-        return small_space_product(k, g_u, g_v)
+        g_u, g_v = (
+            orthogonalize.gram(jnp.concatenate([x, e], axis=-1))
+            for x, e in ((old.u, e_u), (old.v, e_v))
+        )
+        return orthogonalize.matmul(
+            orthogonalize.matmul(g_u, k),
+            orthogonalize.matmul(g_v, orthogonalize.transpose(k)),
+        )
     if isinstance(old, LowRankFactors) and isinstance(new, LowRankFactors):
         d_a, d_b = new.a - old.a, new.b - old.b
         left = jnp.concatenate([d_a, old.a], axis=-1)
@@ -350,10 +357,19 @@ def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
     )
 
 
+def _split_twice(
+    x: Float[Array, "*L n R"], y: Float[Array, "*L n R"]
+) -> tuple[Float[Array, "*L R R"], Float[Array, "*L n R"]]:
+    """`split_along` for an x that is not quite orthonormal, as gradients leave it."""
+    p, e = split_along(x, y)
+    more, e = split_along(x, e)
+    return p + more, e
+
+
 def split_along(
     x: Float[Array, "*L n R"], y: Float[Array, "*L n C"]
 ) -> tuple[Float[Array, "*L R C"], Float[Array, "*L n C"]]:
-    """Returns p and e with y = x p + e and x.T e = 0, for orthonormal x."""
+    """Returns p and e with y = x p + e; x.T e = 0 for orthonormal x."""
     p = orthogonalize.gram(x, y)
     return p, y - orthogonalize.matmul(x, p)
 

@@ -176,6 +176,13 @@ def test_a_group_lists_its_fields(field):
 # --- Files.
 
 
+def test_an_error_in_a_file_is_told_with_its_line(tmp_path):
+    path = tmp_path / "bad.py"
+    path.write_text("def get_config():\n    return STEPS\n")
+    with pytest.raises(errors.ConfigError, match=r"bad\.py:2: NameError: .*'STEPS'"):
+        config_lib.load(str(path))
+
+
 def test_load_takes_the_variant_and_the_overrides(config_file):
     assert config_lib.load(str(config_file)).num_steps == 7
     loaded = config_lib.load(f"{config_file}:large", [("seed", "3"), ("seed", "4")])
@@ -207,6 +214,8 @@ def test_an_unknown_file_suggests_the_nearest(config_file):
         "def get_config(:",
         "x = 1",
         "import no_such_module_of_anybody",
+        "STEPS = STEP",
+        "def get_config(): return {}['steps']",
         "def get_config(variant=''): return {'num_steps': 1}",
         "from sct_jax import config\n"
         "def get_config(): return config.ExperimentConfig(num_step=1)",

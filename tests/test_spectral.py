@@ -274,6 +274,12 @@ def test_energy_rank_of_all_energy_is_reached_in_spite_of_rounding():
     assert spectral.energy_rank(s, 1.0) == 64
 
 
+def test_energy_rank_of_bfloat16_is_that_of_the_same_numbers():
+    s = jnp.linspace(1, 2, 512).astype(jnp.bfloat16)
+    found = spectral.energy_rank(s, 0.95)
+    assert found == spectral.energy_rank(s.astype(jnp.float32), 0.95)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
 def test_energy_rank_does_not_see_the_size(size):
     s = size * jnp.asarray([[1.0, 3.0, 2.0], [1.0, 0.0, 0.0]])
@@ -417,6 +423,15 @@ def test_composite_update_norm_sees_every_component(part):
 def test_composite_update_norm_needs_no_orthonormal_new_factors():
     old = factors()
     check_norm(old, jax.tree.map(lambda x: x + 0.3 * jnp.ones_like(x), old))
+
+
+@pytest.mark.parametrize("drift", [1e-4, 1e-3, 1e-2])
+def test_composite_update_norm_needs_no_orthonormal_old_factors(drift):
+    # Those that are lazily retracted are not; they move by less than they are off.
+    old = jax.tree.map(lambda x: x + drift * jnp.ones_like(x), factors())
+    noise = jax.random.normal(jax.random.key(0), old.u.shape)
+    check_norm(old, old._replace(u=old.u + 0.1 * drift * noise))
+    assert composite_update_norm(old, old) <= absolute_floor(old.s)
 
 
 def test_composite_update_norm_of_unlike_signs_and_zeros():

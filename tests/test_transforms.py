@@ -253,6 +253,17 @@ def test_a_value_that_is_not_finite_stops_its_own_weight_only(
     assert moved <= absolute_floor(old["b"])
 
 
+@pytest.mark.parametrize("size", [1e30, 5e37, 1.8e38, 3e38])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_huge_step_of_s_keeps_the_bound(method, size):
+    old, max_norm = params32(), jnp.float32(0.3)
+    wanted = noise_like(old, 0.1)
+    huge = wanted | {"b": wanted["b"]._replace(s=wanted["b"].s.at[0].set(size))}
+    _, new = clip_and_apply(method)(old, huge, max_norm)
+    moved = reference.composite_update_norm(old["b"], new["b"])
+    assert moved <= 0.3 * 1.01 + absolute_floor(old["b"])
+
+
 def test_the_layer_beside_a_nan_still_moves():
     old, max_norm = params32(), jnp.float32(0.05)
     wanted = noise_like(old, 0.1)

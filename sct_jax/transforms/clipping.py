@@ -19,6 +19,7 @@ _SQUARINGS = 8
 _AIM = 0.97  # of the bound: where the next trial should land
 _ENOUGH = 0.95  # of the bound: then the search ends; the norm itself is above 0.9
 _MAX_ROUNDS = 14
+_TOO_LARGE = 1e37  # the reciprocal of more is no normal float32 number
 
 
 def clip_by_composite_spectral_norm(
@@ -37,10 +38,10 @@ def clip_by_composite_spectral_norm(
     already. Stands before `retract_to_stiefel` with the same method.
 
     Requires factors orthonormal to 1e-5, and a retraction on every step. Ensures the
-    bound to 1 % and float32 rounding (16 eps max|s| sqrt(R)), for any finite update. An
-    update with a NaN or an infinity becomes zero. Where such a gradient may come, the
-    chain belongs into `optax.apply_if_finite`: Adam's moments stay NaN once they are,
-    and the weight would never move again.
+    bound to 1 % and float32 rounding (16 eps max|s| sqrt(R)), for any update. One with
+    a NaN, an infinity or an entry beyond 1e37 becomes zero. Where such a gradient may
+    come, the chain belongs into `optax.apply_if_finite`: Adam's moments stay NaN once
+    they are, and the weight would never move again.
 
     How: the whole path W'(c) lives in the span of [u, E_u] and [v, E_v], E = du - u u.T
     du, whatever c is. Two products with each factor (6 R FLOPs per entry) give 2R x 2R
@@ -154,7 +155,7 @@ def _admissible_scales(
     for p, d in factors:
         p, d = jax.tree.map(lambda x: x.astype(jnp.float32), (p, d))
         peak = jnp.maximum(_peak(d.u, (-2, -1)), _peak(d.v, (-2, -1)))
-        finite = jnp.isfinite(peak + _peak(d.s, (-1,)))
+        finite = peak + _peak(d.s, (-1,)) < _TOO_LARGE
         # In units of its largest entry the square of a huge update cannot overflow.
         unit = jnp.where(finite, jnp.maximum(peak, 1.0), 1.0)
         d = _scale_update(d, jnp.where(finite, 1 / unit, 0))
