@@ -10,6 +10,7 @@ import reference
 from hypothesis import strategies
 
 from sct_jax import spectral, stiefel, transforms
+from sct_jax.transforms import clipping
 
 EPS = float(np.finfo(np.float32).eps)
 ORTHONORMAL = 4e-6
@@ -251,6 +252,22 @@ def test_a_value_that_is_not_finite_stops_its_own_weight_only(
             np.testing.assert_allclose(found, x, rtol=1e-3)
     moved = reference.composite_update_norm(old["b"], new["b"])
     assert moved <= absolute_floor(old["b"])
+
+
+@pytest.mark.parametrize(
+    ("size", "power"),
+    [(0.1, 1), (0.31, 1), (5.0, 1), (1e20, 1), (5.0, 0.5), (5.0, 3), (500.0, 2)],
+)
+def test_the_search_ends_at_all_of_a_step_or_near_the_bound(size, power):
+    bound = jnp.float32(0.3)
+    unit = jnp.asarray([1.0, 4.0])
+    norm_at = lambda c: size * c**power
+    found = clipping.largest_admissible(
+        norm_at, unit, unit / 2, bound=bound, accepted=bound * 1.001
+    )
+    norms = norm_at(found)
+    assert np.all(norms <= 0.3 * 1.002)
+    assert np.all((norms >= 0.9 * 0.3) | (found == unit))
 
 
 @pytest.mark.parametrize("size", [1e30, 5e37, 1.8e38, 3e38])

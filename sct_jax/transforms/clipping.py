@@ -1,6 +1,7 @@
 """The bound of what an update does to the composite W."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -193,8 +194,37 @@ def _search_scales(
     """
     s, ds, unit = (jnp.diagonal(x, axis1=-2, axis2=-1) for x in (s, ds, unit))
     unit = unit[:, 0]
-    size = s.shape[-1]
-    eye = jnp.eye(size, dtype=s.dtype)
+    # By as much may `spectral_radius_bound` lie above the norm itself.
+    accepted = bound * 1.0005 * (2 * s.shape[-1]) ** (0.5 / 2 ** (_SQUARINGS + 1))
+    norm_at = _norm_along_path(
+        p_u, q_u, p_v, q_v, s, ds, accepted=accepted, retraction=retraction
+    )
+    # Beyond displacements of norm 1 the path is no longer near a straight line.
+    lengths = [
+        jnp.sqrt(jnp.sum(jnp.square(p), (-2, -1)) + jnp.trace(q, axis1=-2, axis2=-1))
+        for p, q in ((p_u, q_u), (p_v, q_v))
+    ]
+    straight = 1 / jnp.maximum(jnp.maximum(*lengths), 1 / unit)
+    return largest_admissible(norm_at, unit, straight, bound=bound, accepted=accepted)
+
+
+def _norm_along_path(
+    p_u: Float[Array, "N K K"],
+    q_u: Float[Array, "N K K"],
+    p_v: Float[Array, "N K K"],
+    q_v: Float[Array, "N K K"],
+    s: Float[Array, "N K"],
+    ds: Float[Array, "N K"],
+    *,
+    accepted: Float[Array, ""],
+    retraction: str,
+) -> Callable[[Float[Array, " N"]], Float[Array, " N"]]:
+    """The function c -> ||W'(c) - W||_2, per weight.
+
+    Exact only as far as to tell it from `accepted`; infinite where the step is too
+    large to be judged in float32.
+    """
+    eye = jnp.eye(s.shape[-1], dtype=s.dtype)
     # Columns of E in units of their lengths, so that no product is out of balance.
     lengths_u, lengths_v = (
         orthogonalize.or_one(jnp.sqrt(jnp.diagonal(q, axis1=-2, axis2=-1)))
@@ -204,10 +234,8 @@ def _search_scales(
         q / (x[:, :, None] * x[:, None, :])
         for q, x in ((q_u, lengths_u), (q_v, lengths_v))
     )
-    # By as much may `spectral_radius_bound` lie above the norm itself.
-    accepted = bound * 1.0005 * (2 * size) ** (0.5 / 2 ** (_SQUARINGS + 1))
 
-    def applied_norm(c):
+    def norm_at(c):
         c = c[:, None, None]
         along = [eye + c * p for p in (p_u, p_v)]
         grams = [
@@ -235,15 +263,23 @@ def _search_scales(
             threshold=jnp.square(accepted / orthogonalize.or_one(peak)),
         )
         norm = peak * jnp.sqrt(radius)
-        # Not definite in float32: too large a step to judge.
         return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
 
-    # Beyond displacements of norm 1 the path is no longer near a straight line.
-    lengths = [
-        jnp.sqrt(jnp.sum(jnp.square(p), (-2, -1)) + jnp.trace(q, axis1=-2, axis2=-1))
-        for p, q in ((p_u, q_u), (p_v, q_v))
-    ]
-    straight = 1 / jnp.maximum(jnp.maximum(*lengths), 1 / unit)
+    return norm_at
+
+
+def largest_admissible(
+    norm_at: Callable[[Float[Array, " N"]], Float[Array, " N"]],
+    unit: Float[Array, " N"],
+    straight: Float[Array, " N"],
+    *,
+    bound: Float[Array, ""],
+    accepted: Float[Array, ""],
+) -> Float[Array, " N"]:
+    """A c of [0, unit] with norm_at(c) <= accepted: unit, or one near the bound.
+
+    `norm_at` is about proportional to c up to `straight`.
+    """
 
     def propose(b: _Bracket) -> Array:
         shrunk = b.high * jnp.where(
@@ -252,7 +288,7 @@ def _search_scales(
             0.25,
         )
         # Between an accepted scale and a rejected one: as if the norm were c^p.
-        tiny = jnp.finfo(s.dtype).tiny
+        tiny = jnp.finfo(unit.dtype).tiny
         low, low_norm = jnp.maximum(b.low, tiny), jnp.maximum(b.low_norm, tiny)
         slope = jnp.log(b.high / low) / jnp.log(b.high_norm / low_norm)
         between = jnp.where(
@@ -268,7 +304,7 @@ def _search_scales(
 
     def trial(b: _Bracket) -> _Bracket:
         c = jnp.where(b.rounds == 0, unit, propose(b))
-        norm = applied_norm(c)
+        norm = norm_at(c)
         ok, done = norm <= accepted, finished(b)
         raises, lowers = ok & ~done, ~ok & ~done
         return _Bracket(
