@@ -45,9 +45,7 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field."""
-        for field in ("every", "keep"):
-            value = getattr(self, field)
-            errors.check(f"checkpoint.{field}", value >= 1, f"{value} must be >= 1")
+        errors.check_bounds("checkpoint.", self, "every", "keep", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +63,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field."""
-        for field in ("every", "num_batches"):
-            value = getattr(self, field)
-            errors.check(f"eval.{field}", value >= 1, f"{value} must be >= 1")
+        errors.check_bounds("eval.", self, "every", "num_batches", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +99,8 @@ class ExperimentConfig:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field, for what cannot be run anywhere."""
-        errors.check("num_steps", self.num_steps >= 1, f"{self.num_steps} must be >= 1")
-        errors.check("seed", 0 <= self.seed < 2**32, f"{self.seed} not in [0, 2^32)")
-        errors.check("log_every", self.log_every >= 1, f"{self.log_every} must be >= 1")
+        errors.check_bounds("", self, "num_steps", "log_every", least=1)
+        errors.check_bounds("", self, "seed", least=0, below=2**32)
         errors.check_choice("step", self.step, STEPS)
         groups = (
             self.model,

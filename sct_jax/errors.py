@@ -1,7 +1,9 @@
 """The one exception that means that the user, not the code, must change something."""
 
 import difflib
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -26,6 +28,46 @@ def check_choice(field: str, value: str | None, choices: Sequence[str | None]) -
         f"unknown value {value!r}{nearest(str(value), names)} "
         f"(choices: {', '.join(names) or 'none'})",
     )
+
+
+def check_bounds(
+    prefix: str,
+    config: Any,
+    *fields: str,
+    least: int | None = None,
+    above: int | None = None,
+    most: int | None = None,
+    below: int | None = None,
+) -> None:
+    """Raises ConfigError for a field of `config` outside of what is given; None passes.
+
+    Args:
+      prefix: what stands before the name of a field in messages, "optimizer." say.
+      config: holds the fields.
+      *fields: names of numbers.
+      least: allowed, as nothing less is.
+      above: not allowed, nor anything less.
+      most: allowed, as nothing more is.
+      below: not allowed, nor anything more.
+    """
+    bounds = [
+        (limit, sign, holds)
+        for limit, sign, holds in (
+            (least, ">=", operator.ge),
+            (above, ">", operator.gt),
+            (most, "<=", operator.le),
+            (below, "<", operator.lt),
+        )
+        if limit is not None
+    ]
+    wanted = " and ".join(f"{sign} {limit}" for limit, sign, _ in bounds)
+    for field in fields:
+        value = getattr(config, field)
+        check(
+            f"{prefix}{field}",
+            value is None or all(holds(value, limit) for limit, _, holds in bounds),
+            f"{value} must be {wanted}",
+        )
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:

@@ -159,14 +159,9 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field, for a shape that is no model."""
-        for field in ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads"):
-            value = getattr(self, field)
-            errors.check(f"model.{field}", value >= 1, f"{value} must be at least 1")
-        errors.check(
-            "model.vocab_size",
-            self.vocab_size >= 2,
-            f"{self.vocab_size} must be at least 2",
-        )
+        sizes = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads")
+        errors.check_bounds("model.", self, *sizes, least=1)
+        errors.check_bounds("model.", self, "vocab_size", least=2)
         errors.check(
             "model.num_heads",
             self.d_model % self.num_heads == 0,
@@ -183,9 +178,7 @@ class ModelConfig:
             f"{self.num_kv_heads} kv heads do not divide model.num_heads = "
             f"{self.num_heads}",
         )
-        for field in ("rope_theta", "norm_eps"):
-            value = getattr(self, field)
-            errors.check(f"model.{field}", value > 0, f"{value} must be positive")
+        errors.check_bounds("model.", self, "rope_theta", "norm_eps", above=0)
         errors.check_choice("model.factors", self.factors, FACTORS)
         errors.check_choice("model.remat", self.remat, REMAT)
         errors.check_choice(

@@ -1,6 +1,7 @@
 """Named optimizer chains, and the typed configuration that builds one."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -573,48 +574,14 @@ class OptimizerConfig:
             ("gauge", transforms.GAUGES),
         ):
             errors.check_choice(f"optimizer.{field}", getattr(self, field), choices)
-        for field in (
-            "peak_learning_rate",
-            "max_update_norm",
-            "grad_clip",
-            "eps",
-            "retraction_tolerance",
-            "max_rotation",
-        ):
-            value = getattr(self, field)
-            errors.check(
-                f"optimizer.{field}", value is None or value > 0, f"{value} must be > 0"
-            )
-        for field in ("weight_decay", "singular_value_rate", "dense_rate"):
-            value = getattr(self, field)
-            errors.check(f"optimizer.{field}", value >= 0, f"{value} must be >= 0")
-        for field in ("b1", "b2", "momentum"):
-            value = getattr(self, field)
-            errors.check(
-                f"optimizer.{field}",
-                value is None or 0 <= value < 1,
-                f"{value} not in [0, 1)",
-            )
-        for field in ("final_rate_ratio", "decay_ratio"):
-            value = getattr(self, field)
-            errors.check(
-                f"optimizer.{field}", 0 <= value <= 1, f"{value} not in [0, 1]"
-            )
-        errors.check(
-            "optimizer.warmup_steps",
-            self.warmup_steps >= 0,
-            f"{self.warmup_steps} must be >= 0",
-        )
-        errors.check(
-            "optimizer.base_width",
-            self.base_width is None or self.base_width > 0,
-            f"{self.base_width} must be > 0",
-        )
-        errors.check(
-            "optimizer.retraction_every",
-            self.retraction_every >= 1,
-            f"{self.retraction_every} must be >= 1",
-        )
+        check = functools.partial(errors.check_bounds, "optimizer.", self)
+        check("peak_learning_rate", "max_update_norm", "grad_clip", "eps", above=0)
+        check("retraction_tolerance", "max_rotation", "base_width", above=0)
+        check("weight_decay", "singular_value_rate", "dense_rate", least=0)
+        check("b1", "b2", "momentum", least=0, below=1)
+        check("final_rate_ratio", "decay_ratio", least=0, most=1)
+        check("warmup_steps", least=0)
+        check("retraction_every", least=1)
         self._validate_chain()
 
     def _validate_chain(self) -> None:

@@ -11,6 +11,7 @@ are named by their path in the parameters, as "layers/q" or "layers/3/q".
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -68,31 +69,15 @@ class RankConfig:
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field."""
-        errors.check(
-            "rank.energy",
-            self.energy is None or 0 < self.energy <= 1,
-            f"{self.energy} is not a share in (0, 1]",
-        )
-        for field in ("every", "floor", "multiple"):
-            value = getattr(self, field)
-            errors.check(f"rank.{field}", value >= 1, f"{value} must be >= 1")
-        errors.check(
-            "rank.warmup_steps",
-            self.warmup_steps >= 0,
-            f"{self.warmup_steps} must be >= 0",
-        )
+        check = functools.partial(errors.check_bounds, "rank.", self)
+        check("energy", above=0, most=1)
+        check("every", "floor", "multiple", least=1)
+        check("warmup_steps", "headroom", least=0)
+        check("hysteresis", least=0, below=1)
         errors.check(
             "rank.max_rank",
             self.max_rank is None or self.max_rank >= self.floor,
             f"{self.max_rank} is below rank.floor = {self.floor}",
-        )
-        errors.check(
-            "rank.headroom", self.headroom >= 0, f"{self.headroom} must be >= 0"
-        )
-        errors.check(
-            "rank.hysteresis",
-            0 <= self.hysteresis < 1,
-            f"{self.hysteresis} not in [0, 1)",
         )
         errors.check(
             "rank.budget_neutral",

@@ -479,6 +479,13 @@ def test_a_clip_with_a_lazy_retraction_is_refused():
         bad.validate()
 
 
+def test_a_refusal_says_what_is_allowed():
+    bad = optimizers.OptimizerConfig(b2=1.0)
+    with pytest.raises(errors.ConfigError) as caught:
+        bad.validate()
+    assert str(caught.value) == "optimizer.b2: 1.0 must be >= 0 and < 1"
+
+
 @pytest.mark.parametrize("name", optimizers.CHAINS)
 def test_every_chain_is_built_from_its_fields(name):
     """With its defaults a config builds what the bare function does."""
