@@ -12,6 +12,8 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
           and moments, one by one.
   recipe_long
           the model of `long`, one chain with other ranks, rates and retractions.
+  long_decay
+          the arms of `long` at their best, with a rate that falls over nine tenths.
   triple  the model of `small`, three times the rates, for loss spikes.
   width   the model of `small` at d 64, 128 and 256: where do rates have their best?
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
@@ -320,11 +322,9 @@ def _long() -> grid.Comparison:
     shape = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
     batches = dataclasses.replace(shape.data, batch_size=8)
     experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
-    ours = at_setting("Stiefel Muon", 0.01, 0.081)
-    _, decaying = varied(ours, VARIATIONS, "decay .9")  # of `recipe_long` the best
     return grid.Comparison(
         base=experiment,
-        arms=(*leading(experiment, short_run=False), decaying),
+        arms=leading(experiment, short_run=False),
         tokens_per_parameter=(10.0, *SHORT, 2.0),
         adam_rate_factors=ADAM_RATE_FACTORS,
     )
@@ -498,6 +498,26 @@ def _recipe_long() -> grid.Comparison:
     )
 
 
+def _long_decay() -> grid.Comparison:
+    """The arms of `long` at their best settings there, with a rate that long decays."""
+    study = _long()
+    return dataclasses.replace(
+        study,
+        arms=tuple(
+            with_fields(arm, *VARIATIONS["decay .9"], name=f"{arm.name}: decay .9")
+            for arm in (
+                at_setting("Stiefel Muon", 0.01, 0.081),
+                at_setting("dense AdamW", 6e-3, 0.027),
+                at_setting("dense Muon", 0.02, 0.081),
+                narrow(at_setting("dense Muon", 0.04, 0.027), study.base),
+                at_setting("Spectron (code)", 0.0125, 0.027),
+                at_setting("SCT (s = 1)", 3e-3, 0.018),
+            )
+        ),
+        adam_rate_factors=(),
+    )
+
+
 def _width() -> grid.Comparison:
     """Two chains at three widths, the same tokens for each, tuned alike."""
     experiment = with_qk_norm(base_of_small())
@@ -542,6 +562,7 @@ VARIANTS = {
     "width": _width,
     "large": _large,
     "long": _long,
+    "long_decay": _long_decay,
     "recipe_long": _recipe_long,
 }
 

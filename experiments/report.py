@@ -134,10 +134,16 @@ def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
 
     Not those that are variations of another one, named after it with a colon.
     """
+    names = {arm.name for arm in arms}
+
+    def is_variation(arm: summary.Arm) -> bool:
+        plain, colon, _ = arm.name.partition(":")
+        return bool(colon) and plain in names
+
     return [
         arm
         for arm in arms
-        if arm is arms[0] or (arm.name.startswith("dense") and ":" not in arm.name)
+        if arm is arms[0] or (arm.name.startswith("dense") and not is_variation(arm))
     ]
 
 
