@@ -3,13 +3,11 @@
 python -m experiments.scaling_laws
 """
 
-import dataclasses
-
 from configs import compare_methods
 from experiments import iso_flop
 
 # Around the best of `compare_methods` at d 64 and 128, and Adam's there.
-RATES, ADAM_RATE = (0.01, 0.02), 0.081
+RATES, ADAM_RATE = (0.01, 0.02, 0.04), 0.081
 
 # One depth and number of heads, so that sizes differ in their width alone.
 SIZES = {
@@ -21,7 +19,6 @@ SIZES = {
         (80, 216),
         (120, 324),
         (176, 472),
-        (256, 688),
     )
 }
 
@@ -32,14 +29,13 @@ def _sizes(*widths: tuple[int, ...]) -> tuple[tuple[iso_flop.Size, ...], ...]:
 
 def get_config() -> iso_flop.ScalingLaws:
     dense, low_rank = (
-        dataclasses.replace(
-            compare_methods.arm_named(name), rates=RATES, adam_rate=ADAM_RATE
+        compare_methods.with_fields(
+            compare_methods.arm_named(name),
+            *compare_methods.VARIATIONS["decay .9"],
+            rates=RATES,
+            adam_rate=ADAM_RATE,
         )
         for name in ("dense Muon", "Stiefel Muon")
-    )
-    # It helps this one alone, see `recipe_long`.
-    low_rank = compare_methods.with_fields(
-        low_rank, *compare_methods.VARIATIONS["decay .9"]
     )
     return iso_flop.ScalingLaws(
         base=compare_methods.with_qk_norm(compare_methods.base_of_small()),
@@ -50,10 +46,8 @@ def get_config() -> iso_flop.ScalingLaws:
             ),
             iso_flop.Kind(
                 arm=low_rank,
-                sizes=_sizes(
-                    (56, 80, 120, 176), (56, 80, 120, 176), (80, 120, 176, 256)
-                ),
+                sizes=_sizes((40, 56, 80, 120), (56, 80, 120, 176), (56, 80, 120, 176)),
             ),
         ),
-        budgets=(1.5e12, 4.5e12, 1.35e13),
+        budgets=(1e12, 3e12, 9e12),
     )

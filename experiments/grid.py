@@ -266,7 +266,7 @@ def _search_both(
 
     Those of the first search come first, in the order of their rates.
     """
-    search = functools.partial(_search, rows=rows, max_rates=comparison.max_rates)
+    search = functools.partial(search_rates, rows=rows, max_rates=comparison.max_rates)
 
     def at_both(rate: float, adam_rate: float) -> trial_lib.Trial:
         first = at(rate)  # not defined anew where it has this rate of Adam
@@ -305,7 +305,7 @@ def _around(rate: float, factors: Sequence[float]) -> list[float]:
     return [rate if f == 1 else float(f"{f * rate:.3g}") for f in factors]
 
 
-def _search(
+def search_rates(
     rates: Sequence[float],
     at: Callable[[float], trial_lib.Trial],
     *,
@@ -313,9 +313,16 @@ def _search(
     horizons: Sequence[str],
     max_rates: int,
 ) -> list[trial_lib.Trial]:
-    """The trials at these rates, and on beyond an end that was the best.
+    """Returns the trials at these rates, and on beyond an end that was the best.
 
     For any of the horizons, as long as there is room for more.
+
+    Args:
+      rates: ascending.
+      at: the trial at a rate.
+      rows: what has been trained, by the key of its trial.
+      horizons: those whose best rate must be inside.
+      max_rates: most rates.
     """
     while True:
         trials = [at(rate) for rate in rates]

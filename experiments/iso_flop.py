@@ -1,8 +1,10 @@
 """What an iso-FLOP study trains: kinds of models at several sizes, for each budget."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
-from experiments import grid
+from experiments import grid, summary
 from experiments import trial as trial_lib
 from sct_jax import config, errors
 
@@ -22,15 +24,13 @@ class Kind:
     """A method, and the sizes between which its best one is looked for.
 
     Attributes:
-      arm: the method; every size is trained at each of its rates, and the best counts.
+      arm: the method; every size of a budget is trained at each of its rates, and on
+        beyond an end that is best.
       sizes: for each budget, at least three, as a parabola needs them.
-      scaled: whether the rates hold at `ScalingLaws.base_width` and are scaled by
-        base_width / d_model at others; one of Adam's own is not.
     """
 
     arm: grid.Arm
     sizes: tuple[tuple[Size, ...], ...]
-    scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ScalingLaws:
       budgets: training FLOPs, head included, smallest first.
       seeds: of parameters and data order.
       rank_ratio: rank over d_model.
-      base_width: d_model at which the rates of a kind hold that is `scaled`.
+      max_rates: most rates of a size and budget.
     """
 
     base: config.ExperimentConfig
@@ -52,7 +52,7 @@ class ScalingLaws:
     budgets: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
     rank_ratio: float = 0.25
-    base_width: int = 128
+    max_rates: int = 5
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field."""
@@ -70,15 +70,29 @@ class ScalingLaws:
         for trial in self.trials():
             trial.validate()
 
-    def trials(self) -> list[trial_lib.Trial]:
-        """Returns all trials, cheapest budget first."""
+    def trials(
+        self, rows: Mapping[str, summary.Row] | None = None
+    ) -> list[trial_lib.Trial]:
+        """Returns all trials as far as they are known, cheapest budget first.
+
+        Args:
+          rows: what has been trained, by the key of its trial: it decides whether rates
+            are added beyond those of an arm.
+        """
+        search = functools.partial(
+            grid.search_rates, rows=rows or {}, max_rates=self.max_rates
+        )
         return [
-            self.trial(kind, size, budget, seed, rate)
+            trial
             for index, budget in enumerate(self.budgets)
             for seed in self.seeds
             for kind in self.kinds
             for size in kind.sizes[index]
-            for rate in kind.arm.rates
+            for trial in search(
+                kind.arm.rates,
+                functools.partial(self.trial, kind, size, budget, seed),
+                horizons=[summary.horizon("budget", budget)],
+            )
         ]
 
     def trial(
@@ -95,15 +109,14 @@ class ScalingLaws:
             num_kv_heads=size.num_heads,
             rank=rank,
         )
-        scale = self.base_width / size.d_model if kind.scaled else 1.0
         sized = grid.Comparison(
             base=dataclasses.replace(self.base, model=shape), arms=(kind.arm,)
         )
-        draft = sized.trial(kind.arm, rate * scale, seed)
+        draft = sized.trial(kind.arm, rate, seed)
         steps = max(round(budget / draft.flops(1)), 2)
         return dataclasses.replace(
             draft,
             arm=f"{kind.arm.name}, d {size.d_model}",
             experiment=dataclasses.replace(draft.experiment, num_steps=steps),
-            horizons=((f"budget {budget:g}", steps),),
+            horizons=((summary.horizon("budget", budget), steps),),
         )

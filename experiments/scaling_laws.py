@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -25,56 +25,59 @@ from experiments import huge_pages
 if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
-import numpy as np
 
 from experiments import compare, iso_flop, ledger, page, power_laws, summary
 from experiments import trial as trial_lib
 from sct_jax import command_line, config, data, errors
 
 NOTES = (
-    "Of every size the best of the rates that were tried counts, by the mean over "
-    "seeds. Parabolas are fitted to the held-out loss in the logarithm of the "
-    "parameters, with the embedding; their least points count where they lie inside of "
-    "the sizes.",
+    "Of every size and budget the rate counts that is best for the first seed, "
+    "searched until it has neighbours on both sides; Adam's, of the embedding and "
+    "norms, is one for all. Parabolas are fitted to the held-out loss in the logarithm "
+    "of the parameters, with the embedding; their least points count where they lie "
+    "inside of the sizes.",
     "FLOPs are the matrix products of forward and backward pass, head included; those "
     "of the optimizer are not counted, in favour of methods that have many.",
 )
 
 
-def at_best_rate(rows: Sequence[summary.Row]) -> dict[str, list[summary.Row]]:
-    """Returns the rows of every kind: of each size and budget those at its best rate.
+class Point(NamedTuple):
+    """What was trained of one kind at one size for one budget."""
 
-    Sizes that diverged at every rate are left out.
-    """
-    tried: dict[tuple[str, str], dict[float, list[summary.Row]]] = {}
-    for row in rows:
-        (budget,) = row["results"]
-        rates = tried.setdefault((row["arm"], budget), {})
-        rates.setdefault(row["rate"], []).append(row)
-    found: dict[str, list[summary.Row]] = {}
-    for (arm, budget), rates in tried.items():
-        mean = lambda own, budget=budget: float(
-            np.mean([summary.loss_of(row, budget) for row in own])
-        )
-        best = min(rates.values(), key=mean)
-        if math.isfinite(mean(best)):
-            kind, _ = kind_and_width(arm)
-            found.setdefault(kind, []).extend(best)
+    horizon: str
+    width: str
+    arm: summary.Arm
+
+    @property
+    def rows(self) -> list[summary.Row]:
+        """Rows at the best rate, one per seed."""
+        return self.arm.rows(self.horizon)
+
+    @property
+    def runs(self) -> list[power_laws.Run]:
+        """What a fit needs of them."""
+        return [
+            power_laws.Run(
+                row["results"][self.horizon]["flops"],
+                row["parameters"],
+                row["results"][self.horizon]["tokens"],
+                row["results"][self.horizon]["loss"],
+            )
+            for row in self.rows
+        ]
+
+
+def points_of(rows: Sequence[summary.Row]) -> dict[str, list[Point]]:
+    """Returns the points of every kind; those that diverged are left out."""
+    found: dict[str, list[Point]] = {}
+    for horizon in dict.fromkeys(name for row in rows for name in row["results"]):
+        of_budget = [row for row in rows if horizon in row["results"]]
+        for arm in summary.arms(of_budget):
+            # The name is that of `iso_flop.ScalingLaws.trial`.
+            kind, _, width = arm.name.rpartition(", d ")
+            if math.isfinite(arm.mean(horizon)):
+                found.setdefault(kind, []).append(Point(horizon, width, arm))
     return found
-
-
-def kind_and_width(arm: str) -> tuple[str, str]:
-    """Returns the parts of an arm's name, see `iso_flop.ScalingLaws.trial`."""
-    kind, _, width = arm.rpartition(", d ")
-    return kind, width
-
-
-def run_of(row: summary.Row) -> power_laws.Run:
-    """Returns what a fit needs of a row."""
-    (result,) = row["results"].values()
-    return power_laws.Run(
-        result["flops"], row["parameters"], result["tokens"], result["loss"]
-    )
 
 
 def laws(kinds: Mapping[str, Sequence[power_laws.Run]]) -> dict[str, dict[str, Any]]:
@@ -95,9 +98,9 @@ def laws(kinds: Mapping[str, Sequence[power_laws.Run]]) -> dict[str, dict[str, A
 
 
 def tables(
-    rows: Mapping[str, Sequence[summary.Row]], found: Mapping[str, dict[str, Any]]
+    points: Mapping[str, Sequence[Point]], found: Mapping[str, dict[str, Any]]
 ) -> list[page.Table]:
-    """Returns the exponents, the optima, and the runs at the best rates."""
+    """Returns the exponents, the optima, and the points that they were fitted to."""
     between = lambda value, interval: (
         f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
     )
@@ -120,18 +123,20 @@ def tables(
         for kind, law in found.items()
         for best in law["optima"]
     ]
-    runs = [
+    trained = [
         [
             kind,
             f"{run.flops:.3g}",
-            kind_and_width(row["arm"])[1],
+            point.width,
             f"{run.parameters:,}",
             f"{run.tokens:,.0f}",
-            str(summary.setting(row)),
+            f"{point.arm.setting(point.horizon)}"
+            + (", at the edge" if point.arm.at_edge(point.horizon) else ""),
             f"{run.loss:.3f}",
         ]
-        for kind, own in rows.items()
-        for row, run in zip(own, map(run_of, own), strict=True)
+        for kind, own in points.items()
+        for point in own
+        for run in point.runs
     ]
     return [
         page.Table(
@@ -147,7 +152,7 @@ def tables(
         page.Table(
             "Runs at their best rate",
             ["kind", "FLOPs", "d_model", "parameters", "tokens", "rate", "nats"],
-            runs,
+            trained,
         ),
     ]
 
@@ -214,17 +219,20 @@ def train(study: iso_flop.ScalingLaws, book: ledger.Ledger) -> None:
     book.share_programs()
     ledger.fill(
         book,
-        lambda rows: [t for t in study.trials() if t.key not in rows],
+        lambda rows: [t for t in study.trials(rows) if t.key not in rows],
         lambda trial: trial_lib.run(trial, corpus),
     )
 
 
 def rows_of(study: iso_flop.ScalingLaws, book: ledger.Ledger) -> list[summary.Row]:
-    """Returns the rows of the study, and says how many others the folder holds."""
-    rows, wanted = book.rows(), {trial.key for trial in study.trials()}
-    others = len(rows.keys() - wanted)
+    """Returns the rows of the study, and says how many it lacks, and of others."""
+    rows = book.rows()
+    wanted = {trial.key for trial in study.trials(rows)}
+    others, missing = len(rows.keys() - wanted), len(wanted - rows.keys())
     if others:
         print(f"left out: {others} trials in {book.folder} of other settings")
+    if missing:
+        print(f"not finished: {missing} trials or more are still to be trained")
     return [row for key, row in rows.items() if key in wanted]
 
 
@@ -234,35 +242,40 @@ def write(folder: pathlib.Path, rows: Sequence[summary.Row]) -> None:
     Raises:
       ConfigError: where nothing has been trained, or matplotlib is not installed.
     """
-    best = at_best_rate(rows)
-    errors.check("--results", bool(best), f"no finished trial in {folder}")
-    kinds = {kind: list(map(run_of, own)) for kind, own in best.items()}
+    points = points_of(rows)
+    errors.check("--results", bool(points), f"no finished trial in {folder}")
+    kinds = {
+        kind: [run for point in own for run in point.runs]
+        for kind, own in points.items()
+    }
     found = laws(kinds)
     (folder / "laws.json").write_text(json.dumps(found, indent=2) + "\n")
     for kind, runs in kinds.items():
-        budgets = len(power_laws.by_budget(runs))
-        if kind not in found:
-            print(
-                f"{kind}: no law, as less than two of {budgets} budgets have their "
-                "least loss inside of the sizes: train smaller or larger ones"
-            )
-            continue
-        law = found[kind]
-        print(
-            f"{kind}: fitted to {len(law['optima'])} of {budgets} budgets, those with "
-            "their least loss inside of the sizes"
-        )
-        low, high = law["a, 90 %"]
-        print(f"{kind}: N ~ C^{law['N ~ C^a']:.3f} [{low:.3f}, {high:.3f}]")
-        low, high = law["b, 90 %"]
-        print(f"{kind}: D ~ C^{law['D ~ C^b']:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"{kind}: {_law_in_words(found.get(kind), power_laws.by_budget(runs))}")
     written = page.Page(
         title=f"{folder.name}: {len(kinds)} kinds, {len(rows)} trials",
         notes=NOTES,
-        tables=[*tables(best, found), page.provenance(rows)],
+        tables=[*tables(points, found), page.provenance(rows)],
         figures=draw(kinds, found),
     ).write(folder)
     print(f"written: {written}, {written.with_suffix('.html')}, {folder}/laws.json")
+
+
+def _law_in_words(
+    law: Mapping[str, Any] | None, budgets: Sequence[Sequence[power_laws.Run]]
+) -> str:
+    if law is None:
+        return (
+            f"no law, as less than two of the {len(budgets)} budgets that were trained "
+            "have their least loss inside of the sizes: train smaller or larger ones"
+        )
+    (low_a, high_a), (low_b, high_b) = law["a, 90 %"], law["b, 90 %"]
+    return (
+        f"N ~ C^{law['N ~ C^a']:.3f} [{low_a:.3f}, {high_a:.3f}], "
+        f"D ~ C^{law['D ~ C^b']:.3f} [{low_b:.3f}, {high_b:.3f}], fitted to "
+        f"{len(law['optima'])} of {len(budgets)} budgets, those with their least loss "
+        "inside of the sizes"
+    )
 
 
 if __name__ == "__main__":
