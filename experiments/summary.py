@@ -134,17 +134,38 @@ class Arm:
         return steps, points.mean(axis=0), spread
 
     def num_spikes(self, protocol: str) -> float:
-        """Returns loss spikes per seed; NaN where none were counted."""
+        """Returns loss spikes per seed up to this horizon; NaN where none were counted.
+
+        What is recorded is the longest run; of that, the steps that this one has.
+        """
         counts = [
-            len(r["spikes"]) for r in self.rows(protocol) if r["spikes"] is not None
+            sum(step <= row["results"][protocol]["steps"] for step in row["spikes"])
+            for row in self.rows(protocol)
+            if row["spikes"] is not None
         ]
         return float(np.mean(counts)) if counts else math.nan
 
     def largest_update(self, protocol: str) -> float:
-        """Returns the largest measured ||W' - W||_2 of all seeds; NaN without any."""
-        rows = self.rows(protocol)
-        norms = [p[1] for row in rows for p in row["update_norms"] if p[1]]
+        """Returns the largest ||W' - W||_2 of all seeds, likewise; NaN without any."""
+        norms = [
+            norm
+            for row in self.rows(protocol)
+            for step, norm in row["update_norms"]
+            if norm and step <= row["results"][protocol]["steps"]
+        ]
         return max(norms, default=math.nan)
+
+    def last_train_loss(self, protocol: str) -> float:
+        """Returns the training loss at the end of the longest run, mean of seeds.
+
+        Of its last recorded steps, on text that it has not seen before; NaN where none
+        was recorded, infinite where one of them diverged.
+        """
+        last = [
+            row["train_loss"][-1][1] for row in self.rows(protocol) if row["train_loss"]
+        ]
+        values = [math.inf if value is None else value for value in last]
+        return float(np.mean(values)) if values else math.nan
 
     def _values(self, protocol: str, field: str) -> list[float]:
         values = [result[field] for result in self.results(protocol)]

@@ -19,7 +19,7 @@ CHROMIUM = next(
 
 
 def row(arm, rate, seed, loss, *, spikes=(), size=100):
-    steps = range(10, 101, 10)
+    steps = range(10, 111, 10)  # of a run that is longer than the horizon
     result = {
         "steps": 100,
         "tokens": 3200,
@@ -53,7 +53,7 @@ ROWS = [
     row("dense Muon", 0.01, 0, 4.5),
     row("dense Muon", 0.02, 0, 4.0),
     row("dense Muon", 0.04, 0, None),
-    row("dense Muon", 0.02, 1, 4.2, spikes=[55]),
+    row("dense Muon", 0.02, 1, 4.2, spikes=[55, 105]),
     row("dense Muon", 0.02, 2, 4.4),
     row("ours <&>", 0.1, 0, 3.9, size=50),
 ]
@@ -83,6 +83,7 @@ def test_the_best_rate_has_mean_and_deviation_over_its_seeds():
     assert not muon.at_edge(first)
     assert muon.num_spikes(first) == pytest.approx(1 / 3)
     assert muon.largest_update(first) == pytest.approx(0.2)
+    assert muon.last_train_loss(first) == pytest.approx(6 - 110 / 50 + 0.1)
     assert ours.deviation("tokens 0.4") == 0
     assert summary.repeated([muon, ours], first) == [muon]
     assert summary.repeated([ours], first) == [ours]

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import pytest
 
@@ -95,6 +96,23 @@ def test_the_table_of_all_methods_is_that_of_the_report():
     ]
     assert len(lines) >= 6
     assert "\n".join(lines) in (RESULTS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"])
+def test_every_number_with_an_error_is_that_of_a_report(page):
+    pair = re.compile(r"(\d+\.\d+)\s±\s(\d+\.\d+)")
+    reports = "\n".join(path.read_text() for path in RESULTS.glob("*/report.md"))
+    known = {tuple(map(float, found)) for found in pair.findall(reports)}
+    told = pair.findall(page.read_text())
+    assert len(told) >= 20
+    for texts in told:
+        # Prose may have less digits.
+        digits = [len(text.partition(".")[2]) for text in texts]
+        rounded = {
+            tuple(round(x, n) for x, n in zip(found, digits, strict=True))
+            for found in known
+        }
+        assert tuple(map(float, texts)) in rounded, texts
 
 
 def test_no_file_is_large():
