@@ -55,19 +55,6 @@ def unit_spectrum(params: model.Params) -> model.Params:
     )
 
 
-def flat_spectrum(params: model.Params) -> model.Params:
-    """Returns the parameters with all s of a matrix equal, at the same norm of W.
-
-    What the reference code of SCT does from scratch, but for its scale.
-    """
-
-    def flatten(w):
-        mean = jnp.sqrt(jnp.mean(jnp.square(w.s), axis=-1, keepdims=True))
-        return w._replace(s=jnp.broadcast_to(mean, w.s.shape))
-
-    return _map_weights(spectral.is_spectral, flatten, params)
-
-
 def guide(params: model.Params) -> model.Params:
     """Returns the parameters with a dense copy of every LowRankFactors beside it."""
     return _map_weights(
@@ -130,7 +117,6 @@ def _map_weights(is_weight, change, params):
 METHODS = {
     "plain": Method(),
     "unit_spectrum": Method(prepare=unit_spectrum, factors="spectral"),
-    "flat_spectrum": Method(prepare=flat_spectrum, factors="spectral"),
     "self_guided": Method(
         prepare=guide,
         linear=unguided_linear,

@@ -66,7 +66,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     errors.check(
         "RESULTS",
         len({arm.protocols for arm in arms}) == 1,
-        "its trials are of different horizons, not of a comparison",
+        "its trials are of different horizons, not of a comparison; the report of a "
+        "scaling study is made by experiments.scaling_laws --fit_only",
     )
     tables = [page.Table(RESULTS, *table(arms))]
     tables += [

@@ -200,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         study = config.load_as(iso_flop.ScalingLaws, flags.config, overrides)
         folder = pathlib.Path(compare.results_folder(flags.config, flags.results))
+        if flags.fit_only:
+            errors.check("--results", folder.is_dir(), f"there is no folder {folder}")
         book = ledger.Ledger(folder)
         if not flags.fit_only:
             train(study, book)

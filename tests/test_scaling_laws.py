@@ -184,6 +184,14 @@ def test_nothing_trained_is_nothing_to_fit(tmp_path):
     assert "no finished trial" in ended.stderr
 
 
+def test_a_folder_that_is_not_there_is_not_made(tmp_path, capsys):
+    folder = tmp_path / "typo"
+    with pytest.raises(SystemExit):
+        scaling_laws.main(["--fit_only", f"--results={folder}"])
+    assert "there is no folder" in capsys.readouterr().err
+    assert not folder.exists()
+
+
 def test_a_study_that_cannot_be_fitted_is_refused(study):
     kind = study.kinds[0]
     with_sizes = lambda sizes: {"kinds": (dataclasses.replace(kind, sizes=sizes),)}
