@@ -6,11 +6,12 @@ Reads cells.jsonl of the folder and writes report.md, figures/*.png and report.h
 which holds its figures, beside it. Only trials that were trained to the end are shown.
 """
 
+import itertools
 import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments import page, summary
@@ -158,6 +159,10 @@ def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
     ]
 
 
+# Name of a file, caption, and a figure of `figures`, which is loaded for it alone.
+Drawing = tuple[str, str, Any]
+
+
 def draw(arms: Sequence[summary.Arm]) -> list[page.Figure]:
     """Returns every figure.
 
@@ -166,94 +171,99 @@ def draw(arms: Sequence[summary.Arm]) -> list[page.Figure]:
     """
     from experiments import figures
 
+    # One is drawn and stored before the next: they are large.
+    drawings = itertools.chain(
+        _losses(arms), _searches(arms), _courses(arms), _gaps(arms)
+    )
+    return [
+        page.Figure(_file_name(name), caption, figures.to_png(figure))
+        for name, caption, figure in drawings
+    ]
+
+
+def _losses(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
+    """The losses at each horizon."""
+    from experiments import figures
+
+    for protocol in arms[0].protocols:
+        caption = (
+            f"Held-out loss at the best rate, {summary.words(protocol)}; bars: one "
+            "standard deviation over seeds."
+        )
+        yield f"loss-{protocol}", caption, figures.losses(arms, protocol)
+
+
+def _searches(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
+    """The losses over the rates, of the arms that have more than one."""
+    from experiments import figures
+
+    first = arms[0].protocols[0]
+    if searched := [arm for arm in arms if len(arm.tuning(first)) > 1]:
+        caption = (
+            "Held-out loss of the first seed over the learning rate, "
+            f"{summary.words(first)}; Adam's rate is that of the first search; rates "
+            "that diverged are left out."
+        )
+        yield "tuning", caption, figures.tuning(searched, first)
+    if searched := [arm for arm in arms if len(arm.tuning_of_others(first)) > 1]:
+        caption = (
+            "The same over the rate of the embedding and norms, at the best rate of "
+            "the matrices."
+        )
+        figure = figures.tuning(searched, first, of_others=True)
+        yield "tuning-of-others", caption, figure
+
+
+def _courses(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
+    """What is more than a point per method, of the methods that have all seeds."""
+    from experiments import figures
+
     protocols = arms[0].protocols
     first = protocols[0]
-    # What is more than a point per method is drawn of the methods that have all seeds.
     compared = summary.repeated(arms, first)
     seeds = "; methods with all seeds" if len(compared) < len(arms) else ""
-    wanted: list[tuple[str, str, Callable[[], Any]]] = [
-        (
-            _file_name(f"loss-{protocol}"),
-            f"Held-out loss at the best rate, {summary.words(protocol)}; bars: one "
-            "standard deviation over seeds.",
-            lambda protocol=protocol: figures.losses(arms, protocol),
-        )
-        for protocol in protocols
-    ]
-    searched = [arm for arm in arms if len(arm.tuning(first)) > 1]
-    if searched:
-        wanted.append(
-            (
-                "tuning",
-                "Held-out loss of the first seed over the learning rate, "
-                f"{summary.words(first)}; Adam's rate is that of the first search; "
-                "rates that diverged are left out.",
-                lambda: figures.tuning(searched, first),
-            )
-        )
-    searched_others = [arm for arm in arms if len(arm.tuning_of_others(first)) > 1]
-    if searched_others:
-        wanted.append(
-            (
-                "tuning-of-others",
-                "The same over the rate of the embedding and norms, at the best rate "
-                "of the matrices.",
-                lambda: figures.tuning(searched_others, first, of_others=True),
-            )
-        )
-    wanted += [
-        (
-            "curves",
-            "Training loss at the best rate, means of ten steps or more; bands: one "
-            f"standard deviation over seeds{seeds}.",
-            lambda: figures.curves(compared, first),
-        ),
-        (
-            "flops",
-            f"Held-out loss over training FLOPs; left and below is better{seeds}.",
-            lambda: figures.costs(compared, protocols),
-        ),
-        (
-            "memory",
-            "Held-out loss over the memory of the training state, "
-            f"{summary.words(first)}{seeds}.",
-            lambda: figures.memory(compared, first),
-        ),
-        (
-            "update-norms",
-            "Largest change of a matrix per step, in spectral norm; crosses: loss "
-            f"spikes{seeds}.",
-            lambda: figures.update_norms(compared, first),
-        ),
-        (
-            "effective-ranks",
-            "Effective rank (exp of the entropy of the singular values) over time, as "
-            f"a share of that of the start, mean of all kinds of matrices{seeds}.",
-            lambda: figures.effective_ranks(compared, first),
-        ),
-        (
-            "spectra",
-            f"Singular values of the down projections at the end{seeds}.",
-            lambda: figures.spectra(compared, first),
-        ),
-    ]
-    kinds, lengths = zip(*map(summary.kind_and_length, protocols), strict=True)
-    if len(set(lengths)) > 1:
-        wanted += [
-            (
-                _file_name(f"gap-to-{other.name}-{kind}"),
+    caption = (
+        "Training loss at the best rate, means of ten steps or more; bands: one "
+        f"standard deviation over seeds{seeds}."
+    )
+    yield "curves", caption, figures.curves(compared, first)
+    caption = f"Held-out loss over training FLOPs; left and below is better{seeds}."
+    yield "flops", caption, figures.costs(compared, protocols)
+    caption = (
+        "Held-out loss over the memory of the training state, "
+        f"{summary.words(first)}{seeds}."
+    )
+    yield "memory", caption, figures.memory(compared, first)
+    caption = (
+        "Largest change of a matrix per step, in spectral norm; crosses: loss "
+        f"spikes{seeds}."
+    )
+    yield "update-norms", caption, figures.update_norms(compared, first)
+    caption = (
+        "Effective rank (exp of the entropy of the singular values) over time, as a "
+        f"share of that of the start, mean of all kinds of matrices{seeds}."
+    )
+    yield "effective-ranks", caption, figures.effective_ranks(compared, first)
+    caption = f"Singular values of the down projections at the end{seeds}."
+    yield "spectra", caption, figures.spectra(compared, first)
+
+
+def _gaps(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
+    """The differences over the length of training, where there are several."""
+    from experiments import figures
+
+    kinds, lengths = zip(*map(summary.kind_and_length, arms[0].protocols), strict=True)
+    if len(set(lengths)) == 1:
+        return
+    for other in _references(arms):
+        for kind in dict.fromkeys(kinds):
+            caption = (
                 f"Held-out loss less that of {other.name}, seed by seed, over the "
                 f"length of training; {summary.PROTOCOLS[kind]}; bars: one standard "
-                "error.",
-                lambda other=other, kind=kind: figures.gaps(arms, other, kind),
+                "error."
             )
-            for other in _references(arms)
-            for kind in dict.fromkeys(kinds)
-        ]
-    return [
-        page.Figure(name, caption, figures.to_png(make()))
-        for name, caption, make in wanted
-    ]
+            name = f"gap-to-{other.name}-{kind}"
+            yield name, caption, figures.gaps(arms, other, kind)
 
 
 def _file_name(text: str) -> str:
