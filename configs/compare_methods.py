@@ -24,6 +24,7 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,6 +171,17 @@ LEADING = {
     "SCT (s = 1)": (6e-3, 0.054),
     "Spectron (code)": (0.0125, 0.027),
     "Stiefel Muon": (0.01, 0.027),
+}
+
+
+# The best rates of `long` at 10 tokens per parameter: of the matrices, and of the rest.
+BEST_OF_LONG = {
+    "Stiefel Muon": (0.01, 0.081),
+    "dense AdamW": (6e-3, 0.027),
+    "dense Muon": (0.02, 0.081),
+    "dense Muon (narrow)": (0.04, 0.027),
+    "Spectron (code)": (0.0125, 0.027),
+    "SCT (s = 1)": (3e-3, 0.018),
 }
 
 
@@ -463,14 +475,22 @@ def _recipe() -> grid.Comparison:
     return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
 
 
+def _best_of_long(name: str, experiment: config.ExperimentConfig) -> grid.Arm:
+    """This arm, which may be the narrow one, at its setting of `BEST_OF_LONG`."""
+    plain = name.removesuffix(" (narrow)")
+    arm = at_setting(plain, *BEST_OF_LONG[name])
+    return arm if plain == name else narrow(arm, experiment)
+
+
 def _recipe_long() -> grid.Comparison:
     """What may bring the low-rank arms of `long` nearer to the dense ones there."""
     study = _long()
     moved = moved_ranks(study.base.model.rank, gate=22, up=22, down=21)
     variations = VARIATIONS | moved
+    best = functools.partial(_best_of_long, experiment=study.base)
     arms = (
         *varied(
-            at_setting("Stiefel Muon", 0.01, 0.081),
+            best("Stiefel Muon"),
             variations,
             "lossless",
             "momentum .9",
@@ -482,13 +502,8 @@ def _recipe_long() -> grid.Comparison:
         ),
         at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
         # What helps the low-rank chain may help the dense one.
-        *varied(at_setting("dense Muon", 0.02, 0.081), variations, "decay .9"),
-        # Its rates in `long` are others than those of the wide one.
-        *varied(
-            narrow(at_setting("dense Muon", 0.04, 0.027), study.base),
-            variations,
-            "decay .9",
-        ),
+        *varied(best("dense Muon"), variations, "decay .9"),
+        *varied(best("dense Muon (narrow)"), variations, "decay .9"),
     )
     return dataclasses.replace(
         study,
@@ -505,14 +520,7 @@ def _long_decay() -> grid.Comparison:
         study,
         arms=tuple(
             with_fields(arm, *VARIATIONS["decay .9"], name=f"{arm.name}: decay .9")
-            for arm in (
-                at_setting("Stiefel Muon", 0.01, 0.081),
-                at_setting("dense AdamW", 6e-3, 0.027),
-                at_setting("dense Muon", 0.02, 0.081),
-                narrow(at_setting("dense Muon", 0.04, 0.027), study.base),
-                at_setting("Spectron (code)", 0.0125, 0.027),
-                at_setting("SCT (s = 1)", 3e-3, 0.018),
-            )
+            for arm in (_best_of_long(name, study.base) for name in BEST_OF_LONG)
         ),
         adam_rate_factors=(),
     )

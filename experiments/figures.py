@@ -97,10 +97,7 @@ def tuning(
         points = [(rate, loss) for rate, loss in line(protocol) if math.isfinite(loss)]
         if points:
             axes.plot(*zip(*points, strict=True), label=arm.name, **style(arm.index))
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    _log_scale(axes, "{x:g}")
     whose = "the embedding and norms" if of_others else "the matrices"
     axes.set_xlabel(f"peak learning rate of {whose}")
     axes.set_ylabel("held-out loss, nats per token")
@@ -284,10 +281,7 @@ def iso_flop(kinds: Mapping[str, Sequence[power_laws.Run]]) -> Figure:
                 fine = np.geomspace(sizes.min(), sizes.max(), 60)
                 curve = power_laws.parabola(group)(np.log(fine))
                 axes.plot(fine, curve, color=look["color"])
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        _log_scale(axes, ticker.EngFormatter(sep=""))
         axes.set_title(kind, fontsize=13)
         axes.set_xlabel("parameters, embedding included")
         _plain(axes)
@@ -322,6 +316,14 @@ def _plain(axes) -> None:
     axes.tick_params(labelsize=12)
     axes.xaxis.label.set_fontsize(13)
     axes.yaxis.label.set_fontsize(13)
+
+
+def _log_scale(axes, formatter: str | ticker.Formatter) -> None:
+    """A logarithmic x axis, labelled at 1, 2 and 5 of each decade."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(formatter)
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _legend(axes) -> None:

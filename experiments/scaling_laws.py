@@ -80,48 +80,56 @@ def points_of(rows: Sequence[summary.Row]) -> dict[str, list[Point]]:
     return found
 
 
-def laws(kinds: Mapping[str, Sequence[power_laws.Run]]) -> dict[str, dict[str, Any]]:
-    """Returns exponents, intervals and optima of every kind that has a law."""
-    found = {}
-    for kind, runs in kinds.items():
-        law = power_laws.fit(runs)
-        if law is not None:
-            intervals = power_laws.bootstrap(runs)
-            found[kind] = {
-                "N ~ C^a": law.a,
-                "a, 90 %": intervals["a"],
-                "D ~ C^b": law.b,
-                "b, 90 %": intervals["b"],
-                "optima": [o._asdict() for o in law.optima],
-            }
-    return found
+class Fit(NamedTuple):
+    """The law of a kind, and the intervals of its exponents "a" and "b"."""
+
+    law: power_laws.Law
+    intervals: Mapping[str, tuple[float, float]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns what laws.json says of it."""
+        return {
+            "N ~ C^a": self.law.a,
+            "a, 90 %": self.intervals["a"],
+            "D ~ C^b": self.law.b,
+            "b, 90 %": self.intervals["b"],
+            "optima": [best._asdict() for best in self.law.optima],
+        }
+
+    def exponents(self) -> tuple[str, str]:
+        """Returns a and b with their intervals in brackets."""
+        values = {"a": self.law.a, "b": self.law.b}
+        a, b = (
+            f"{value:.3f} [{self.intervals[n][0]:.3f}, {self.intervals[n][1]:.3f}]"
+            for n, value in values.items()
+        )
+        return a, b
+
+
+def fits_of(kinds: Mapping[str, Sequence[power_laws.Run]]) -> dict[str, Fit]:
+    """Returns the fit of every kind that has a law."""
+    return {
+        kind: Fit(law, power_laws.bootstrap(runs))
+        for kind, runs in kinds.items()
+        if (law := power_laws.fit(runs)) is not None
+    }
 
 
 def tables(
-    points: Mapping[str, Sequence[Point]], found: Mapping[str, dict[str, Any]]
+    points: Mapping[str, Sequence[Point]], fits: Mapping[str, Fit]
 ) -> list[page.Table]:
     """Returns the exponents, the optima, and the points that they were fitted to."""
-    between = lambda value, interval: (
-        f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-    )
-    exponents = [
-        [
-            kind,
-            between(law["N ~ C^a"], law["a, 90 %"]),
-            between(law["D ~ C^b"], law["b, 90 %"]),
-        ]
-        for kind, law in found.items()
-    ]
+    exponents = [[kind, *fit.exponents()] for kind, fit in fits.items()]
     optima = [
         [
             kind,
-            f"{best['flops']:.3g}",
-            f"{best['parameters']:,.0f}",
-            f"{best['tokens']:,.0f}",
-            f"{best['loss']:.3f}",
+            f"{best.flops:.3g}",
+            f"{best.parameters:,.0f}",
+            f"{best.tokens:,.0f}",
+            f"{best.loss:.3f}",
         ]
-        for kind, law in found.items()
-        for best in law["optima"]
+        for kind, fit in fits.items()
+        for best in fit.law.optima
     ]
     trained = [
         [
@@ -158,7 +166,7 @@ def tables(
 
 
 def draw(
-    kinds: Mapping[str, Sequence[power_laws.Run]], found: Mapping[str, dict[str, Any]]
+    kinds: Mapping[str, Sequence[power_laws.Run]], fits: Mapping[str, Fit]
 ) -> list[page.Figure]:
     """Returns the losses over the parameters, and those of the best sizes over FLOPs.
 
@@ -175,11 +183,8 @@ def draw(
             figures.to_png(figures.iso_flop(kinds)),
         )
     ]
-    if found:
-        optima = {
-            kind: [power_laws.Optimum(**best) for best in law["optima"]]
-            for kind, law in found.items()
-        }
+    if fits:
+        optima = {kind: fit.law.optima for kind, fit in fits.items()}
         drawn.append(
             page.Figure(
                 "best-sizes",
@@ -250,33 +255,30 @@ def write(folder: pathlib.Path, rows: Sequence[summary.Row]) -> None:
         kind: [run for point in own for run in point.runs]
         for kind, own in points.items()
     }
-    found = laws(kinds)
-    (folder / "laws.json").write_text(json.dumps(found, indent=2) + "\n")
+    fits = fits_of(kinds)
+    laws = {kind: fit.as_json() for kind, fit in fits.items()}
+    (folder / "laws.json").write_text(json.dumps(laws, indent=2) + "\n")
     for kind, runs in kinds.items():
-        print(f"{kind}: {_law_in_words(found.get(kind), power_laws.by_budget(runs))}")
+        print(f"{kind}: {_in_words(fits.get(kind), power_laws.by_budget(runs))}")
     written = page.Page(
         title=f"{folder.name}: {len(kinds)} kinds, {len(rows)} trials",
         notes=NOTES,
-        tables=[*tables(points, found), page.provenance(rows)],
-        figures=draw(kinds, found),
+        tables=[*tables(points, fits), page.provenance(rows)],
+        figures=draw(kinds, fits),
     ).write(folder)
     print(f"written: {written}, {written.with_suffix('.html')}, {folder}/laws.json")
 
 
-def _law_in_words(
-    law: Mapping[str, Any] | None, budgets: Sequence[Sequence[power_laws.Run]]
-) -> str:
-    if law is None:
+def _in_words(fit: Fit | None, budgets: Sequence[Sequence[power_laws.Run]]) -> str:
+    if fit is None:
         return (
             f"no law, as less than two of the {len(budgets)} budgets that were trained "
             "have their least loss inside of the sizes: train smaller or larger ones"
         )
-    (low_a, high_a), (low_b, high_b) = law["a, 90 %"], law["b, 90 %"]
+    a, b = fit.exponents()
     return (
-        f"N ~ C^{law['N ~ C^a']:.3f} [{low_a:.3f}, {high_a:.3f}], "
-        f"D ~ C^{law['D ~ C^b']:.3f} [{low_b:.3f}, {high_b:.3f}], fitted to "
-        f"{len(law['optima'])} of {len(budgets)} budgets, those with their least loss "
-        "inside of the sizes"
+        f"N ~ C^{a}, D ~ C^{b}, fitted to {len(fit.law.optima)} of {len(budgets)} "
+        "budgets, those with their least loss inside of the sizes"
     )
 
 

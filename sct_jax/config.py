@@ -5,6 +5,7 @@ A config file is a Python module with `get_config(variant=...)` that returns an
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -15,7 +16,7 @@ import pathlib
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from sct_jax import data as data_lib
@@ -272,10 +273,8 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
     if module_spec is None or module_spec.loader is None:
         raise errors.ConfigError(f"--config: {str(path)!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    try:
+    with _told_with_its_line(path):
         module_spec.loader.exec_module(module)
-    except Exception as error:  # of a user's code
-        raise _broken(path, error) from error
     if not hasattr(module, "get_config"):
         raise errors.ConfigError(f"--config: {path} has no get_config(variant=...)")
     return module
@@ -285,24 +284,28 @@ def _call_get_config(path: pathlib.Path, variant: str) -> Any:
     module = _load_module(path)
     if variant:
         errors.check_choice("--config variant", variant, tuple(_variants(module)))
-    try:
+    with _told_with_its_line(path):
         return module.get_config(variant=variant) if variant else module.get_config()
+
+
+@contextlib.contextmanager
+def _told_with_its_line(path: pathlib.Path) -> Iterator[None]:
+    """Makes a ConfigError of any other error of a config file's code."""
+    try:
+        yield
     except errors.ConfigError:
         raise
-    except Exception as error:  # of a user's code
-        raise _broken(path, error) from error
-
-
-def _broken(path: pathlib.Path, error: Exception) -> errors.ConfigError:
-    """What is wrong with a config file, where it is wrong, and with which error."""
-    lines = [
-        f.lineno
-        for f in traceback.extract_tb(error.__traceback__)
-        if f.filename == str(path)
-    ]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-    where = f"{path}:{line}" if line else str(path)
-    return errors.ConfigError(f"--config: {where}: {type(error).__name__}: {error}")
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f"{path}:{line}" if line else str(path)
+        raise errors.ConfigError(
+            f"--config: {where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _variants(module: types.ModuleType) -> Iterable[str]:

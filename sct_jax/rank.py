@@ -241,8 +241,8 @@ def resize(
     columns are random, orthogonal to the old ones, with s = 0. Moments of columns that
     go are dropped. Of new ones the first moments are zero and the second ones the mean
     of the other columns'; one that was stored, but not in use, keeps its own: Adam's
-    count is that of all columns, so that from
-    zero its first steps would be up to six times too long.
+    count is that of all columns, so that from zero its first steps would be up to six
+    times too long.
 
     Meant for jit, with `ranks` static.
 

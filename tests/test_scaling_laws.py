@@ -158,7 +158,7 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     for kind, law in laws.items():
         assert f"| {kind} | {law['N ~ C^a']:.3f} [" in report
-    # Of the two rates of a size and budget one line.
+    # Of all rates of a size and budget one line.
     (runs,) = (part for part in report.split("\n## ") if part.startswith("Runs at"))
     assert runs.count("\n|") == 2 + 2 * 4 * 3
     assert "| 0.01 / " in runs and "| 0.02 / " in runs and "edge" not in runs
