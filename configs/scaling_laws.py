@@ -50,4 +50,5 @@ def get_config() -> iso_flop.ScalingLaws:
             ),
         ),
         budgets=(1e12, 3e12, 9e12),
+        seeds=(0, 1, 2),
     )

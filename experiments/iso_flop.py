@@ -35,14 +35,14 @@ class Kind:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingLaws:
-    """Kinds of models x budgets x sizes x rates x seeds.
+    """Kinds of models x budgets x sizes x rates, and the best rates x seeds.
 
     Attributes:
       base: the experiment that kinds and sizes override.
       kinds: methods, each with sizes of its own: the best one of a low-rank model is
         larger than that of a dense one.
       budgets: training FLOPs, head included, smallest first.
-      seeds: of parameters and data order.
+      seeds: of parameters and data order; the first one chooses the rates.
       rank_ratio: rank over d_model.
       max_rates: most rates of a size and budget.
     """
@@ -75,25 +75,41 @@ class ScalingLaws:
     ) -> list[trial_lib.Trial]:
         """Returns all trials as far as they are known, cheapest budget first.
 
+        The first seed is trained at all rates, the others at its best one.
+
         Args:
           rows: what has been trained, by the key of its trial: it decides whether rates
             are added beyond those of an arm.
         """
-        search = functools.partial(
-            grid.search_rates, rows=rows or {}, max_rates=self.max_rates
-        )
-        return [
-            trial
+        points = [
+            self._of_point(kind, size, budget, rows or {})
             for index, budget in enumerate(self.budgets)
-            for seed in self.seeds
             for kind in self.kinds
             for size in kind.sizes[index]
-            for trial in search(
-                kind.arm.rates,
-                functools.partial(self.trial, kind, size, budget, seed),
-                horizons=[summary.horizon("budget", budget)],
-            )
         ]
+        return [
+            *(trial for searched, _ in points for trial in searched),
+            *(trial for _, repeated in points for trial in repeated),
+        ]
+
+    def _of_point(
+        self, kind: Kind, size: Size, budget: float, rows: Mapping[str, summary.Row]
+    ) -> tuple[list[trial_lib.Trial], list[trial_lib.Trial]]:
+        """Trials of the first seed, and of the others once its best rate is known."""
+        at = functools.partial(self.trial, kind, size, budget)
+        horizon = summary.horizon("budget", budget)
+        searched = grid.search_rates(
+            kind.arm.rates,
+            functools.partial(at, self.seeds[0]),
+            rows=rows,
+            horizons=[horizon],
+            max_rates=self.max_rates,
+        )
+        found = [rows[trial.key] for trial in searched if trial.key in rows]
+        if len(found) < len(searched):
+            return searched, []
+        rate = summary.best(found, horizon)["rate"]
+        return searched, [at(seed, rate) for seed in self.seeds[1:]]
 
     def trial(
         self, kind: Kind, size: Size, budget: float, seed: int, rate: float

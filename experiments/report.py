@@ -105,10 +105,10 @@ def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
             [
                 arm.name,
                 str(len(arm.searched)),
-                *(_choice(arm, protocol) for protocol in choices),
-                *(_with_error(arm, protocol, "loss") for protocol in protocols),
+                *(arm.choice(protocol) for protocol in choices),
+                *(arm.with_error(protocol) for protocol in protocols),
                 _number(arm.last_train_loss(first), ".3f"),
-                _with_error(arm, first, "bits_per_byte"),
+                arm.with_error(first, "bits_per_byte"),
                 f"{row['parameters']:,}",
                 f"{spent['flops'] / 1e12:.2f} ({spent['block_flops'] / 1e12:.2f})",
                 f"{row['train_bytes'] / 1e6:.1f}",
@@ -269,20 +269,6 @@ def _gaps(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
 def _file_name(text: str) -> str:
     """The text without signs that a shell, a link or a file system could misread."""
     return re.sub("[^A-Za-z0-9.]+", "-", text)
-
-
-def _with_error(arm: summary.Arm, protocol: str, field: str) -> str:
-    mean = arm.mean(protocol, field)
-    if not math.isfinite(mean):
-        return "diverged"
-    if arm.num_seeds(protocol) == 1:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ± {arm.deviation(protocol, field):.3f}"
-
-
-def _choice(arm: summary.Arm, protocol: str) -> str:
-    edge = ", at the edge" if arm.at_edge(protocol) else ""
-    return f"{arm.setting(protocol)} ({arm.num_seeds(protocol)}{edge})"
 
 
 def _number(value: float, form: str) -> str:

@@ -134,17 +134,15 @@ def tables(
     trained = [
         [
             kind,
-            f"{run.flops:.3g}",
+            f"{point.runs[0].flops:.3g}",
             point.width,
-            f"{run.parameters:,}",
-            f"{run.tokens:,.0f}",
-            f"{point.arm.setting(point.horizon)}"
-            + (", at the edge" if point.arm.at_edge(point.horizon) else ""),
-            f"{run.loss:.3f}",
+            f"{point.runs[0].parameters:,}",
+            f"{point.runs[0].tokens:,.0f}",
+            point.arm.choice(point.horizon),
+            point.arm.with_error(point.horizon),
         ]
         for kind, own in points.items()
         for point in own
-        for run in point.runs
     ]
     return [
         page.Table(
@@ -158,8 +156,11 @@ def tables(
             optima,
         ),
         page.Table(
-            "Runs at their best rate",
-            ["kind", "FLOPs", "d_model", "parameters", "tokens", "rate", "nats"],
+            "Runs at their best rate: mean ± standard deviation over seeds",
+            [
+                *("kind", "FLOPs", "d_model", "parameters", "tokens"),
+                *("rate (seeds)", "nats"),
+            ],
             trained,
         ),
     ]

@@ -97,6 +97,20 @@ class Arm:
         values = self._values(protocol, field)
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
+    def with_error(self, protocol: str, field: str = "loss") -> str:
+        """Returns mean ± deviation in words, the mean alone of a single seed."""
+        mean = self.mean(protocol, field)
+        if not math.isfinite(mean):
+            return "diverged"
+        if self.num_seeds(protocol) == 1:
+            return f"{mean:.3f}"
+        return f"{mean:.3f} ± {self.deviation(protocol, field):.3f}"
+
+    def choice(self, protocol: str) -> str:
+        """Returns the best rates in words, with the number of seeds at them."""
+        edge = ", at the edge" if self.at_edge(protocol) else ""
+        return f"{self.setting(protocol)} ({self.num_seeds(protocol)}{edge})"
+
     def tuning(self, protocol: str) -> list[tuple[float, float]]:
         """Returns pairs of a rate and the loss of the searched seed, ascending.
 

@@ -133,14 +133,31 @@ def test_rates_go_on_beyond_an_end_that_is_best(study):
     assert len(found) == len(trials) + len(study.budgets)
 
 
+def test_further_seeds_are_trained_at_the_best_rate_alone(study):
+    assert study.seeds == (0, 1, 2)
+    first = study.trials()
+    assert {t.experiment.seed for t in first} == {0}
+    rates = study.kinds[0].arm.rates
+    wanted = {t.key: finished(t, abs(t.rate - rates[1])) for t in first}
+    # The least of one point may be another rate than that of all others.
+    moved = first[0]
+    wanted[moved.key] = finished(moved, -1)
+    beyond = [t for t in study.trials(wanted) if t.key not in wanted]
+    wanted |= {t.key: finished(t, 0) for t in beyond}
+    further = [t for t in study.trials(wanted) if t.experiment.seed]
+    assert len(further) == 2 * 2 * 4 * 3  # seeds, kinds, sizes, budgets
+    for trial in further:
+        of_moved = (trial.arm, trial.horizons) == (moved.arm, moved.horizons)
+        assert trial.rate == (moved.rate if of_moved else rates[1])
+
+
 def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     book = ledger.Ledger(tmp_path)
-    for _ in range(2):  # the second time beyond ends that were best
-        rows = book.rows()
-        for trial in study.trials(rows):
+    lacking = lambda rows: [t for t in study.trials(rows) if t.key not in rows]
+    while missing := lacking(book.rows()):  # seeds and rates beyond ends come later
+        for trial in missing:
             best = 0.01 if trial.experiment.model.d_model > 70 else 0.02
-            if trial.key not in rows:
-                book.add(finished(trial, 0 if trial.rate == best else 0.3))
+            book.add(finished(trial, 0 if trial.rate == best else 0.3))
     # A row of other settings is no part of the study.
     row = next(iter(book.rows().values()))
     kind = study.kinds[0]
@@ -162,6 +179,7 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     (runs,) = (part for part in report.split("\n## ") if part.startswith("Runs at"))
     assert runs.count("\n|") == 2 + 2 * 4 * 3
     assert "| 0.01 / " in runs and "| 0.02 / " in runs and "edge" not in runs
+    assert runs.count(" (3) |") == runs.count(" ± 0.000 |") == 2 * 4 * 3
     for name in ("iso-flop", "best-sizes"):
         assert f"(figures/{name}.png)" in report
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000
