@@ -13,7 +13,8 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
   recipe_long
           the model of `long`, one chain with other ranks, rates and retractions.
   long_decay
-          the arms of `long` at their best, with a rate that falls over nine tenths.
+          the arms of `long` with a rate that falls over nine tenths, which is searched
+          around its best there.
   triple  the model of `small`, three times the rates, for loss spikes.
   width   the model of `small` at d 64, 128 and 256: where do rates have their best?
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
@@ -202,16 +203,17 @@ def at_setting(name: str, rate: float, adam_rate: float) -> grid.Arm:
     return dataclasses.replace(arm, rates=(rate,), adam_rate=adam_rate, always=True)
 
 
+def searched(arm: grid.Arm) -> grid.Arm:
+    """This arm of one rate, searched around it."""
+    (rate,) = arm.rates
+    return dataclasses.replace(arm, rates=(rate / 2, rate, 2 * rate))
+
+
 def leading(
     experiment: config.ExperimentConfig, *, short_run: bool
 ) -> tuple[grid.Arm, ...]:
     """The arms of `LEADING` at three rates of the matrices each, and a narrow one."""
-    arms = {
-        name: dataclasses.replace(
-            at_setting(name, rate, adam_rate), rates=(rate / 2, rate, 2 * rate)
-        )
-        for name, (rate, adam_rate) in LEADING.items()
-    }
+    arms = {name: searched(at_setting(name, *best)) for name, best in LEADING.items()}
     if short_run:
         arms = {name: of_short_run(arm) for name, arm in arms.items()}
     return *arms.values(), narrow(arms["dense Muon"], experiment)
@@ -514,13 +516,14 @@ def _recipe_long() -> grid.Comparison:
 
 
 def _long_decay() -> grid.Comparison:
-    """The arms of `long` at their best settings there, with a rate that long decays."""
+    """The arms of `long` with a rate that long decays, searched around their best."""
     study = _long()
+    arms = (searched(_best_of_long(name, study.base)) for name in BEST_OF_LONG)
     return dataclasses.replace(
         study,
         arms=tuple(
             with_fields(arm, *VARIATIONS["decay .9"], name=f"{arm.name}: decay .9")
-            for arm in (_best_of_long(name, study.base) for name in BEST_OF_LONG)
+            for arm in arms
         ),
         adam_rate_factors=(),
     )
