@@ -134,16 +134,18 @@ def tables(
     trained = [
         [
             kind,
-            f"{point.runs[0].flops:.3g}",
+            f"{run.flops:.3g}",
             point.width,
-            f"{point.runs[0].parameters:,}",
-            f"{point.runs[0].tokens:,.0f}",
+            f"{run.parameters:,}",
+            f"{run.tokens:,.0f}",
             point.arm.choice(point.horizon),
             point.arm.with_error(point.horizon),
         ]
         for kind, own in points.items()
         for point in own
+        for run in point.runs[:1]  # seeds differ in their loss alone
     ]
+    of_run = ["FLOPs", "d_model", "parameters", "tokens", "rate (seeds)", "nats"]
     return [
         page.Table(
             "Exponents, in brackets 90 % intervals",
@@ -157,10 +159,7 @@ def tables(
         ),
         page.Table(
             "Runs at their best rate: mean ± standard deviation over seeds",
-            [
-                *("kind", "FLOPs", "d_model", "parameters", "tokens"),
-                *("rate (seeds)", "nats"),
-            ],
+            ["kind", *of_run],
             trained,
         ),
     ]
