@@ -10,7 +10,7 @@ beside it.
 import dataclasses
 
 from configs import compare_methods
-from experiments import grid
+from experiments import grid, methods
 
 RATES = (1.5e-3, 3e-3, 6e-3)
 ADAM_RATE = 0.027  # of the embedding and norms
@@ -21,7 +21,7 @@ WITHOUT = (("optimizer.name", "tsvd"), ("optimizer.retraction_every", "100000000
 def get_config() -> grid.Comparison:
     experiment = compare_methods.base_of_small()
     width = experiment.model.d_model
-    dense = compare_methods.arm_named("dense AdamW")
+    dense = methods.arm_named("dense AdamW")
     arms = [dataclasses.replace(dense, adam_rate=ADAM_RATE)]
     for title, rank in (("full rank", width), ("R = d/4", width // 4)):
         arms += [

@@ -26,143 +26,14 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from configs import smollm_r128
-from experiments import grid
-from sct_jax import accounting, config, data, model, optimizers
+from experiments import grid, methods
+from sct_jax import config, data, model, optimizers
 
-# Of embedding and norms, where the matrices have a rule of their own; of `small`, where
-# it is searched for every arm, a first guess.
-ADAM_RATE = 3e-3
 ADAM_RATE_FACTORS = (1 / 3, 1.0, 3.0)  # where it is searched
 
 SHORT = (0.4,)  # tokens per parameter
-
-# Fields of the experiment by arm; the base has spectral factors and the chain sct.
-DENSE = (("model.spectral", "()"),)
-LOW_RANK = (("model.factors", "low_rank"),)
-
-
-def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    return (("optimizer.name", name), *fields)
-
-
-def fields(prefix: str, **values: int) -> tuple[tuple[str, str], ...]:
-    """Overrides of some fields of one part of an experiment."""
-    return tuple((f"{prefix}.{name}", str(value)) for name, value in values.items())
-
-
-ADAMW = chain("adamw")
-
-# The middle rate is about the best one of `small`; the search goes on from the ends.
-ARMS = (
-    grid.Arm(
-        name="dense AdamW",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*DENSE, *ADAMW),
-        always=True,
-    ),
-    grid.Arm(
-        name="dense Muon",
-        rates=(5e-3, 0.01, 0.02),
-        overrides=(*DENSE, *chain("muon")),
-        adam_rate=ADAM_RATE,
-        always=True,
-    ),
-    grid.Arm(
-        name="low-rank AdamW",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*LOW_RANK, *ADAMW),
-    ),
-    grid.Arm(
-        name="SCT (s = 1)",
-        rates=(3e-3, 6e-3, 1.2e-2),
-        method="unit_spectrum",
-        always=True,
-    ),
-    grid.Arm(name="SCT (dense spectrum)", rates=(1.5e-3, 3e-3, 6e-3)),
-    grid.Arm(
-        name="SCT + clip",
-        rates=(3e-3, 6e-3, 1.2e-2),
-        overrides=(("optimizer.max_update_norm", "0.1"),),
-        always=True,
-    ),
-    grid.Arm(
-        name="SCT (lossless)",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(("optimizer.retraction", "lossless"),),
-    ),
-    grid.Arm(
-        name="Spectron",
-        rates=(0.0125, 0.025, 0.05),
-        overrides=(*LOW_RANK, *chain("spectron")),
-        adam_rate=ADAM_RATE,
-        always=True,
-    ),
-    grid.Arm(
-        name="Spectron (code)",
-        rates=(0.0125, 0.025, 0.05),
-        overrides=(
-            *LOW_RANK,
-            *chain(
-                "spectron",
-                ("optimizer.nesterov", "true"),
-                ("optimizer.shape_factor", "true"),
-                ("optimizer.weight_decay", "0.01"),
-            ),
-        ),
-        adam_rate=ADAM_RATE,
-        always=True,
-    ),
-    grid.Arm(
-        name="TSVD (adaptive)",
-        rates=(3e-3, 6e-3, 1.2e-2),
-        # Starts at R = 5/16 d and shrinks; charged with the FLOPs of its start.
-        overrides=(
-            *chain("tsvd"),
-            *((f"model.rank_ratios.{n}", "0.3125") for n in model.BLOCK_MATRICES[:-1]),
-            ("model.rank_ratios.down", "0.1163"),  # of d_ff: the same rank
-            ("rank.energy", "0.8"),
-            ("rank.every", "25"),
-            ("rank.warmup_steps", "50"),
-            ("rank.floor", "8"),
-            ("rank.multiple", "4"),
-        ),
-    ),
-    grid.Arm(
-        name="Stiefel Muon",
-        rates=(5e-3, 0.01, 0.02),
-        overrides=chain("stiefel_muon", ("optimizer.singular_value_rate", "0.2")),
-        adam_rate=ADAM_RATE,
-        always=True,
-    ),
-    grid.Arm(
-        name="Stiefel Muon (svd gauge)",
-        rates=(0.0125, 0.025, 0.05),
-        overrides=chain(
-            "stiefel_muon",
-            ("optimizer.gauge", "svd"),
-            ("optimizer.retraction", "lossless"),
-            ("optimizer.singular_value_rate", "0.2"),
-        ),
-        adam_rate=ADAM_RATE,
-    ),
-    grid.Arm(
-        name="self-guided",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*LOW_RANK, *ADAMW),
-        method="self_guided",
-    ),
-    grid.Arm(
-        name="CoLA",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*LOW_RANK, *ADAMW),
-        method="cola",
-    ),
-)
-
 
 # Those of larger models and longer runs, with the best rates of `small` at equal FLOPs:
 # of the matrices, and of the embedding and norms.
@@ -173,7 +44,6 @@ LEADING = {
     "Spectron (code)": (0.0125, 0.027),
     "Stiefel Muon": (0.01, 0.027),
 }
-
 
 # The best rates of `long` at 10 tokens per parameter: of the matrices, and of the rest.
 BEST_OF_LONG = {
@@ -186,65 +56,17 @@ BEST_OF_LONG = {
 }
 
 
-def arm_named(name: str) -> grid.Arm:
-    """The arm of `ARMS` with this name."""
-    (arm,) = (arm for arm in ARMS if arm.name == name)
-    return arm
-
-
-def with_fields(arm: grid.Arm, *overrides: tuple[str, str], **changes: Any) -> grid.Arm:
-    """The arm with overrides after its own, of which a later one counts."""
-    return dataclasses.replace(arm, overrides=(*arm.overrides, *overrides), **changes)
-
-
-def at_setting(name: str, rate: float, adam_rate: float) -> grid.Arm:
-    """This arm at one rate of the matrices and one of the rest, with all seeds."""
-    arm = arm_named(name)
-    return dataclasses.replace(arm, rates=(rate,), adam_rate=adam_rate, always=True)
-
-
-def searched(arm: grid.Arm) -> grid.Arm:
-    """This arm of one rate, searched around it."""
-    (rate,) = arm.rates
-    return dataclasses.replace(arm, rates=(rate / 2, rate, 2 * rate))
-
-
 def leading(
     experiment: config.ExperimentConfig, *, short_run: bool
 ) -> tuple[grid.Arm, ...]:
     """The arms of `LEADING` at three rates of the matrices each, and a narrow one."""
-    arms = {name: searched(at_setting(name, *best)) for name, best in LEADING.items()}
+    arms = {
+        name: methods.searched(methods.at_setting(name, *best))
+        for name, best in LEADING.items()
+    }
     if short_run:
-        arms = {name: of_short_run(arm) for name, arm in arms.items()}
-    return *arms.values(), narrow(arms["dense Muon"], experiment)
-
-
-def narrow(arm: grid.Arm, experiment: config.ExperimentConfig) -> grid.Arm:
-    """A dense arm at the width that has the FLOPs per token of the low-rank ones.
-
-    What it gains at equal FLOPs, any smaller model does.
-    """
-    low_rank, seq_len = experiment.model, experiment.data.seq_len
-    budget = accounting.flops_per_token(low_rank, seq_len=seq_len)
-
-    def at(width: int, d_ff: int) -> model.ModelConfig:
-        dense = accounting.dense_config(low_rank)
-        return dataclasses.replace(dense, d_model=width, d_ff=d_ff)
-
-    def excess(shape: model.ModelConfig) -> float:
-        return abs(accounting.flops_per_token(shape, seq_len=seq_len) - budget)
-
-    # The nearest width of the same proportions, then the nearest d_ff at that width.
-    even_heads = 2 * low_rank.num_heads
-    widths = range(even_heads, low_rank.d_model, even_heads)
-    ratio = low_rank.d_ff / low_rank.d_model
-    found = min((at(w, round(w * ratio)) for w in widths), key=excess)
-    found = min((at(found.d_model, f) for f in range(1, low_rank.d_ff)), key=excess)
-    return with_fields(
-        arm,
-        *fields("model", d_model=found.d_model, d_ff=found.d_ff),
-        name=f"{arm.name} (narrow)",
-    )
+        arms = {name: methods.of_short_run(arm) for name, arm in arms.items()}
+    return *arms.values(), methods.narrow(arms["dense Muon"], experiment)
 
 
 def base(
@@ -260,7 +82,7 @@ def base(
             num_kv_heads=4,
             vocab_size=vocab_size,
             rank=d_model // 4,
-            spectral=smollm_r128.ATTENTION_AND_MLP,
+            spectral=model.BLOCK_MATRICES,
             remat="dots",
         ),
         data=data.DataConfig(batch_size=16, seq_len=seq_len),
@@ -289,18 +111,14 @@ def with_qk_norm(experiment: config.ExperimentConfig) -> config.ExperimentConfig
     )
 
 
-def of_short_run(arm: grid.Arm) -> grid.Arm:
-    """With the best momentum of few steps, less than the .95 of the papers."""
-    if arm_named(arm.name).adam_rate is None:  # a rule without momentum
-        return arm
-    return with_fields(arm, ("optimizer.momentum", "0.9"))
-
-
 def _small() -> grid.Comparison:
     experiment = base_of_small()
     return grid.Comparison(
         base=experiment,
-        arms=(*ARMS, narrow(arm_named("dense Muon"), experiment)),
+        arms=(
+            *methods.ARMS,
+            methods.narrow(methods.arm_named("dense Muon"), experiment),
+        ),
         tokens_per_parameter=SHORT,
         adam_rate_factors=ADAM_RATE_FACTORS,
         max_rates=7,
@@ -347,70 +165,13 @@ def _long() -> grid.Comparison:
 def _triple() -> grid.Comparison:
     """The leading methods at three times the rates of the other studies: who spikes?"""
     arms = (
-        at_setting(name, round(3 * rate, 6), round(3 * adam_rate, 6))
+        methods.at_setting(name, round(3 * rate, 6), round(3 * adam_rate, 6))
         for name, (rate, adam_rate) in LEADING.items()
     )
     return grid.Comparison(
         base=with_qk_norm(base_of_small()),
-        arms=tuple(map(of_short_run, arms)),
+        arms=tuple(map(methods.of_short_run, arms)),
         tokens_per_parameter=SHORT,
-    )
-
-
-# Of the chains that studies vary, by the name of what is changed.
-VARIATIONS = {
-    "normalised q and k": (("model.qk_norm", "true"),),
-    "clip at .1": (("optimizer.max_update_norm", "0.1"),),
-    "clip at .05": (("optimizer.max_update_norm", "0.05"),),
-    "rate of s as of u and v": (("optimizer.singular_value_rate", "1.0"),),
-    "rate of s x 5": (("optimizer.singular_value_rate", "5.0"),),
-    "lossless": (("optimizer.retraction", "lossless"),),
-    "polar retraction": (("optimizer.retraction", "polar"),),
-    "transported moments": (("optimizer.transport_moments", "true"),),
-    "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
-    "momentum .9": (("optimizer.momentum", "0.9"),),
-    "momentum .8": (("optimizer.momentum", "0.8"),),
-    "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
-    "weight decay .01": (("optimizer.weight_decay", "0.01"),),
-    "decay .9": (("optimizer.decay_ratio", "0.9"),),
-    "init of the dense norm": (("model.rescale_init", "true"),),
-}
-
-
-def moved_ranks(rank: int, **mlp: int) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Variations of uniform ranks: two of the same parameters, and twice the rank.
-
-    Args:
-      rank: the uniform one.
-      **mlp: ranks of the MLP when attention has half of it.
-    """
-    less, more = rank // 2, rank + rank // 2
-    return {
-        "ranks from q and k to v and o": fields(
-            "model.ranks", q=less, k=less, v=more, o=more
-        ),
-        "ranks from attention to MLP": fields(
-            "model.ranks", q=less, k=less, v=less, o=less, **mlp
-        ),
-        "R = d/2": fields("model", rank=2 * rank),
-    }
-
-
-def varied(
-    plain: grid.Arm,
-    variations: Mapping[str, tuple[tuple[str, str], ...]],
-    *titles: str,
-    always: Sequence[str] = (),
-) -> tuple[grid.Arm, ...]:
-    """An arm, and one more for each title, which may join variations by " + "."""
-    return plain, *(
-        with_fields(
-            plain,
-            *(f for part in title.split(" + ") for f in variations[part]),
-            name=f"{plain.name}: {title}",
-            always=title in always,
-        )
-        for title in titles
     )
 
 
@@ -419,14 +180,14 @@ def _recipe() -> grid.Comparison:
     experiment = base_of_small()
     within_mlp = "ranks from gate to up and down"
     variations = {
-        **VARIATIONS,
-        **moved_ranks(experiment.model.rank, gate=43, up=43, down=43),
-        within_mlp: fields("model.ranks", gate=16, up=40, down=40),
+        **methods.VARIATIONS,
+        **methods.moved_ranks(experiment.model.rank, gate=43, up=43, down=43),
+        within_mlp: methods.fields("model.ranks", gate=16, up=40, down=40),
     }
 
     def of(name: str, rate: float, *titles: str, always: Sequence[str] = ()):
-        plain = at_setting(name, rate, 0.027)
-        return varied(plain, variations, *titles, always=always)
+        plain = methods.at_setting(name, rate, 0.027)
+        return methods.varied(plain, variations, *titles, always=always)
 
     of_both = (
         "clip at .05",
@@ -473,25 +234,25 @@ def _recipe() -> grid.Comparison:
             always=(best,),
         ),
     )
-    arms = (*arms, narrow(arms[-1], experiment))
+    arms = (*arms, methods.narrow(arms[-1], experiment))
     return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
 
 
 def _best_of_long(name: str, experiment: config.ExperimentConfig) -> grid.Arm:
     """This arm, which may be the narrow one, at its setting of `BEST_OF_LONG`."""
     plain = name.removesuffix(" (narrow)")
-    arm = at_setting(plain, *BEST_OF_LONG[name])
-    return arm if plain == name else narrow(arm, experiment)
+    arm = methods.at_setting(plain, *BEST_OF_LONG[name])
+    return arm if plain == name else methods.narrow(arm, experiment)
 
 
 def _recipe_long() -> grid.Comparison:
     """What may bring the low-rank arms of `long` nearer to the dense ones there."""
     study = _long()
-    moved = moved_ranks(study.base.model.rank, gate=22, up=22, down=21)
-    variations = VARIATIONS | moved
+    moved = methods.moved_ranks(study.base.model.rank, gate=22, up=22, down=21)
+    variations = methods.VARIATIONS | moved
     best = functools.partial(_best_of_long, experiment=study.base)
     arms = (
-        *varied(
+        *methods.varied(
             best("Stiefel Muon"),
             variations,
             "lossless",
@@ -502,10 +263,10 @@ def _recipe_long() -> grid.Comparison:
             "decay .9",
             *moved,
         ),
-        at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
+        methods.at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
         # What helps the low-rank chain may help the dense one.
-        *varied(best("dense Muon"), variations, "decay .9"),
-        *varied(best("dense Muon (narrow)"), variations, "decay .9"),
+        *methods.varied(best("dense Muon"), variations, "decay .9"),
+        *methods.varied(best("dense Muon (narrow)"), variations, "decay .9"),
     )
     return dataclasses.replace(
         study,
@@ -518,11 +279,13 @@ def _recipe_long() -> grid.Comparison:
 def _long_decay() -> grid.Comparison:
     """The arms of `long` with a rate that long decays, searched around their best."""
     study = _long()
-    arms = (searched(_best_of_long(name, study.base)) for name in BEST_OF_LONG)
+    arms = (methods.searched(_best_of_long(name, study.base)) for name in BEST_OF_LONG)
     return dataclasses.replace(
         study,
         arms=tuple(
-            with_fields(arm, *VARIATIONS["decay .9"], name=f"{arm.name}: decay .9")
+            methods.with_fields(
+                arm, *methods.VARIATIONS["decay .9"], name=f"{arm.name}: decay .9"
+            )
             for arm in arms
         ),
         adam_rate_factors=(),
@@ -536,20 +299,20 @@ def _width() -> grid.Comparison:
 
     def at_width(arm: grid.Arm, width: int) -> grid.Arm:
         d_ff = 8 * round(width * shape.d_ff / shape.d_model / 8)
-        return with_fields(
+        return methods.with_fields(
             arm,
-            *fields("model", d_model=width, d_ff=d_ff, rank=width // 4),
+            *methods.fields("model", d_model=width, d_ff=d_ff, rank=width // 4),
             name=f"{arm.name} at d {width}",
         )
 
-    muon = of_short_run(arm_named("Stiefel Muon"))
+    muon = methods.of_short_run(methods.arm_named("Stiefel Muon"))
     muon = dataclasses.replace(muon, adam_rate=0.027)
     adam = dataclasses.replace(
-        arm_named("SCT (dense spectrum)"), name="SCT", adam_rate=0.027
+        methods.arm_named("SCT (dense spectrum)"), name="SCT", adam_rate=0.027
     )
-    by_width = with_fields(
+    by_width = methods.with_fields(
         adam,
-        *fields("optimizer", base_width=shape.d_model),
+        *methods.fields("optimizer", base_width=shape.d_model),
         name="SCT with base_width",
     )
     return grid.Comparison(

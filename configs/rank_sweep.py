@@ -10,7 +10,7 @@ of the factors.
 import dataclasses
 
 from configs import compare_methods
-from experiments import grid
+from experiments import grid, methods
 
 MLP = ("model.spectral", "gate,up,down")
 
@@ -35,6 +35,6 @@ def get_config() -> grid.Comparison:
     )
     return grid.Comparison(
         base=compare_methods.base_of_small(),
-        arms=(compare_methods.arm_named("dense AdamW"), *shared, *apart),
+        arms=(methods.arm_named("dense AdamW"), *shared, *apart),
         tokens_per_parameter=(0.4,),
     )

@@ -4,7 +4,7 @@ python -m experiments.scaling_laws
 """
 
 from configs import compare_methods
-from experiments import iso_flop
+from experiments import iso_flop, methods
 
 # Around the best of `compare_methods` at d 64 and 128, and Adam's there.
 RATES, ADAM_RATE = (0.01, 0.02, 0.04), 0.081
@@ -29,9 +29,9 @@ def _sizes(*widths: tuple[int, ...]) -> tuple[tuple[iso_flop.Size, ...], ...]:
 
 def get_config() -> iso_flop.ScalingLaws:
     dense, low_rank = (
-        compare_methods.with_fields(
-            compare_methods.arm_named(name),
-            *compare_methods.VARIATIONS["decay .9"],
+        methods.with_fields(
+            methods.arm_named(name),
+            *methods.VARIATIONS["decay .9"],
             rates=RATES,
             adam_rate=ADAM_RATE,
         )

@@ -19,8 +19,6 @@ import dataclasses
 
 from sct_jax import config, data, model, optimizers
 
-ATTENTION_AND_MLP = ("q", "k", "v", "o", *model.MLP)
-
 
 def get_config(variant: str = "1.7b") -> config.ExperimentConfig:
     return VARIANTS[variant]()
@@ -84,7 +82,7 @@ def _recipe() -> config.ExperimentConfig:
         model=dataclasses.replace(
             plain.model,
             rank=plain.model.d_model // 4,
-            spectral=ATTENTION_AND_MLP,
+            spectral=model.BLOCK_MATRICES,
             qk_norm=True,
         ),
         optimizer=dataclasses.replace(
@@ -113,7 +111,7 @@ def _tiny() -> config.ExperimentConfig:
             num_kv_heads=2,
             vocab_size=4096,
             rank=64,
-            spectral=ATTENTION_AND_MLP,
+            spectral=model.BLOCK_MATRICES,
             qk_norm=True,
             remat="dots",  # on CPU memory traffic costs more than the products
         ),
