@@ -51,7 +51,7 @@ class SpectralDense(linen.Module):
         )
         bias = None
         if self.use_bias:
-            bias = self.param("bias", lambda key: jnp.zeros(self.features))
+            bias = self.param("bias", lambda key: jnp.zeros(self.features, jnp.float32))
         return _apply(x, kernel, bias, self.dtype)
 
 
@@ -92,7 +92,9 @@ class SpectralLinear(nnx.Module):
         self.kernel = nnx.Param(
             spectral.init(rngs.params(), in_features, out_features, rank, scale=scale)
         )
-        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+        self.bias = (
+            nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
+        )
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:

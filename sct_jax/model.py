@@ -255,7 +255,7 @@ def draw_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
             "embedding",
             scale=math.sqrt(config.vocab_size / config.d_model),
         ),
-        "final_norm": jnp.ones(config.d_model),
+        "final_norm": jnp.ones(config.d_model, jnp.float32),
     }
     if not config.tie_embeddings:
         ends["head"] = _draw_matrix(jax.random.fold_in(key, 1), config, "head")
@@ -279,12 +279,12 @@ def draw_block(
 ) -> Params:
     """Returns the parameters of one block, or a stack, before `on_manifold`."""
     block: Params = {
-        "attention_norm": jnp.ones((*layers, config.d_model)),
-        "mlp_norm": jnp.ones((*layers, config.d_model)),
+        "attention_norm": jnp.ones((*layers, config.d_model), jnp.float32),
+        "mlp_norm": jnp.ones((*layers, config.d_model), jnp.float32),
     }
     if config.qk_norm:
-        block["q_norm"] = jnp.ones((*layers, config.head_dim))
-        block["k_norm"] = jnp.ones((*layers, config.head_dim))
+        block["q_norm"] = jnp.ones((*layers, config.head_dim), jnp.float32)
+        block["k_norm"] = jnp.ones((*layers, config.head_dim), jnp.float32)
     for index, name in enumerate(BLOCK_MATRICES):
         scale = 1 / math.sqrt(2 * config.num_layers) if name in ("o", "down") else 1.0
         block[name] = _draw_matrix(
@@ -298,7 +298,7 @@ def _draw_matrix(key, config, name, *, layers=(), scale=1.0):
     rank = config.matrix_rank(name)
     if rank is None:
         std = scale / math.sqrt(fan_in)
-        return std * jax.random.normal(key, (*layers, fan_in, fan_out))
+        return std * jax.random.normal(key, (*layers, fan_in, fan_out), jnp.float32)
     return spectral.init(
         key,
         fan_in,

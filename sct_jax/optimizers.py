@@ -378,6 +378,7 @@ def muon(
         beta=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
+        weight_decay_mask=decay_mask,
         muon_weight_dimension_numbers=dimensions,
     )
     for_others = optax.chain(
@@ -600,6 +601,20 @@ class OptimizerConfig:
             self.chain(0.0)
         except ValueError as error:
             raise errors.ConfigError(f"optimizer: {error}") from error
+
+    def without_effect(self) -> list[str]:
+        """Returns a sentence for every field that is set, but in vain."""
+        cosine, wsd = self.schedule == "cosine", self.schedule == "wsd"
+        needs = {
+            "decay_ratio": (wsd, 'optimizer.schedule = "wsd"'),
+            "final_rate_ratio": (cosine or wsd, "an optimizer.schedule that decays"),
+            "max_rotation": (self.gauge == "svd", 'optimizer.gauge = "svd"'),
+        }
+        return [
+            f"optimizer.{field}: has no effect without {needed}"
+            for field, (met, needed) in needs.items()
+            if not met and getattr(self, field) != getattr(OptimizerConfig, field)
+        ]
 
     def learning_rate(self, num_steps: int) -> optax.Schedule:
         """Returns the rate as a function of the number of updates already applied."""

@@ -327,7 +327,8 @@ def jacobi_svd(
         m, p, z = jax.lax.fori_loop(0, size - 1, one_round, (m, p, z))
         return m, p, z, sweeps + 1
 
-    start = jnp.broadcast_to(eye, m.shape)
+    # As varied over the axes of a shard_map as m is.
+    start = jnp.where(m == m, eye, eye)
     m, p, z, _ = jax.lax.while_loop(unfinished, sweep, (m, start, start, jnp.array(0)))
     s = jnp.diagonal(m, axis1=-2, axis2=-1)
     return p[:, :k, :k], s[:, :k], z[:, :k, :k]

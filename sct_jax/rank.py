@@ -13,7 +13,7 @@ are named by their path in the parameters, as "layers/q" or "layers/3/q".
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -85,6 +85,16 @@ class RankConfig:
             "needs rank.energy, which says that ranks change at all",
         )
 
+    def without_effect(self) -> list[str]:
+        """Returns a sentence for every field that is set, but in vain."""
+        if self.energy is not None:
+            return []
+        return [
+            f"rank.{field.name}: has no effect without rank.energy"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+
     def decides_at(self, step: int) -> bool:
         """Returns whether ranks are decided after `step` updates."""
         return (
@@ -128,9 +138,7 @@ def weights(params: Any, opt_state: Any) -> dict[str, Weight]:
     }
     found = {}
     for name, w in named.items():
-        errors.check(
-            "optimizer.name", name in marks, f"the state marks no columns of {name}"
-        )
+        _check_marked(name, marks)
         s, active = np.asarray(w.s), np.asarray(marks[name])
         fans = (w.u.shape[-2], w.v.shape[-2])
         found[name] = Weight(fans, s, active.sum(-1))
@@ -251,9 +259,14 @@ def resize(
       opt_state: state of a chain with `transforms.hold_inactive`.
       active: columns in use, per weight and layer; names as from `weights`. Weights
         that are not named stay as they are.
-      ranks: stored rank per weight.
+      ranks: stored rank per weight, of the same names.
       key: for the new columns.
+
+    Raises:
+      ConfigError: naming the weight, for one that params do not have, a rank that it
+        cannot have, or a state that does not mark its columns.
     """
+    _check_ranks(params, opt_state, active, ranks)
     changed = {
         name: w
         for name, w in _named(params, spectral.is_spectral).items()
@@ -373,8 +386,46 @@ def _named(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
 
 def _weight_at(path: str, names: tuple[str, ...]) -> str | None:
     """The weight that a path of the parameters, or of a mirror of them, means."""
-    found = [name for name in names if f"/{path}".endswith(f"/{name}")]
+    # Attributes and keys alike: what is the root of params is within a state.
+    below = "/" + path.replace(".", "/")
+    found = [
+        name
+        for name in names
+        if not name or below.endswith("/" + name.replace(".", "/"))
+    ]
     return max(found, key=len, default=None)
+
+
+def _check_marked(name: str, marks: Container[str | None]) -> None:
+    errors.check(
+        "optimizer.name",
+        name in marks,
+        f"the state marks no columns of {name or 'the weight'}: its chain must be "
+        "optimizers.tsvd, or have transforms.hold_inactive",
+    )
+
+
+def _check_ranks(
+    params: Any,
+    opt_state: Any,
+    active: Mapping[str, Any],
+    ranks: Mapping[str, int],
+) -> None:
+    """Raises ConfigError for what `resize` cannot do."""
+    named = _named(params, spectral.is_spectral)
+    is_marks = lambda x: isinstance(x, transforms.ActiveColumns)
+    marked = {_weight_at(path, tuple(named)) for path in _named(opt_state, is_marks)}
+    for name in {**active, **ranks}:
+        errors.check_choice("ranks", name, tuple(named))
+        errors.check("ranks", name in active, f"{name} has no number of active columns")
+        errors.check("ranks", name in ranks, f"{name} has no stored rank")
+        most = min(named[name].u.shape[-2], named[name].v.shape[-2])
+        errors.check(
+            f"ranks.{name}",
+            1 <= ranks[name] <= most,
+            f"{ranks[name]} of at most {most}",
+        )
+        _check_marked(name, marked)
 
 
 def _mean_of_positive(x: Float[Array, "*rows R"]) -> Float[Array, "*rows 1"]:

@@ -68,8 +68,11 @@ def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
       x: activations; their dtype is the compute dtype.
       w: a dense array (I, O) or factors without layer axes.
     """
-    # One axis of rows: for gradients over two, XLA on CPU transposes the activations.
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x
+    if jax.device_count() == 1:
+        # One axis of rows: for gradients over two, XLA on CPU transposes activations.
+        # Not where axes may be sharded: to join a sharded one moves the activations.
+        rows = x.reshape(-1, x.shape[-1])
     if is_factors(w):
         y = expand(contract(rows, w), w)
     else:
@@ -78,15 +81,15 @@ def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
 
 
 def contract(
-    x: Float[Array, "N I"], w: SpectralFactors | LowRankFactors
-) -> Float[Array, "N R"]:
+    x: Float[Array, "*N I"], w: SpectralFactors | LowRankFactors
+) -> Float[Array, "*N R"]:
     """Returns x @ u, or x @ a: the low-rank bottleneck, all that `expand` needs."""
     return x @ w[0].astype(x.dtype)
 
 
 def expand(
-    h: Float[Array, "N R"], w: SpectralFactors | LowRankFactors
-) -> Float[Array, "N O"]:
+    h: Float[Array, "*N R"], w: SpectralFactors | LowRankFactors
+) -> Float[Array, "*N O"]:
     """Returns what `linear` does from its bottleneck h: h diag(s) v.T, or h b.T."""
     if isinstance(w, SpectralFactors):
         h = h * w.s.astype(h.dtype)
@@ -325,6 +328,7 @@ def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
 
 def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
     """A 2R x 2R matrix whose spectral radius is ||W' - W||_2^2."""
+    old, new = jax.tree.map(orthogonalize.as_float32, (old, new))
     if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
         p_u, e_u = _split_twice(old.u, new.u)
         p_v, e_v = _split_twice(old.v, new.v)

@@ -18,8 +18,8 @@ from sct_jax import orthogonalize
 
 T = TypeVar("T")  # a pytree of arrays (*L, n, R)
 
-# One pass of CholeskyQR loses about eps * cond(x)^2. Below this bound of cond(x)^2 its
-# result is orthonormal to 1e-6; above it the guard takes over.
+# One pass of CholeskyQR loses about eps * cond(x)^2. Above this estimate of cond(x)^2,
+# which is exact for columns that are orthogonal, the guard takes over.
 MAX_SQUARED_CONDITION = 30.0
 
 
@@ -98,7 +98,9 @@ def cholesky_qr_retraction(x: T) -> T:
     columns, shifted CholeskyQR with further passes, and fixed pseudo-random directions
     in the place of null columns.
 
-    Ensures an orthonormality error below 4e-6 for every finite x; NaN for a NaN in x.
+    Ensures an orthonormality error below 4e-6 where columns have moved apart from each
+    other, and below 3e-5 for every finite x: where all share a direction, say, what
+    the guard looks at is less than cond(x)^2. NaN for a NaN in x.
 
     Args:
       x: pytree of arrays (*L, n, R), n >= R; low-precision arrays are computed in
@@ -120,7 +122,8 @@ def cholesky_qr_retraction(x: T) -> T:
 def polar_retraction(x: T) -> T:
     """Returns x (x.T x)^(-1/2), the nearest point of the manifold in Frobenius norm.
 
-    By the convergent cubic of Newton and Schulz on the Gram matrix, to 1e-6. An x with
+    By the convergent cubic of Newton and Schulz on the Gram matrix, to the accuracy of
+    `cholesky_qr_retraction`. An x with
     linearly dependent columns has no unique answer: those columns are completed to an
     orthonormal set as in `cholesky_qr_retraction`.
 
@@ -244,7 +247,8 @@ def _retract_guarded(
     # A loop that hardly ever runs, not a branch: a conditional copies every factor.
     _, results = jax.lax.while_loop(
         lambda carry: ~carry[0],
-        lambda _: (jnp.array(True), finish(_shifted_cholesky_qr(xs))),
+        # As varied over the axes of a shard_map as what it replaces.
+        lambda carry: (carry[0] | True, finish(_shifted_cholesky_qr(xs))),
         (trusted, results),
     )
     results = [r.astype(a.dtype) for r, a in zip(results, arrays, strict=True)]

@@ -29,6 +29,7 @@ CHAINS = {
     "sct, polar": lambda: optimizers.sct(
         RATE, max_update_norm=MAX_NORM, retraction="polar"
     ),
+    "sct, bfloat16": lambda: optimizers.sct(RATE, moment_dtype="bfloat16"),
     "stiefel_muon": lambda: optimizers.stiefel_muon(RATE),
     "spectron": lambda: optimizers.spectron(RATE),
     "retraction": transforms.retract_to_stiefel,
@@ -36,6 +37,7 @@ CHAINS = {
 }
 CASES = [(mode, name) for mode in MODES for name in CHAINS]
 CASES.remove(("explicit", "sct, polar"))
+CASES.remove(("explicit", "sct, bfloat16"))
 
 
 @functools.cache
@@ -218,3 +220,55 @@ def test_a_gather_would_be_found():
     params = place(draw_params(), mesh)
     text = jax.jit(step).lower(params, tx.init(params), params).compile().as_text()
     assert set(gathered(text)) == {"all-gather"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spec", [P(None, "seq", None), P("data", "seq", None)])
+def test_linear_moves_no_activations(mode, spec):
+    """Windows may be divided between devices, as for long contexts."""
+    mesh = jax.make_mesh((2, 4), ("data", "seq"), axis_types=(MODES[mode],) * 2)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(np.ones((4, 8, 16), np.float32), NamedSharding(mesh, spec))
+        w = spectral.init(jax.random.key(0), 16, 24, 4)
+        w = jax.device_put(w, NamedSharding(mesh, P()))
+        compiled = jax.jit(spectral.linear).lower(x, w).compile()
+        y = compiled(x, w)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, spec), y.ndim)
+    moving = ("all-gather", "all-reduce", "all-to-all", "collective")
+    assert not [
+        op for op, _ in instructions(compiled.as_text()) if op.startswith(moving)
+    ]
+
+
+LAYERWISE_CHAINS = {
+    "sct": lambda: optimizers.sct(RATE, max_update_norm=MAX_NORM),
+    "sct, polar": lambda: optimizers.sct(RATE, retraction="polar"),
+    "sct, lossless": lambda: optimizers.sct(RATE, retraction="lossless"),
+    "tsvd": lambda: optimizers.tsvd(RATE),
+    "stiefel_muon": lambda: optimizers.stiefel_muon(RATE),
+    "spectron": lambda: optimizers.spectron(RATE),
+}
+
+
+@pytest.mark.parametrize("name", LAYERWISE_CHAINS)
+def test_layers_may_be_divided_by_shard_map(name):
+    """As a pipeline has them: each device steps its own layers, by itself."""
+    tx = LAYERWISE_CHAINS[name]()
+    params, (grads, *_) = start(name)
+    params, grads = params["stack"], grads["stack"]
+    expected = make_step(tx)(grads, tx.init(params), params)[0]
+    mesh = jax.make_mesh(
+        (2,), ("pipe",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+    )
+
+    def step(grads, params):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return jax.tree.map(lambda p, u: p + u, params, updates)
+
+    divided = jax.shard_map(
+        step, mesh=mesh, in_specs=(P("pipe"), P("pipe")), out_specs=P("pipe")
+    )
+    found = jax.jit(divided)(grads, params)
+    # Of W, as singular vectors of near values are as rounding has them.
+    found, expected = map(spectral.to_dense, (found, expected))
+    np.testing.assert_allclose(found, expected, atol=16 * EPS)

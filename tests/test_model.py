@@ -583,6 +583,13 @@ def test_ranks_of_single_matrices():
     assert any("model.rank_ratios.k" in note for note in notes)
 
 
+def test_parameters_are_float32_where_float64_is_allowed():
+    shape = dataclasses.replace(SMALL, qk_norm=True, tie_embeddings=False)
+    with jax.enable_x64(True):
+        params = jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

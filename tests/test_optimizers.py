@@ -489,12 +489,7 @@ def test_a_refusal_says_what_is_allowed():
 @pytest.mark.parametrize("name", optimizers.CHAINS)
 def test_every_chain_is_built_from_its_fields(name):
     """With its defaults a config builds what the bare function does."""
-    low_rank = name in ("spectron", "adamw", "muon")
-    params = as_params(start())
-    if low_rank:
-        del params["stack"]
-    if name == "muon":
-        del params["low"]
+    params = params_for(name)
     config = optimizers.OptimizerConfig(name=name, schedule="constant")
     config.validate()
     built, bare = config.build(10), optimizers.CHAINS[name](1e-3)
@@ -507,6 +502,51 @@ def test_every_chain_is_built_from_its_fields(name):
         )
         assert_close(found, expected, atol=4 * EPS)
         states = [left, right]
+
+
+def params_for(name):
+    """Those of `start` that a chain takes."""
+    params = as_params(start())
+    if name in ("spectron", "adamw", "muon"):
+        del params["stack"]
+    if name == "muon":
+        del params["low"]
+    return params
+
+
+@pytest.mark.parametrize("name", optimizers.CHAINS)
+def test_a_new_state_may_be_donated(name):
+    params, tx = params_for(name), optimizers.CHAINS[name](1e-3)
+    state = tx.init(params)  # outside of a jit, which would make two of one array
+    step = jax.jit(tx.update, donate_argnums=1)
+    _, state = step(jax.tree.map(jnp.ones_like, params), state, params)
+    jax.block_until_ready(state)
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["sct", "tsvd", "stiefel_muon", "spectron", "adamw"])
+def test_gradients_of_less_precision_do_not_round_the_update(name, moment_dtype):
+    params = params_for(name)
+    known = inspect.signature(optimizers.CHAINS[name]).parameters
+    fields = {"moment_dtype": moment_dtype} if "moment_dtype" in known else {}
+    tx = optimizers.CHAINS[name](1e-3, **fields)
+    grads = jax.tree.map(lambda p: jnp.sin(7 * p).astype(jnp.bfloat16), params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    if fields != {"moment_dtype": "bfloat16"}:
+        in_full = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        expected, _ = jax.jit(tx.update)(in_full, tx.init(params), params)
+        assert_close(updates, expected, atol=4 * EPS)
+
+
+def test_muon_decays_what_the_mask_says():
+    params = {"matrix": jnp.ones((5, 3)), "other": jnp.ones((5, 3))}
+    only = lambda params: {name: name == "other" for name in params}
+    tx = optimizers.muon(0.1, weight_decay=0.5, decay_mask=only)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    np.testing.assert_array_equal(updates["matrix"], 0)
+    np.testing.assert_allclose(updates["other"], -0.05, rtol=4 * EPS)
 
 
 def test_muon_is_that_of_optax_on_matrices_and_adamw_elsewhere():

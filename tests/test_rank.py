@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -318,6 +319,51 @@ def test_nothing_changes_where_all_columns_are_in_use():
         atol=20 * EPS,
     )
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+class Net(NamedTuple):
+    kernel: spectral.SpectralFactors
+    bias: jax.Array
+
+
+@pytest.mark.parametrize("root", ["attributes", "a weight"])
+def test_params_may_be_of_any_kind(root):
+    w = spectral.init(jax.random.key(0), 16, 24, 8)
+    w = w._replace(s=jnp.asarray(np.geomspace(1, 1e-3, 8), jnp.float32))
+    tree = Net(w, jnp.ones(24)) if root == "attributes" else w
+    tx = optimizers.tsvd(1e-3)
+    tree, state = train(tree, tx)
+    change = rank.next_change(tree, state, CONFIG)
+    assert change is not None
+    (stored,) = change.ranks.values()
+    assert stored < 8
+    tree, state = resized(tree, state, *change)
+    for moment in ("mu", "nu"):
+        of_factors = optax.tree.get(state, moment)
+        assert {x.shape[-1] for x in jax.tree.leaves(of_factors)} <= {stored, 24}
+    train(tree, tx, state=state)
+
+
+@pytest.mark.parametrize(
+    ("active", "ranks", "message"),
+    [
+        ({"embeding": 4}, {"embeding": 4}, "did you mean 'embedding'"),
+        ({}, {"embedding": 4}, "embedding has no number of active columns"),
+        ({"embedding": 4}, {}, "embedding has no stored rank"),
+        ({"embedding": 20}, {"embedding": 20}, "ranks.embedding: 20 of at most 14"),
+    ],
+)
+def test_a_resize_that_cannot_be_is_refused(active, ranks, message):
+    tree, state = trained()
+    with pytest.raises(errors.ConfigError, match=message):
+        resized(tree, state, active, ranks)
+
+
+def test_a_resize_without_marks_is_refused():
+    tree = params()
+    state = optimizers.sct(1e-3).init(tree)
+    with pytest.raises(errors.ConfigError, match=r"transforms\.hold_inactive"):
+        resized(tree, state, {"embedding": np.array(4)}, {"embedding": 4})
 
 
 def test_abstract_trees_take_the_ranks_of_a_record():

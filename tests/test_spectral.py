@@ -68,6 +68,15 @@ def test_linear_is_the_product_with_the_dense_matrix(kind, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_linear_is_the_same_on_one_device(kind, monkeypatch):
+    w, _ = weights()[kind]
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, FAN_IN)), jnp.float32)
+    expected = spectral.linear(x, w)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    np.testing.assert_allclose(spectral.linear(x, w), expected, atol=64 * EPS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_linear_computes_in_the_dtype_of_x_and_keeps_float32_factors(kind):
     w, dense = weights()[kind]
     x = jax.random.normal(jax.random.key(0), (5, FAN_IN)).astype(jnp.bfloat16)
@@ -349,6 +358,18 @@ def test_init_layers_and_keys_are_independent():
     for i, x in enumerate(points):
         for y in points[:i]:
             assert np.max(np.abs(x - y)) > 0.1
+
+
+def test_the_norm_of_a_change_in_bfloat16_is_that_of_the_same_numbers():
+    old = spectral.init(jax.random.key(0), 64, 48, 8, dtype=jnp.bfloat16)
+    new = old._replace(s=old.s.at[3].add(2**-6))
+    moved = float(new.s[3]) - float(old.s[3])
+    assert moved > 0
+    for other, norm in ((old, 0.0), (new, moved)):
+        found = spectral.composite_update_norm(old, other)
+        assert found.dtype == jnp.float32
+        # Columns in bfloat16 have lengths that differ from 1 by its rounding.
+        assert float(found) == pytest.approx(norm, rel=2**-6, abs=1e-6)
 
 
 def test_init_in_bfloat16():

@@ -96,7 +96,8 @@ def _scales(
     decided = [_cheap_bound(p, d, retraction) <= bound for p, d in factors]
     return jax.lax.cond(
         jnp.all(jnp.stack([jnp.all(x) for x in decided])),
-        lambda: [jnp.ones(x.shape, jnp.float32) for x in decided],
+        # All are true: 1, as varied over the axes of a shard_map as the other branch.
+        lambda: [x.astype(jnp.float32) for x in decided],
         lambda: _admissible_scales(factors, bound, retraction),
     )
 

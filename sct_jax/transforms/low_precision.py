@@ -19,7 +19,8 @@ def scale_by_low_precision_adam(
       m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
       \Delta = \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
 
-    in float32; what is stored is m and v rounded stochastically, so that the stored
+    in float32, the result in the type of the parameters; what is stored is m and v
+    rounded stochastically, so that the stored
     moment is right on average. To the nearest number, a v that has nothing added would
     stay for ever: with b2 = .999 it falls by 1/1000 a step, and neighbouring bfloat16
     numbers are 1/256 to 1/128 apart.
@@ -32,11 +33,14 @@ def scale_by_low_precision_adam(
     """
 
     def init_fn(params):
-        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.bfloat16), params)
+        zeros = lambda: jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params
+        )
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(), zeros())
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        like = updates if params is None else params
         count = jnp.asarray(optax.safe_increment(state.count))
         mean = lambda old, new, decay: (
             decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
@@ -49,12 +53,12 @@ def scale_by_low_precision_adam(
         )
         seen_1, seen_2 = (common.share_seen(b, count) for b in (b1, b2))
         directions = jax.tree.map(
-            lambda m, v, g: ((m / seen_1) / (jnp.sqrt(v / seen_2) + eps)).astype(
-                g.dtype
+            lambda m, v, p: ((m / seen_1) / (jnp.sqrt(v / seen_2) + eps)).astype(
+                p.dtype
             ),
             mu,
             nu,
-            updates,
+            like,
         )
         mu, nu = (
             jax.tree.map(lambda x, salt=salt: round_stochastically(x, salt), moment)
@@ -91,12 +95,12 @@ def scale_by_adam(
         return tx.init(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        like = updates if params is None else params
         directions, state = tx.update(
             jax.tree.map(lambda g: g.astype(dtype), updates), state
         )
-        back = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
-        return back, state
+        return jax.tree.map(lambda d, p: d.astype(p.dtype), directions, like), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -75,8 +75,9 @@ def scale_by_spectron(
     def init_fn(params):
         def vectors(w):
             shape = (*w.a.shape[:-2], w.a.shape[-1])
-            start = jnp.full(shape, w.a.shape[-1] ** -0.5, jnp.float32)
-            return PowerVectors(start, start)
+            # Two arrays: one that stands twice in a state cannot be donated.
+            start = lambda: jnp.full(shape, w.a.shape[-1] ** -0.5, jnp.float32)
+            return PowerVectors(start(), start())
 
         return SpectronState(
             mu=common.per_weight(
@@ -95,7 +96,7 @@ def scale_by_spectron(
         )
 
         def mean(m, g):
-            return (b1 * m + (1 - b1) * g).astype(m.dtype)
+            return (b1 * m + (1 - b1) * g.astype(m.dtype)).astype(m.dtype)
 
         for i in chosen:
             means[i] = jax.tree.map(mean, means[i], leaves[i])

@@ -137,7 +137,7 @@ def scale_by_stiefel_muon(
                 s = a_s * jnp.clip(s, -1, 1)
                 u, v = a_u * u * inverse, a_v * v * inverse
             update = spectral.SpectralFactors(u, s, v)
-            leaves[i] = jax.tree.map(lambda x, g: x.astype(g.dtype), update, leaves[i])
+            leaves[i] = jax.tree.map(lambda x, p: x.astype(p.dtype), update, weights[i])
         unflatten = lambda values: jax.tree.unflatten(treedef, values)
         return unflatten(leaves), StiefelMuonState(
             count, unflatten(means), unflatten(squares)
@@ -147,4 +147,5 @@ def scale_by_stiefel_muon(
 
 
 def _mean(old: Array, new: Array, decay: float | jax.Array) -> Array:
-    return (decay * old + (1 - decay) * new).astype(old.dtype)
+    # Gradients of less precision are weighed in that of the mean.
+    return (decay * old + (1 - decay) * new.astype(old.dtype)).astype(old.dtype)
