@@ -20,7 +20,7 @@ from sct_jax import command_line, errors, loop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 finished, 2 bad input, 130 and 143 after a signal."""
+    """Returns the exit code: 0 finished, 1 diverged, 2 bad input, 130 or 143."""
     argv = sys.argv[1:] if argv is None else argv
     experiment, workdir, flags = command_line.parse_experiment(argv, __doc__ or "")
     try:

@@ -155,8 +155,10 @@ class ExperimentConfig:
         )
 
 
-# Fields that a resumed run may change: cadences, and a larger number of steps.
+# Fields that a resumed run may change: cadences, where what can be made again is kept,
+# and a larger number of steps.
 RESUMABLE = (
+    "data.cache_dir",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",

@@ -107,7 +107,13 @@ def train(
     summary = accounting.summary(config.model, setup.tx, seq_len=config.data.seq_len)
     _print_start(console, setup, summary)
     if dry_run:
-        _write_json(workdir / "summary.json", summary)
+        if _holds_another_run(workdir, config):
+            metrics.say(
+                console,
+                f"note: {workdir} holds another run, its summary.json stays as it is",
+            )
+        else:
+            _write_json(workdir / "summary.json", summary)
         return FINISHED
     with _Signals() as signals, _claimed(workdir):
         try:
@@ -395,8 +401,10 @@ class _Run:
             saved = last or interrupted or step % config.checkpoint.every == 0
             evaluated = last or step % config.eval.every == 0
             decided = config.rank.decides_at(step) and not last
-            if saved or evaluated or decided:
-                self._log_pending()  # these take time that is none of a step
+            # All but the last take time that is none of a step; it returns once it is
+            # done, so that to wait would count the next one too.
+            if saved or evaluated or decided or config.step == "layerwise":
+                self._log_pending()
             if saved:
                 self._check_finite(step, values["loss"])
                 # That loss is of the parameters before the step, these are saved.
@@ -543,6 +551,7 @@ class _Run:
         self._logged_time += time.monotonic() - began
 
     def _save(self, step: int, state: train_state.TrainState) -> None:
+        began = time.monotonic()
         self._sinks.flush()
         self._checkpointer.save(
             step,
@@ -554,6 +563,7 @@ class _Run:
                 **self._identity,
             },
         )
+        self._logged_time += time.monotonic() - began
 
 
 class _Signals:
@@ -640,6 +650,13 @@ def _check_same_run(
     )
 
 
+def _holds_another_run(
+    workdir: pathlib.Path, config: config_lib.ExperimentConfig
+) -> bool:
+    begun = _steps_done(workdir) and (workdir / "config.json").exists()
+    return bool(begun and config_lib.differences(_read_config(workdir), config))
+
+
 def _steps_done(workdir: pathlib.Path) -> int:
     """The newest step on disk, 0 for a new run."""
     if not (workdir / "checkpoints").is_dir():
@@ -681,7 +698,11 @@ def _print_start(
             num_steps=config.num_steps,
         )
     )
-    notes = config.model.clamped_ratios()
+    notes = [
+        *config.model.clamped_ratios(),
+        *config.optimizer.without_effect(),
+        *config.rank.without_effect(),
+    ]
     warmup = config.optimizer.warmup_steps
     if warmup >= config.num_steps:
         notes.append(

@@ -319,6 +319,7 @@ def test_from_dict_refuses_a_field_of_another_version():
         ("log_every", "3"),
         ("checkpoint.every", "3"),
         ("checkpoint.keep", "7"),
+        ("data.cache_dir", "elsewhere"),
         ("eval.every", "3"),
         ("eval.num_batches", "3"),
         ("num_steps", "2000"),

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import types
 import warnings
 
 import jax
@@ -158,6 +159,66 @@ def test_a_warm_up_that_never_ends_is_noted(experiment, tmp_path):
     note = "note: optimizer.warmup_steps: 8 of 8 steps"
     assert note in train(config, tmp_path, dry_run=True)[1]
     assert "warmup_steps" not in train(experiment, tmp_path, dry_run=True)[1]
+
+
+def test_fields_without_effect_are_told(experiment, tmp_path):
+    config = dataclasses.replace(
+        experiment,
+        optimizer=dataclasses.replace(experiment.optimizer, decay_ratio=0.9),
+        rank=rank.RankConfig(every=5),
+    )
+    _, text = train(config, tmp_path, dry_run=True)
+    assert (
+        'optimizer.decay_ratio: has no effect without optimizer.schedule = "wsd"'
+        in text
+    )
+    assert "rank.every: has no effect without rank.energy" in text
+    decaying = dataclasses.replace(config.optimizer, schedule="wsd")
+    in_use = dataclasses.replace(
+        config, optimizer=decaying, rank=dataclasses.replace(config.rank, energy=0.9)
+    )
+    assert in_use.optimizer.without_effect() == in_use.rank.without_effect() == []
+    constant = dataclasses.replace(experiment.optimizer, final_rate_ratio=0.5)
+    (note,) = constant.without_effect()
+    assert note.startswith("optimizer.final_rate_ratio")
+    turned = optimizers.OptimizerConfig(name="stiefel_muon", max_rotation=0.5)
+    (note,) = turned.without_effect()
+    assert (
+        'optimizer.max_rotation: has no effect without optimizer.gauge = "svd"' in note
+    )
+    assert not dataclasses.replace(turned, gauge="svd").without_effect()
+
+
+def test_tokens_per_second_are_those_of_the_steps_alone(
+    experiment, tmp_path, monkeypatch
+):
+    """By a clock that only steps and saves advance, a step by one second."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(
+        loop, "time", types.SimpleNamespace(monotonic=lambda: clock.now)
+    )
+
+    def takes(seconds, function):
+        def slow(*args, **keywords):
+            clock.now += seconds
+            return function(*args, **keywords)
+
+        return slow
+
+    compile_ = loop._Run._compile
+    monkeypatch.setattr(
+        loop._Run, "_compile", lambda run, state: takes(1, compile_(run, state))
+    )
+    saver = loop.checkpoint.Checkpointer
+    monkeypatch.setattr(saver, "save", takes(100, saver.save))
+    config = dataclasses.replace(
+        experiment,
+        step="layerwise",
+        model=dataclasses.replace(experiment.model, scan_layers=False),
+    )
+    assert train(config, tmp_path)[0] == 0
+    logged = [r["tokens_per_second"] for r in rows(tmp_path) if "train/loss" in r]
+    assert logged == pytest.approx([BATCH * LENGTH] * 5)
 
 
 def test_logged_rows(experiment, finished):
@@ -642,6 +703,20 @@ def test_a_dry_run_needs_no_corpus_and_writes_the_summary(experiment, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["summary.json"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["parameters"] == parameters
+
+
+def test_a_dry_run_leaves_the_summary_of_another_run(experiment, workdir):
+    before = (workdir / "summary.json").read_text()
+    other = dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, rank=2)
+    )
+    code, text = train(other, workdir, dry_run=True)
+    assert code == 0
+    assert "holds another run" in text
+    assert (workdir / "summary.json").read_text() == before
+    (workdir / "summary.json").unlink()
+    assert "another run" not in train(experiment, workdir, dry_run=True)[1]
+    assert (workdir / "summary.json").read_text() == before
 
 
 def test_a_workdir_of_any_name_is_printed_as_it_is(experiment, finished, tmp_path):
