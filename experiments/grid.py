@@ -103,6 +103,29 @@ class Comparison:
             errors.check(field, arm.rates[0] > 0, f"{arm.rates[0]} must be > 0")
             errors.check(field, list(arm.rates) == sorted(set(arm.rates)), "not sorted")
             self.trial(arm, arm.rates[0], self.seeds[0]).validate()
+            self._check_text(arm)
+
+    def _check_text(self, arm: Arm) -> None:
+        """Raises ConfigError where an arm would be judged by another text."""
+        own = self._experiment(arm)
+        may_differ = ("batch_size", "num_microbatches")
+        pairs = [("model.vocab_size", own.model.vocab_size, self.base.model.vocab_size)]
+        pairs += [
+            (
+                f"data.{f.name}",
+                getattr(own.data, f.name),
+                getattr(self.base.data, f.name),
+            )
+            for f in dataclasses.fields(own.data)
+            if f.name not in may_differ
+        ]
+        for field, value, base in pairs:
+            errors.check(
+                f"arms.{arm.name}: {field}",
+                value == base,
+                f"{value!r} is not that of the base, {base!r}: losses of two texts "
+                "cannot be compared",
+            )
 
     def trial(
         self,
@@ -125,9 +148,7 @@ class Comparison:
         Raises:
           ConfigError: for an override that does not fit.
         """
-        experiment = self.base
-        for field, text in arm.overrides:
-            experiment = config.override(experiment, field, text)
+        experiment = self._experiment(arm)
         experiment = dataclasses.replace(
             experiment,
             seed=seed,
@@ -139,7 +160,7 @@ class Comparison:
             arm=arm.name,
             experiment=experiment,
             horizons=tuple(
-                (summary.horizon("tokens", length), self._steps(length))
+                (summary.horizon("tokens", length), self._steps(length, experiment))
                 for length in self.tokens_per_parameter
             ),
             method=arm.method,
@@ -157,10 +178,18 @@ class Comparison:
             horizons=horizons,
         )
 
-    def _steps(self, tokens_per_parameter: float) -> int:
-        """Steps for so many tokens per parameter of the dense model."""
+    def _experiment(self, arm: Arm) -> config.ExperimentConfig:
+        experiment = self.base
+        for field, text in arm.overrides:
+            experiment = config.override(experiment, field, text)
+        return experiment
+
+    def _steps(
+        self, tokens_per_parameter: float, experiment: config.ExperimentConfig
+    ) -> int:
+        """Steps of an arm for so many tokens per parameter of the dense model."""
         tokens = tokens_per_parameter * _dense_parameters(self.base.model)
-        return max(round(tokens / self.base.data.tokens_per_step), 2)
+        return max(round(tokens / experiment.data.tokens_per_step), 2)
 
     def _equal(
         self,
@@ -169,23 +198,25 @@ class Comparison:
         seconds: Seconds | None,
     ) -> dict[str, int]:
         """Steps at which the arm has spent what the dense model has, per protocol."""
-        steps = self._steps(length)
         found = {}
         for protocol in self.protocols:
             if protocol == "tokens":
-                found[protocol] = steps
+                found[protocol] = self._steps(length, draft.experiment)
             elif protocol == "flops":
                 dense = accounting.flops_per_token(
                     accounting.dense_config(self.base.model),
                     seq_len=self.base.data.seq_len,
                 )
-                budget = steps * draft.experiment.data.tokens_per_step * dense
+                steps = self._steps(length, self.base)
+                budget = steps * self.base.data.tokens_per_step * dense
                 # Linear beyond the steps with a dense path.
                 plain = dataclasses.replace(draft, method="plain")
-                extra = draft.flops(steps) - plain.flops(steps)
+                extra = draft.flops(draft.fade_steps) - plain.flops(draft.fade_steps)
                 found[protocol] = round((budget - extra) / plain.flops(1))
             elif seconds is not None:
                 plain, guided = seconds[draft.arm]
+                (reference,) = (a for a in self.arms if a.name == self.reference)
+                steps = self._steps(length, self._experiment(reference))
                 budget = steps * seconds[self.reference][0]
                 extra = draft.fade_steps * (guided - plain)
                 found[protocol] = max(round((budget - extra) / plain), 2)

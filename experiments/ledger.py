@@ -7,6 +7,7 @@ killed anywhere is taken up again with nothing lost but the trials under way.
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,8 +17,9 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -100,7 +102,7 @@ class Ledger:
         stamped = {"environment": self._environment} | row
         line = json.dumps(stamped, allow_nan=False, separators=(",", ":")) + "\n"
         with self._cells.open("ab+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file)
             # What a killed process left of a line goes.
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -112,19 +114,33 @@ class Ledger:
     def claim(self, key: str) -> Iterator[bool]:
         """Yields whether the trial is this process's to train, until the block ends."""
         with (self._claims / key).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield key not in self.rows()
+            mine = _lock(lock, wait=False)
+            yield mine and key not in self.rows()
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
         """Waits until no other process holds the name, and holds it in the block."""
         with (self._claims / name).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock)
             yield
+
+
+def _lock(file: IO[Any], *, wait: bool = True) -> bool:
+    """Returns whether the file is this process's until it is closed.
+
+    True with a warning on a file system that has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warnings.warn(
+            f"{pathlib.Path(file.name).parent} has no file locks ({error.strerror}): "
+            "make sure that no other process fills this folder of results",
+            stacklevel=2,
+        )
+    return True
 
 
 def _rows_to_reuse(folder: pathlib.Path) -> dict[str, summary.Row]:
@@ -140,11 +156,17 @@ def _rows(cells: pathlib.Path) -> dict[str, summary.Row]:
 def _key_of(row: summary.Row, cells: pathlib.Path) -> str:
     """Key of the trial of a row; fields added since then are at their defaults."""
     try:
-        return config.from_dict(row["definition"], trial_lib.Trial).key
+        return _key_of_text(json.dumps(row["definition"]))
     except errors.ConfigError as error:
         raise errors.ConfigError(
             f"{cells}: a trial of {row['arm']!r}, of another version: {error}"
         ) from error
+
+
+@functools.cache
+def _key_of_text(definition: str) -> str:
+    """Key of a trial; kept, as a folder is read at every look for what is missing."""
+    return config.from_dict(json.loads(definition), trial_lib.Trial).key
 
 
 def fill(

@@ -8,12 +8,13 @@ import numpy as np
 
 
 class Run(NamedTuple):
-    """One finished run: compute C, parameters N, tokens D, held-out loss."""
+    """One finished run: compute C, parameters N, tokens D, held-out loss, and seed."""
 
     flops: float
     parameters: float
     tokens: float
     loss: float
+    seed: int = 0
 
 
 class Optimum(NamedTuple):
@@ -69,9 +70,29 @@ def has_parabola(runs: Sequence[Run]) -> bool:
 
 
 def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
-    """Returns the quadratic in log N that is nearest to the losses of runs."""
-    losses = [run.loss for run in runs]
-    return np.polynomial.Polynomial.fit(log_sizes(runs), losses, deg=2)
+    """Returns the quadratic in log N that is nearest to the losses of runs.
+
+    Beside an offset for each seed, which sum to zero: what a seed does to all sizes
+    alike is no slope where some sizes lack it.
+    """
+    return _least_squares(runs)[0]
+
+
+def _least_squares(
+    runs: Sequence[Run],
+) -> tuple[np.polynomial.Polynomial, np.ndarray, int]:
+    """The parabola, what it and the offsets say of every run, and how many are free."""
+    sizes = log_sizes(runs)
+    basis = np.polynomial.Polynomial([0.0, 1.0], domain=[sizes.min(), sizes.max()])
+    scaled = basis(sizes)
+    seeds = sorted({run.seed for run in runs})
+    own = np.array([[run.seed == seed for seed in seeds] for run in runs], float)
+    offsets = own[:, :-1] - own[:, -1:]
+    design = np.column_stack([np.vander(scaled, 3, increasing=True), offsets])
+    losses = np.array([run.loss for run in runs])
+    found, *_ = np.linalg.lstsq(design, losses, rcond=None)
+    curve = np.polynomial.Polynomial(found[:3], domain=basis.domain)
+    return curve, design @ found, len(runs) - design.shape[1]
 
 
 def fit(runs: Sequence[Run]) -> Law | None:
@@ -97,19 +118,18 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Returns intervals of the exponents "a" and "b" at a level.
 
-    Parametric: the noise of a loss has the variance of the residuals of all parabolas,
-    with the tails of Student's t, as few of them are free. A sample without a law is
-    dropped, and budgets with less than three sizes are, which have no parabola. NaN
-    where no residual is free.
+    Parametric: the noise of a loss has the variance of the residuals of all parabolas
+    and offsets of seeds, with the tails of Student's t, as few of them are free. A
+    sample without a law is dropped, and budgets with less than three sizes are, which
+    have no parabola. NaN where no residual is free.
     """
     generator = np.random.default_rng(seed)
     groups = [group for group in by_budget(runs) if has_parabola(group)]
     ordered = [run for group in groups for run in group]
-    fitted = np.concatenate(
-        [np.zeros(0), *(parabola(group)(log_sizes(group)) for group in groups)]
-    )
+    fits = [_least_squares(group) for group in groups]
+    fitted = np.concatenate([np.zeros(0), *(values for _, values, _ in fits)])
     residuals = np.array([run.loss for run in ordered]) - fitted
-    freedom = len(residuals) - 3 * len(groups)
+    freedom = sum(free for _, _, free in fits)
     drawn: dict[str, list[float]] = {"a": [], "b": []}
     sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
     for _ in range(samples if freedom > 0 else 0):

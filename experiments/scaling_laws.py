@@ -62,6 +62,7 @@ class Point(NamedTuple):
                 row["parameters"],
                 row["results"][self.horizon]["tokens"],
                 row["results"][self.horizon]["loss"],
+                row["seed"],
             )
             for row in self.rows
         ]
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         book = ledger.Ledger(folder)
         if not flags.fit_only:
             train(study, book)
-        write(folder, rows_of(study, book))
+        write(folder, *rows_of(study, book))
     except errors.ConfigError as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:
@@ -231,24 +232,35 @@ def train(study: iso_flop.ScalingLaws, book: ledger.Ledger) -> None:
     )
 
 
-def rows_of(study: iso_flop.ScalingLaws, book: ledger.Ledger) -> list[summary.Row]:
-    """Returns the rows of the study, and says how many it lacks, and of others."""
+def rows_of(
+    study: iso_flop.ScalingLaws, book: ledger.Ledger
+) -> tuple[list[summary.Row], int]:
+    """Returns the rows of the study and how many it lacks; says how many are others."""
     rows = book.rows()
     wanted = {trial.key for trial in study.trials(rows)}
     others, missing = len(rows.keys() - wanted), len(wanted - rows.keys())
     if others:
         print(f"left out: {others} trials in {book.folder} of other settings")
-    if missing:
-        print(f"not finished: {missing} trials or more are still to be trained")
-    return [row for key, row in rows.items() if key in wanted]
+    return [row for key, row in rows.items() if key in wanted], missing
 
 
-def write(folder: pathlib.Path, rows: Sequence[summary.Row]) -> None:
+def write(
+    folder: pathlib.Path, rows: Sequence[summary.Row], num_missing: int = 0
+) -> None:
     """Prints the laws; writes laws.json, the report and its figures into the folder.
+
+    Args:
+      folder: of the results.
+      rows: what has been trained.
+      num_missing: how many trials are known to be lacking, which is told.
 
     Raises:
       ConfigError: where nothing has been trained, or matplotlib is not installed.
     """
+    lacking = []
+    if num_missing:
+        lacking.append(f"Not finished: {num_missing} trials or more are to be trained.")
+        print(*lacking)
     points = points_of(rows)
     errors.check("--results", bool(points), f"no finished trial in {folder}")
     kinds = {
@@ -256,13 +268,17 @@ def write(folder: pathlib.Path, rows: Sequence[summary.Row]) -> None:
         for kind, own in points.items()
     }
     fits = fits_of(kinds)
-    laws = {kind: fit.as_json() for kind, fit in fits.items()}
+    laws = {
+        "trials": len(rows),
+        "missing_trials": num_missing,
+        "laws": {kind: fit.as_json() for kind, fit in fits.items()},
+    }
     (folder / "laws.json").write_text(json.dumps(laws, indent=2) + "\n")
     for kind, runs in kinds.items():
         print(f"{kind}: {_in_words(fits.get(kind), power_laws.by_budget(runs))}")
     written = page.Page(
         title=f"{folder.name}: {len(kinds)} kinds, {len(rows)} trials",
-        notes=NOTES,
+        notes=(*lacking, *NOTES),
         tables=[*tables(points, fits), page.provenance(rows)],
         figures=draw(kinds, fits),
     ).write(folder)

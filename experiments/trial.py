@@ -8,10 +8,11 @@ for every length that is asked for: equal tokens, equal FLOPs, equal seconds.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,6 +132,23 @@ class Trial:
             f"arms.{self.arm}: optimizer.schedule",
             self.experiment.optimizer.schedule == "wsd",
             'branches need the schedule "wsd"',
+        )
+        steps, place = self.experiment.step, self.experiment.mesh
+        for field, value, only in (
+            ("step", steps, "whole"),
+            ("mesh", place, sharding.MeshConfig()),
+        ):
+            errors.check(
+                f"arms.{self.arm}: {field}",
+                value == only,
+                f"a trial is one program on one device: leave it at {only!r}",
+            )
+        shortest = min(length for _, length in self.horizons)
+        errors.check(
+            f"arms.{self.arm}.method",
+            self.fade_steps <= shortest,
+            f"the dense path of {self.method!r} fades over half of the first length, "
+            f"{self.fade_steps} steps; the shortest has {shortest}: name it first",
         )
 
 
@@ -307,9 +325,7 @@ def spectra(params: model.Params) -> dict[str, np.ndarray]:
 
     For analysis: those of a dense matrix cost its full decomposition.
     """
-    layers = params["layers"]
-    blocks = layers if isinstance(layers, tuple) else [layers]
-    found = {}
+    blocks, found = _blocks(params), {}
     for name in model.BLOCK_MATRICES:
         rows = [np.atleast_2d(_singular_values(block[name])) for block in blocks]
         shortest = min(row.shape[-1] for row in rows)
@@ -359,7 +375,12 @@ def _program(trial: Trial) -> _Program:
         )
 
     def compiled(linear_at):
-        bare = train_step.make_train_step(shape, tx, linear_at=linear_at)
+        bare = train_step.make_train_step(
+            shape,
+            tx,
+            num_microbatches=trial.experiment.data.num_microbatches,
+            linear_at=linear_at,
+        )
         return jax.jit(_with_norms(bare), donate_argnums=0)
 
     plain = compiled(lambda step: method.linear)
@@ -406,11 +427,20 @@ def _with_norms(step):
     return wrapped
 
 
+def _blocks(params: model.Params) -> Sequence[model.Params]:
+    """The layers as they are stored: one tree of them all, or one tree for each."""
+    layers = params["layers"]
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
 def _dense_update_norm(old: model.Params, new: model.Params) -> jax.Array:
     """The largest spectral norm of the change of a dense matrix of a layer; or 0."""
     largest = jnp.zeros([])
-    for name in model.BLOCK_MATRICES:
-        before, after = old["layers"][name], new["layers"][name]
+    pairs = itertools.chain.from_iterable(
+        ((before[name], after[name]) for name in model.BLOCK_MATRICES)
+        for before, after in zip(_blocks(old), _blocks(new), strict=True)
+    )
+    for before, after in pairs:
         if not isinstance(before, jax.Array):
             continue
         change = (after - before).reshape(-1, *before.shape[-2:])

@@ -1,6 +1,7 @@
 """A grid asks for what is missing, tunes arms alike, and survives being killed."""
 
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
@@ -277,6 +278,26 @@ def test_horizons_spend_what_the_dense_model_spends():
     assert ours["tokens 100"] == pytest.approx(2 * steps, abs=1)
 
 
+def test_an_arm_of_larger_batches_spends_the_same():
+    large = dataclasses.replace(
+        OURS, name="large", overrides=(("data.batch_size", "8"),)
+    )
+    item = comparison(
+        arms=(DENSE, OURS, large),
+        protocols=("tokens", "flops", "seconds"),
+        reference="dense",
+        tokens_per_parameter=(50.0,),
+    )
+    item.validate()
+    seconds = {"dense": (0.3, 0.3), "ours": (0.2, 0.2), "large": (0.4, 0.4)}
+    ours, other = (
+        dict(item.trial(arm, 0.1, 0, seconds=seconds).horizons) for arm in (OURS, large)
+    )
+    assert other.keys() == ours.keys()
+    for name, steps in ours.items():
+        assert other[name] == pytest.approx(steps / 2, abs=0.5)
+
+
 def test_a_guide_is_charged_for_its_dense_path():
     arm = grid.Arm(
         name="guided",
@@ -322,6 +343,17 @@ def test_a_guide_is_charged_for_its_dense_path():
         (
             {"arms": (dataclasses.replace(DENSE, overrides=(("model.rnk", "4"),)),)},
             "did you mean 'rank'",
+        ),
+        *(
+            (
+                {"arms": (dataclasses.replace(DENSE, overrides=((field, text),)),)},
+                f"arms.dense: {field}: .*losses of two texts",
+            )
+            for field, text in (
+                ("data.source", "other"),
+                ("data.seq_len", "16"),
+                ("model.vocab_size", "64"),
+            )
         ),
     ],
 )
@@ -450,6 +482,21 @@ def test_a_claimed_trial_is_left_to_its_process(tmp_path):
         other.join(30)
     with ledger.Ledger(tmp_path).claim(trial.key) as mine:
         assert mine
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(ledger.fcntl, "flock", refuse)
+    book, item = ledger.Ledger(tmp_path), comparison(arms=(OURS,), seeds=(0,))
+    with pytest.warns(UserWarning, match="no file locks .No locks available"):
+        ledger.fill(
+            book,
+            lambda rows: grid.missing(item, rows),
+            lambda trial: row_of(trial, abs(trial.rate - 0.2)),
+        )
+    assert len(book.rows()) == len(OURS.rates)
 
 
 def test_a_finished_trial_cannot_be_claimed(tmp_path):

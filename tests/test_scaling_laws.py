@@ -64,6 +64,18 @@ def test_intervals_hold_the_true_exponent_as_often_as_they_say(num_budgets, num_
     assert 0 < np.median(widths) < 1
 
 
+def test_what_a_seed_does_to_all_sizes_is_neither_slope_nor_noise():
+    runs, expected = synthetic(0.34, 0.28)
+    alone = power_laws.bootstrap(runs)["a"]
+    for further in (runs[:2], runs):  # some of the first budget, and all
+        both = runs + [r._replace(loss=r.loss + 0.03, seed=1) for r in further]
+        law = power_laws.fit(both)
+        assert law is not None
+        assert law.a == pytest.approx(expected, abs=0.01)
+        low, high = power_laws.bootstrap(both)["a"]
+        assert high - low <= 1.1 * (alone[1] - alone[0])
+
+
 def test_a_budget_of_two_sizes_changes_no_interval():
     runs, _ = synthetic(0.34, 0.28, noise=0.003)
     more = [Run(9e18, 1e8, 1.5e10, 3.0), Run(9e18, 2e8, 0.75e10, 3.1)]
@@ -165,10 +177,13 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     book.add(row | {"definition": config.to_dict(other), "arm": other.arm})
     words = ["--fit_only", f"--results={tmp_path}"]
     assert scaling_laws.main(words) == 0
-    laws = json.loads((tmp_path / "laws.json").read_text())
+    written = json.loads((tmp_path / "laws.json").read_text())
+    assert written["missing_trials"] == 0
+    assert written["trials"] == len(book.rows()) - 1
+    laws = written["laws"]
     assert set(laws) == {"dense Muon", "Stiefel Muon"}
     printed = capsys.readouterr().out
-    assert "left out: 1 trials" in printed and "not finished" not in printed
+    assert "left out: 1 trials" in printed and "Not finished" not in printed
     for kind, law in laws.items():
         assert law["N ~ C^a"] == pytest.approx(0.5, abs=0.05)
         assert f"{kind}: N ~ C^{law['N ~ C^a']:.3f}" in printed
@@ -183,6 +198,12 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
     for name in ("iso-flop", "best-sizes"):
         assert f"(figures/{name}.png)" in report
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000
+    # Without its last row the report says what it lacks.
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cells.jsonl").write_text("".join(lines[:-2]))
+    assert scaling_laws.main(words) == 0
+    assert "Not finished: 1 trials" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "laws.json").read_text())["missing_trials"] == 1
 
 
 def test_nothing_trained_is_nothing_to_fit(tmp_path):

@@ -212,18 +212,43 @@ def test_a_step_is_timed_at_the_rate_of_its_trial(experiment, corpus, monkeypatc
     np.testing.assert_allclose(seen, [0.02, 0.003] * 3, rtol=1e-6)
 
 
-def test_the_norm_of_a_dense_update_is_its_spectral_norm():
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_norm_of_a_dense_update_is_its_spectral_norm(scan_layers):
     shape = accounting.dense_config(SHAPE)
+    shape = dataclasses.replace(shape, scan_layers=scan_layers)
     old = model.init(jax.random.key(0), shape)
     noise = optax.tree.random_like(jax.random.key(1), old, sampler=jax.random.normal)
     new = jax.tree.map(jnp.add, old, noise)
     expected = max(
-        np.linalg.norm(np.asarray(noise["layers"][name][i]), 2)
+        np.max(np.linalg.norm(np.asarray(block[name]), 2, axis=(-2, -1)))
         for name in model.BLOCK_MATRICES
-        for i in range(2)
+        for block in trial._blocks(noise)
     )
     found = float(trial._dense_update_norm(old, new))
     assert expected * (1 - 1e-5) <= found < 1.01 * expected
+
+
+def test_micro_batches_and_unstacked_layers_change_no_loss(branched, corpus):
+    item, row = branched
+    fields = {"data.num_microbatches": "2", "model.scan_layers": "false"}
+    experiment = item.experiment
+    for field, text in fields.items():
+        experiment = config.override(experiment, field, text)
+    other = dataclasses.replace(item, experiment=experiment)
+    other.validate()
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        make_train_step = trial.train_step.make_train_step
+
+        def watch(*args, num_microbatches, **keywords):
+            seen.append(num_microbatches)
+            return make_train_step(*args, num_microbatches=num_microbatches, **keywords)
+
+        patch.setattr(trial.train_step, "make_train_step", watch)
+        found = trial.run(other, corpus)
+    assert seen == [2]
+    for name, result in found["results"].items():
+        assert result["loss"] == pytest.approx(row["results"][name]["loss"], rel=1e-3)
 
 
 def test_a_diverged_trial_is_a_row(experiment, corpus):
@@ -388,6 +413,17 @@ def test_the_effective_rank_of_equal_values_is_their_number():
         ({"method": "colla"}, "did you mean 'cola'"),
         ({"method": "cola"}, "needs model.factors = 'low_rank'"),
         ({"optimizer__schedule": "cosine"}, 'need the schedule "wsd"'),
+        ({"step": "layerwise", "model__scan_layers": "false"}, "arm: step: .*'whole'"),
+        ({"mesh__tensor": "2"}, "arm: mesh: .*one device"),
+        (
+            {
+                "method": "self_guided",
+                "model__factors": "low_rank",
+                "optimizer__name": "adamw",
+                "horizons": (("tokens 10", 50), ("tokens 1", 5)),
+            },
+            "25 steps; the shortest has 5: name it first",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(experiment, fields, message):
