@@ -15,8 +15,6 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
   long_decay
           the arms of `long` with a rate that falls over nine tenths, which is searched
           around its best there.
-  short_decay
-          likewise for three arms of `short`.
   triple  the model of `small`, three times the rates, for loss spikes.
   width   the model of `small` at d 64, 128 and 256: where do rates have their best?
   large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
@@ -47,13 +45,7 @@ LEADING = {
     "Stiefel Muon": (0.01, 0.027),
 }
 
-# The best rates of `short`, and of `long` at 10 tokens per parameter: of the matrices,
-# and of the rest.
-BEST_OF_SHORT = {
-    "Stiefel Muon": (0.02, 0.027),
-    "dense Muon": (0.02, 0.081),
-    "dense AdamW": (7.5e-4, 0.027),
-}
+# The best rates of `long` at 10 tokens per parameter: of the matrices, and of the rest.
 BEST_OF_LONG = {
     "Stiefel Muon": (0.01, 0.081),
     "dense AdamW": (6e-3, 0.027),
@@ -142,13 +134,9 @@ def _leading(experiment: config.ExperimentConfig) -> grid.Comparison:
     )
 
 
-def _base_of_short() -> config.ExperimentConfig:
-    return base(d_model=256, d_ff=688, vocab_size=4096, seq_len=256)
-
-
 def _short() -> grid.Comparison:
     return dataclasses.replace(
-        _leading(_base_of_short()),
+        _leading(base(d_model=256, d_ff=688, vocab_size=4096, seq_len=256)),
         protocols=("tokens", "flops", "seconds"),
         reference="dense AdamW",
     )
@@ -288,26 +276,19 @@ def _recipe_long() -> grid.Comparison:
     )
 
 
-def _decaying(arm: grid.Arm) -> grid.Arm:
-    """This arm of one rate with one that long decays, searched around it."""
-    return methods.with_fields(
-        methods.searched(arm),
-        *methods.VARIATIONS["decay .9"],
-        name=f"{arm.name}: decay .9",
-    )
-
-
 def _long_decay() -> grid.Comparison:
+    """The arms of `long` with a rate that long decays, searched around their best."""
     study = _long()
-    arms = (_decaying(_best_of_long(name, study.base)) for name in BEST_OF_LONG)
-    return dataclasses.replace(study, arms=tuple(arms), adam_rate_factors=())
-
-
-def _short_decay() -> grid.Comparison:
-    arms = (methods.at_setting(name, *best) for name, best in BEST_OF_SHORT.items())
+    arms = (methods.searched(_best_of_long(name, study.base)) for name in BEST_OF_LONG)
     return dataclasses.replace(
-        _leading(_base_of_short()),
-        arms=tuple(_decaying(methods.of_short_run(arm)) for arm in arms),
+        study,
+        arms=tuple(
+            methods.with_fields(
+                arm, *methods.VARIATIONS["decay .9"], name=f"{arm.name}: decay .9"
+            )
+            for arm in arms
+        ),
+        adam_rate_factors=(),
     )
 
 
@@ -356,7 +337,6 @@ VARIANTS = {
     "large": _large,
     "long": _long,
     "long_decay": _long_decay,
-    "short_decay": _short_decay,
     "recipe_long": _recipe_long,
 }
 
