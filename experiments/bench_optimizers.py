@@ -267,7 +267,7 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
             at_most=0.05,
         ),
         Figure(
-            name="  its floor: FLOPs of the retraction / of the step",
+            name="  the same by FLOPs: the retraction / the step",
             value=4 * rank * entries / (flops + 4 * rank * entries),
         ),
         Figure(

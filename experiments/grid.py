@@ -109,7 +109,11 @@ class Comparison:
         """Raises ConfigError where an arm would be judged by another text."""
         own = self._experiment(arm)
         may_differ = ("batch_size", "num_microbatches")
-        pairs = [("model.vocab_size", own.model.vocab_size, self.base.model.vocab_size)]
+        judged = [x.eval.num_batches * x.data.batch_size for x in (own, self.base)]
+        pairs = [
+            ("model.vocab_size", own.model.vocab_size, self.base.model.vocab_size),
+            ("eval.num_batches x data.batch_size", *judged),
+        ]
         pairs += [
             (
                 f"data.{f.name}",

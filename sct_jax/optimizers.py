@@ -111,8 +111,8 @@ def tsvd(
     weight_decay: float | jax.Array = 0.0,
     max_update_norm: transforms.ScalarOrSchedule | None = None,
     retraction: str = "cholesky_qr",
-    retraction_every: int = 1,
-    retraction_tolerance: float | None = None,
+    retraction_every: int | jax.Array = 1,
+    retraction_tolerance: float | jax.Array | None = None,
     singular_value_rate: transforms.ScalarOrSchedule = 1.0,
     dense_rate: transforms.ScalarOrSchedule = 1.0,
     moment_dtype: jax.typing.DTypeLike = _FLOAT32,
@@ -135,8 +135,7 @@ def tsvd(
       weight_decay: see `sct`.
       max_update_norm: see `sct`; not together with a lazy retraction.
       retraction: "qr", "cholesky_qr" or "polar".
-      retraction_every: retract on every so many updates only; static where
-        hyperparameters are injected.
+      retraction_every: retract on every so many updates only.
       retraction_tolerance: retract only where max |x.T x - I| would pass this; with
         `retraction_every`, whichever comes first.
       singular_value_rate: see `sct`.
@@ -152,11 +151,14 @@ def tsvd(
     References:
       TSVD, arXiv 2605.28573, 2026
     """
-    lazy = retraction_every != 1 or retraction_tolerance is not None
+    # What `optax.inject_hyperparams` hands on has no value here: it may be lazy.
+    unknown = isinstance(retraction_every, jax.Array)
+    lazy = unknown or retraction_every != 1 or retraction_tolerance is not None
     if lazy and max_update_norm is not None:
         raise ValueError(
             "max_update_norm bounds the update as applied, which needs a retraction on "
-            "every step: leave retraction_every and retraction_tolerance out"
+            "every step: leave retraction_every and retraction_tolerance out, and make "
+            "the first one of the static_args where hyperparameters are injected"
         )
     parts = [
         transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),

@@ -1,7 +1,5 @@
 """The chains as other people's code calls them: optax, Equinox, MaxText, wrappers."""
 
-import inspect
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -246,12 +244,36 @@ def test_inside_apply_if_finite(name, params):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"retraction_tolerance": 1e-3},
+        {"retraction_every": 2},
+        {"max_update_norm": 0.1, "static": "retraction_every"},
+    ],
+)
+def test_a_lazy_retraction_may_be_injected(fields, factors):
+    params, fields = {"w": factors, "bias": jnp.zeros(FAN_OUT)}, dict(fields)
+    static = fields.pop("static", ())
+    injected = optax.inject_hyperparams(optimizers.tsvd, static_args=static)
+    plain = optimizers.tsvd(1e-2, **fields)
+    tx = injected(1e-2, **fields)
+    found = expected = params
+    state, other = tx.init(params), plain.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(gradients(found), state, found)
+        found = optax.apply_updates(found, updates)
+        updates, other = jax.jit(plain.update)(gradients(expected), other, expected)
+        expected = optax.apply_updates(expected, updates)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=16 * EPS), found, expected
+    )
+
+
 @each_chain
 def test_inside_inject_hyperparams(name, params):
     chain, options, rate = CHAINS[name]
-    # A number that decides what is compiled cannot change within it.
-    static = {"retraction_every"} & set(inspect.signature(chain).parameters)
-    tx = optax.inject_hyperparams(chain, static_args=static)(rate, **options)
+    tx = optax.inject_hyperparams(chain)(rate, **options)
     step, traces = stepper(tx)
     state = tx.init(params)
     params, state = step(gradients(params), state, params)

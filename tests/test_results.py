@@ -20,7 +20,8 @@ FINISHED = {
             compare_methods.get_config, variant
         )
         for variant in (
-            *("short", "small", "long", "recipe", "recipe_long", "width", "triple"),
+            *("short", "small", "long", "long_decay"),
+            *("recipe", "recipe_long", "width", "triple"),
         )
     },
     "ablation_retraction": ablation_retraction.get_config,
@@ -122,6 +123,14 @@ def test_every_number_with_an_error_is_that_of_a_report(page):
 def test_no_file_is_large():
     kept = [path for path in RESULTS.rglob("*.*") if ".cache" not in path.parts]
     assert max(path.stat().st_size for path in kept) < 1_000_000
+
+
+def test_the_bytes_of_the_default_are_those_of_the_readme():
+    experiment = config.load(str(ROOT / "configs" / "smollm_r128.py"))
+    tx = experiment.optimizer.build(experiment.num_steps)
+    found = accounting.summary(experiment.model, tx, seq_len=experiment.data.seq_len)
+    readme = (ROOT / "README.md").read_text()
+    assert f"bytes, total                   {found['bytes']['total']:,} (" in readme
 
 
 def test_the_start_table_of_the_readme_is_that_of_tiny():

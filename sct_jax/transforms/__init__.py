@@ -1,8 +1,9 @@
 """optax transformations for trees in which factor tuples stand among other arrays.
 
 Each needs only `params`, treats a factor tuple as one weight, and passes every other
-leaf on unchanged, so that it can be chained, masked and partitioned freely. Never split
-the u, s and v of one weight over two partitions.
+leaf on unchanged, so that it can be chained, masked and partitioned freely; Adam
+(`scale_by_adam`) takes all leaves alike. Never split the u, s and v of one weight over
+two partitions.
 """
 
 from sct_jax.transforms.clipping import LOSSLESS, clip_by_composite_spectral_norm

@@ -14,8 +14,8 @@ from sct_jax.transforms import common
 def retract_to_stiefel(
     method: str = "cholesky_qr",
     *,
-    every: int = 1,
-    tolerance: float | None = None,
+    every: int | jax.Array = 1,
+    tolerance: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Changes updates so that `params + updates` has orthonormal u and v.
 
@@ -52,10 +52,16 @@ def retract_to_stiefel(
       TSVD, arXiv 2605.28573, 2026 (lazy orthonormality; the rule is our own)
     """
     stiefel.check_method(method)
-    if every < 1:
+    # What `optax.inject_hyperparams` hands on has a value only within the update.
+    if not isinstance(every, jax.Array) and every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
-    if tolerance is not None and tolerance <= 0:
+    if (
+        tolerance is not None
+        and not isinstance(tolerance, jax.Array)
+        and tolerance <= 0
+    ):
         raise ValueError(f"tolerance must be positive, got {tolerance}")
+    always = not isinstance(every, jax.Array) and every == 1 and tolerance is None
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -64,15 +70,16 @@ def retract_to_stiefel(
         if not factors:
             return updates, state.next()
         moved = [(p.u + d.u, p.v + d.v) for p, d in factors]
-        if every == 1 and tolerance is None:
+        if always:
             retracted = stiefel.retract(moved, method=method)
         else:
-            due = (state.count + 1) % every == 0 if every > 1 else jnp.array(False)
+            due = (state.count + 1) % every == 0
             if tolerance is not None:
                 errors = [
                     stiefel.orthonormality_error(x) for x in jax.tree.leaves(moved)
                 ]
-                due |= jnp.max(jnp.stack(errors)) > tolerance
+                drifted = jnp.max(jnp.stack(errors)) > tolerance
+                due = (due & (every > 1)) | drifted  # of every update no lazy one
             retracted = _retract_when(due, moved, method)
         updates = rebuild(
             [

@@ -52,7 +52,8 @@ def scale_by_spectron(
 
     Args:
       b1: decay of the mean of gradients.
-      newton_schulz_steps: steps of Muon's quintic.
+      newton_schulz_steps: steps of Muon's quintic; to `optax.inject_hyperparams` one of
+        the `static_args`.
       nesterov: as the authors' code: orthogonalise b1 M + (1 - b1) G in the place of M.
       shape_factor: as the authors' code: times sqrt(max(1, rows / columns)).
 

@@ -70,7 +70,8 @@ def scale_by_stiefel_muon(
     Args:
       b1: decay of the mean of the gradients of u and v.
       nesterov: orthogonalise b1 M + (1 - b1) G in the place of M.
-      newton_schulz_steps: steps of Muon's quintic.
+      newton_schulz_steps: steps of Muon's quintic; to `optax.inject_hyperparams` one of
+        the `static_args`.
       s_b1: decay of the first moment of s.
       s_b2: decay of the second moment of s.
       eps: added to the root of the second moment of s.
