@@ -304,6 +304,32 @@ def test_training_gives_the_size_asked_for_and_the_same_each_time(trained):
     assert trained.decode([trained.document_mark]) == MARK
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "NFKC"}},
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            }
+        },
+    ],
+)
+def test_a_tokenizer_from_elsewhere_leaves_text_as_it_is(trained, tmp_path, change):
+    text = "cafe\u0301 \ufb01ne"
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(trained.backend.to_str()) | change))
+    loaded = data.Tokenizer.load(str(path))
+    ids = loaded.encode(text)
+    assert ids == trained.encode(text)
+    assert loaded.decode(ids) == text
+    assert loaded.byte_lengths()[ids].sum() == len(text.encode())
+
+
 def test_save_and_load_keep_everything(trained, tmp_path):
     path = str(tmp_path / "tokenizer.json")
     trained.save(path)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
@@ -17,6 +17,8 @@ DOCUMENT_MARK = "<|endoftext|>"
 
 # What a tokenizer.json from elsewhere may call it, in order of preference.
 _DOCUMENT_MARKS = (DOCUMENT_MARK, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>")
+# A combining accent, a ligature, spaces: what normalizers and strippers change.
+_PROBE = "cafe\u0301 \ufb01ne\n  A  \t b "
 # 256 bytes and the document mark.
 _MIN_VOCAB_SIZE = 257
 # Longer documents are encoded in pieces. A single 50 MB one took 9 GB; no token spans
@@ -88,15 +90,20 @@ class Tokenizer:
     def load(cls, path: str) -> "Tokenizer":
         """The tokenizer of a tokenizer.json file.
 
-        Its truncation and padding are dropped: they are not for corpora.
+        Its truncation and padding are dropped: they are not for corpora. So are a
+        normalizer and a space before the text: bytes per token count what is there.
 
         Raises:
             ConfigError: naming `data.tokenizer`, if the file is missing, corrupt, not
-                byte-level, or has none of the usual document marks.
+                byte-level, changes text, or has none of the usual document marks.
         """
         try:
             with open(path, encoding="utf-8") as file:
-                backend = tokenizers.Tokenizer.from_str(file.read())
+                found = json.loads(file.read())
+            split = _without_prefix_space(found["pre_tokenizer"])
+            backend = tokenizers.Tokenizer.from_str(
+                json.dumps(found | {"normalizer": None, "pre_tokenizer": split})
+            )
         except Exception as error:  # The library raises nothing narrower.
             raise errors.ConfigError(
                 f"data.tokenizer: {path!r} is not a readable tokenizer.json ({error})"
@@ -106,7 +113,15 @@ class Tokenizer:
                 f"data.tokenizer: {path!r} is not byte-level, so losses per byte could "
                 "not be computed; use one like GPT-2's, Llama 3's or SmolLM2's"
             )
-        return cls._of(backend, path=path)
+        loaded = cls._of(backend, path=path)
+        back = loaded.decode(loaded.encode(_PROBE))
+        errors.check(
+            "data.tokenizer",
+            back == _PROBE,
+            f"{path!r} changes text: {_PROBE!r} comes back as {back!r}, so losses per "
+            "byte could not be computed",
+        )
+        return loaded
 
     @classmethod
     def _of(cls, backend: tokenizers.Tokenizer, *, path: str) -> "Tokenizer":
@@ -156,6 +171,18 @@ class Tokenizer:
             trainer,
         )
         return cls._of(backend, path="")
+
+
+def _without_prefix_space(split: Any) -> Any:
+    """A pre-tokenizer, which may hold others, that adds no space before the text."""
+    if isinstance(split, list):
+        return [_without_prefix_space(part) for part in split]
+    if not isinstance(split, dict):
+        return split
+    return {
+        key: False if key == "add_prefix_space" else _without_prefix_space(value)
+        for key, value in split.items()
+    }
 
 
 def pieces(text: str) -> Iterator[str]:
