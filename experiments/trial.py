@@ -8,7 +8,6 @@ for every length that is asked for: equal tokens, equal FLOPs, equal seconds.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import time
@@ -436,10 +435,11 @@ def _blocks(params: model.Params) -> Sequence[model.Params]:
 def _dense_update_norm(old: model.Params, new: model.Params) -> jax.Array:
     """The largest spectral norm of the change of a dense matrix of a layer; or 0."""
     largest = jnp.zeros([])
-    pairs = itertools.chain.from_iterable(
-        ((before[name], after[name]) for name in model.BLOCK_MATRICES)
+    pairs = [
+        (before[name], after[name])
         for before, after in zip(_blocks(old), _blocks(new), strict=True)
-    )
+        for name in model.BLOCK_MATRICES
+    ]
     for before, after in pairs:
         if not isinstance(before, jax.Array):
             continue

@@ -107,7 +107,8 @@ def train(
     summary = accounting.summary(config.model, setup.tx, seq_len=config.data.seq_len)
     _print_start(console, setup, summary)
     if dry_run:
-        if _holds_another_run(workdir, config):
+        earlier = _earlier_config(workdir, _steps_done(workdir))
+        if earlier and config_lib.differences(earlier, config):
             metrics.say(
                 console,
                 f"note: {workdir} holds another run, its summary.json stays as it is",
@@ -118,10 +119,8 @@ def train(
     with _Signals() as signals, _claimed(workdir):
         try:
             done = _steps_done(workdir)
-            # A run without a checkpoint may yet change: it may not have fitted into
-            # memory.
-            if done and (workdir / "config.json").exists():
-                _check_same_run(_read_config(workdir), config, str(workdir))
+            if earlier := _earlier_config(workdir, done):
+                _check_same_run(earlier, config, str(workdir))
             _write_json(workdir / "summary.json", summary)
             if done < config.num_steps:
                 return _train(setup, workdir, console, signals)
@@ -650,11 +649,16 @@ def _check_same_run(
     )
 
 
-def _holds_another_run(
-    workdir: pathlib.Path, config: config_lib.ExperimentConfig
-) -> bool:
-    begun = _steps_done(workdir) and (workdir / "config.json").exists()
-    return bool(begun and config_lib.differences(_read_config(workdir), config))
+def _earlier_config(
+    workdir: pathlib.Path, done: int
+) -> config_lib.ExperimentConfig | None:
+    """That of the run in the workdir, which a run after it must have too.
+
+    None without a checkpoint: such a run may yet change, as it may not have fitted into
+    memory.
+    """
+    begun = done and (workdir / "config.json").exists()
+    return _read_config(workdir) if begun else None
 
 
 def _steps_done(workdir: pathlib.Path) -> int:

@@ -130,13 +130,7 @@ class Weight(NamedTuple):
 def weights(params: Any, opt_state: Any) -> dict[str, Weight]:
     """Returns every SpectralFactors of a model by name, singular values on the host."""
     named = _named(params, spectral.is_spectral)
-    marks = {
-        _weight_at(path, tuple(named)): columns.active
-        for path, columns in _named(
-            opt_state, lambda x: isinstance(x, transforms.ActiveColumns)
-        ).items()
-    }
-    found = {}
+    marks, found = _marks(opt_state, tuple(named)), {}
     for name, w in named.items():
         _check_marked(name, marks)
         s, active = np.asarray(w.s), np.asarray(marks[name])
@@ -396,6 +390,15 @@ def _weight_at(path: str, names: tuple[str, ...]) -> str | None:
     return max(found, key=len, default=None)
 
 
+def _marks(opt_state: Any, names: tuple[str, ...]) -> dict[str | None, Array]:
+    """Which columns are in use, by weight, as the state of the chain has it."""
+    is_marks = lambda x: isinstance(x, transforms.ActiveColumns)
+    return {
+        _weight_at(path, names): columns.active
+        for path, columns in _named(opt_state, is_marks).items()
+    }
+
+
 def _check_marked(name: str, marks: Container[str | None]) -> None:
     errors.check(
         "optimizer.name",
@@ -413,8 +416,7 @@ def _check_ranks(
 ) -> None:
     """Raises ConfigError for what `resize` cannot do."""
     named = _named(params, spectral.is_spectral)
-    is_marks = lambda x: isinstance(x, transforms.ActiveColumns)
-    marked = {_weight_at(path, tuple(named)) for path in _named(opt_state, is_marks)}
+    marks = _marks(opt_state, tuple(named))
     for name in {**active, **ranks}:
         errors.check_choice("ranks", name, tuple(named))
         errors.check("ranks", name in active, f"{name} has no number of active columns")
@@ -425,7 +427,7 @@ def _check_ranks(
             1 <= ranks[name] <= most,
             f"{ranks[name]} of at most {most}",
         )
-        _check_marked(name, marked)
+        _check_marked(name, marks)
 
 
 def _mean_of_positive(x: Float[Array, "*rows R"]) -> Float[Array, "*rows 1"]:

@@ -123,9 +123,8 @@ def polar_retraction(x: T) -> T:
     """Returns x (x.T x)^(-1/2), the nearest point of the manifold in Frobenius norm.
 
     By the convergent cubic of Newton and Schulz on the Gram matrix, to the accuracy of
-    `cholesky_qr_retraction`. An x with
-    linearly dependent columns has no unique answer: those columns are completed to an
-    orthonormal set as in `cholesky_qr_retraction`.
+    `cholesky_qr_retraction`. An x with linearly dependent columns has no unique answer:
+    those columns are completed to an orthonormal set as there.
 
     Args:
       x: pytree of arrays (*L, n, R), n >= R.

@@ -13,16 +13,23 @@ from sct_jax import accounting, config, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
+VARIANTS = (
+    "short",
+    "small",
+    "long",
+    "long_decay",
+    "recipe",
+    "recipe_long",
+    "width",
+    "triple",
+)
 # By folder, the comparison that was trained to its end.
 FINISHED = {
     **{
         f"compare_methods-{variant}": functools.partial(
             compare_methods.get_config, variant
         )
-        for variant in (
-            *("short", "small", "long", "long_decay"),
-            *("recipe", "recipe_long", "width", "triple"),
-        )
+        for variant in VARIANTS
     },
     "ablation_retraction": ablation_retraction.get_config,
     "rank_sweep": rank_sweep.get_config,
@@ -125,18 +132,21 @@ def test_no_file_is_large():
     assert max(path.stat().st_size for path in kept) < 1_000_000
 
 
-def test_the_bytes_of_the_default_are_those_of_the_readme():
-    experiment = config.load(str(ROOT / "configs" / "smollm_r128.py"))
+def _summary(variant):
+    """What the start table of a variant says."""
+    experiment = config.load(f"{ROOT / 'configs' / 'smollm_r128.py'}:{variant}")
     tx = experiment.optimizer.build(experiment.num_steps)
-    found = accounting.summary(experiment.model, tx, seq_len=experiment.data.seq_len)
+    return accounting.summary(experiment.model, tx, seq_len=experiment.data.seq_len)
+
+
+def test_the_bytes_of_the_default_are_those_of_the_readme():
+    found = _summary("1.7b")
     readme = (ROOT / "README.md").read_text()
     assert f"bytes, total                   {found['bytes']['total']:,} (" in readme
 
 
 def test_the_start_table_of_the_readme_is_that_of_tiny():
-    experiment = config.load(str(ROOT / "configs" / "smollm_r128.py") + ":tiny")
-    tx = experiment.optimizer.build(experiment.num_steps)
-    found = accounting.summary(experiment.model, tx, seq_len=experiment.data.seq_len)
+    found = _summary("tiny")
     readme = (ROOT / "README.md").read_text()
     for name in ("parameters", "dense_equivalent_parameters", "flops_per_token"):
         assert f"│ {found[name]:,} " in readme

@@ -73,6 +73,11 @@ def select_spectral(
     return [(param_leaves[i], leaves[i]) for i in chosen], rebuild
 
 
+def running_mean(old: Array, new: Array, decay: float | Array) -> Array:
+    """Returns decay old + (1 - decay) new in the precision of the old mean."""
+    return (decay * old + (1 - decay) * new.astype(old.dtype)).astype(old.dtype)
+
+
 def per_weight(
     fn: Callable[[Any], Any], params: optax.Params, is_chosen: Callable[[Any], bool]
 ) -> Any:

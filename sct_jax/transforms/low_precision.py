@@ -20,10 +20,9 @@ def scale_by_low_precision_adam(
       \Delta = \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
 
     in float32, the result in the type of the parameters; what is stored is m and v
-    rounded stochastically, so that the stored
-    moment is right on average. To the nearest number, a v that has nothing added would
-    stay for ever: with b2 = .999 it falls by 1/1000 a step, and neighbouring bfloat16
-    numbers are 1/256 to 1/128 apart.
+    rounded stochastically, so that the stored moment is right on average. To the
+    nearest number, a v that has nothing added would stay for ever: with b2 = .999 it
+    falls by 1/1000 a step, and neighbouring bfloat16 numbers are 1/256 to 1/128 apart.
 
     The state is `optax.ScaleByAdamState`. All leaves are treated alike.
 

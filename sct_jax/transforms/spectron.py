@@ -97,7 +97,7 @@ def scale_by_spectron(
         )
 
         def mean(m, g):
-            return (b1 * m + (1 - b1) * g.astype(m.dtype)).astype(m.dtype)
+            return common.running_mean(m, g, b1)
 
         for i in chosen:
             means[i] = jax.tree.map(mean, means[i], leaves[i])

@@ -114,18 +114,18 @@ def scale_by_stiefel_muon(
             treedef.flatten_up_to(tree) for tree in (params, state.mu, state.nu)
         )
 
-        directions = []
+        mean, directions = common.running_mean, []
         for i in chosen:
             g, m = leaves[i], means[i]
             if gauge == "svd":
                 inverse = transport.damped_inverse(weights[i].s)[..., None, :]
                 g = g._replace(u=g.u * inverse, v=g.v * inverse)
-            u, v = _mean(m.u, g.u, b1), _mean(m.v, g.v, b1)
-            means[i] = spectral.SpectralFactors(u, _mean(m.s, g.s, s_b1), v)
+            u, v = mean(m.u, g.u, b1), mean(m.v, g.v, b1)
+            means[i] = spectral.SpectralFactors(u, mean(m.s, g.s, s_b1), v)
             square = jnp.square(g.s.astype(jnp.float32))
-            squares[i] = SecondMoment(_mean(squares[i].s, square, s_b2))
+            squares[i] = SecondMoment(mean(squares[i].s, square, s_b2))
             if nesterov:
-                u, v = _mean(u, g.u, b1), _mean(v, g.v, b1)
+                u, v = mean(u, g.u, b1), mean(v, g.v, b1)
             directions.append((u, v))
         directions = orthogonalize.newton_schulz(directions, steps=newton_schulz_steps)
         seen_1, seen_2 = (common.share_seen(b, count) for b in (s_b1, s_b2))
@@ -145,8 +145,3 @@ def scale_by_stiefel_muon(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _mean(old: Array, new: Array, decay: float | jax.Array) -> Array:
-    # Gradients of less precision are weighed in that of the mean.
-    return (decay * old + (1 - decay) * new.astype(old.dtype)).astype(old.dtype)
