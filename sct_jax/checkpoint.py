@@ -1,8 +1,9 @@
 """Checkpoints of a run: orbax behind one door.
 
-A checkpoint is a step folder with the state (layers by name, unstacked, so that either
-layout opens it) and a JSON record: the step, the position in the data, the
-configuration, and shape, dtype and checksum of every leaf: orbax keeps no checksums.
+A checkpoint is a step folder with the state (its arrays by name, those of every layer
+apart, so that either layout opens it) and a JSON record: the step, the position in the
+data, the configuration, and shape, dtype and checksum of every array: orbax keeps no
+checksums.
 """
 
 import logging
@@ -80,14 +81,14 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         self._manager.wait_until_finished()
-        # By name, and views: a second copy of a large state may not fit in memory.
-        # Orbax takes its own copy of host arrays.
-        tree = _as_dict(model.unstack_layers(jax.tree.map(np.asarray, state)))
-        record = record | {"step": step, "leaves": _describe(tree)}
+        # Views: a second copy of a large state may not fit in memory. Orbax takes its
+        # own copy of host arrays.
+        arrays = _by_name(model.unstack_layers(jax.tree.map(np.asarray, state)))
+        record = record | {"step": step, "leaves": _describe(arrays)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+                state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
             ),
         )
 
@@ -162,18 +163,20 @@ class Checkpointer:
         abstract: train_state.TrainState,
         mesh: Mesh,
     ) -> train_state.TrainState:
-        by_name = jax.eval_shape(model.unstack_layers, abstract)
-        target = sharding.abstract(by_name, sharding.shardings(by_name, mesh))
-        _check_shapes(target, record["leaves"], step)
+        apart = jax.eval_shape(model.unstack_layers, abstract)
+        target = sharding.abstract(apart, sharding.shardings(apart, mesh))
+        _check_shapes(_by_name(target), record["leaves"], step)
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(target))),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(_by_name(target))),
         )["state"]
         for name, leaf in _describe(restored).items():
             saved = record["leaves"][name]
             if leaf != saved:
                 raise ValueError(f"{name} is not as it was saved: {leaf}, not {saved}")
-        return train_state.TrainState(**restored)
+        return jax.tree.unflatten(
+            jax.tree.structure(target), [restored[name] for name in _by_name(target)]
+        )
 
     def _set_aside(self, steps: list[int]) -> None:
         if self._read_only or not steps:
@@ -199,11 +202,11 @@ class Checkpointer:
         self._manager.close()
 
 
-def _as_dict(state: train_state.TrainState) -> dict[str, Any]:
+def _by_name(state: train_state.TrainState) -> dict[str, Any]:
+    """The arrays alone, in order: what is masked differs between the layouts."""
     return {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": state.opt_state,
+        sharding.path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
 
@@ -215,27 +218,23 @@ def _stack_and_free(arrays: Sequence[jax.Array]) -> jax.Array:
     return stacked
 
 
-def _describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and CRC-32 of every leaf."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(leaf)
-        leaves[sharding.path_name(path)] = {
+def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and CRC-32 of every array."""
+    return {
+        name: {
             "shape": list(leaf.shape),
             "dtype": str(leaf.dtype),
-            "crc32": zlib.crc32(array.view(np.uint8).data),
+            "crc32": zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data),
         }
-    return leaves
+        for name, leaf in arrays.items()
+    }
 
 
 def _check_shapes(
-    target: train_state.TrainState, leaves: dict[str, dict[str, Any]], step: int
+    target: dict[str, Any], leaves: dict[str, dict[str, Any]], step: int
 ) -> None:
     """Raises ConfigError, listing what differs, where the run is of another shape."""
-    wanted = {
-        sharding.path_name(path): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(_as_dict(target))
-    }
+    wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in target.items()}
     saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()}
     found = [
         f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} asked"

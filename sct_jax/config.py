@@ -19,6 +19,8 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
+import optax
+
 from sct_jax import data as data_lib
 from sct_jax import errors, layerwise, optimizers, sharding
 from sct_jax import model as model_lib
@@ -97,6 +99,14 @@ class ExperimentConfig:
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+
+    def build_optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """Returns the chain of this run, for the parameters of `model`."""
+        return self.optimizer.build(
+            self.num_steps,
+            decay_mask=model_lib.decay_mask,
+            matrix_mask=model_lib.hidden_matrices,
+        )
 
     def validate(self) -> None:
         """Raises ConfigError, naming the field, for what cannot be run anywhere."""

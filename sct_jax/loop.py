@@ -122,7 +122,7 @@ def train(
             if earlier := _earlier_config(workdir, done):
                 _check_same_run(earlier, config, str(workdir))
             _write_json(workdir / "summary.json", summary)
-            if done < config.num_steps:
+            if done < config.num_steps or not _can_be_restored(setup, workdir, done):
                 return _train(setup, workdir, console, signals)
             metrics.say(
                 console, f"finished: {config.num_steps} steps are done, see {workdir}"
@@ -144,7 +144,7 @@ def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
     workdir = pathlib.Path(workdir)
     config = _read_config(workdir)
     mesh = sharding.MeshConfig().build(1)
-    abstract = train_state.abstract(config.model, _build_optimizer(config))
+    abstract = train_state.abstract(config.model, config.build_optimizer())
     checkpointer = checkpoint.Checkpointer(
         workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True
     )
@@ -211,20 +211,10 @@ def _set_up(config: config_lib.ExperimentConfig) -> _Setup:
         f"{config.data.batch_size} in {config.data.num_microbatches} micro-batches is "
         f"not divisible by mesh.data x mesh.fsdp = {shards}",
     )
-    tx = _build_optimizer(config)
+    tx = config.build_optimizer()
     state = train_state.abstract(config.model, tx)
     state = sharding.abstract(state, sharding.shardings(state, mesh))
     return _Setup(config, mesh, tx, state)
-
-
-def _build_optimizer(
-    config: config_lib.ExperimentConfig,
-) -> optax.GradientTransformation:
-    return config.optimizer.build(
-        config.num_steps,
-        decay_mask=model.decay_mask,
-        matrix_mask=model.hidden_matrices,
-    )
 
 
 def _adapt(config: config_lib.ExperimentConfig) -> checkpoint.Adapt | None:
@@ -670,6 +660,19 @@ def _steps_done(workdir: pathlib.Path) -> int:
     )
     with contextlib.closing(checkpointer):
         return checkpointer.latest_step() or 0
+
+
+def _can_be_restored(setup: _Setup, workdir: pathlib.Path, step: int) -> bool:
+    """Whether the checkpoint of a step is whole, which takes reading all of it."""
+    checkpointer = checkpoint.Checkpointer(
+        workdir / "checkpoints", keep=1, read_only=True
+    )
+    with contextlib.closing(checkpointer), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said when the run goes on
+        restored = checkpointer.restore(
+            setup.state, setup.mesh, adapt=_adapt(setup.config)
+        )
+    return restored is not None and restored[1]["step"] == step
 
 
 def _make_folder(workdir: pathlib.Path) -> None:

@@ -46,12 +46,12 @@ def one_device():
     return sharding.MeshConfig().build(1)
 
 
-def abstract(config=STACKED):
-    return train_state.abstract(config, TX)
+def abstract(config=STACKED, tx=TX):
+    return train_state.abstract(config, tx)
 
 
 @functools.cache
-def draw_state(step: int, config=STACKED) -> train_state.TrainState:
+def draw_state(step: int, config=STACKED, tx=TX) -> train_state.TrainState:
     """A state of random bytes: checkpoints do not care what the numbers mean."""
     rng = np.random.default_rng(step)
 
@@ -62,7 +62,7 @@ def draw_state(step: int, config=STACKED) -> train_state.TrainState:
             value = rng.normal(size=leaf.shape).astype(leaf.dtype)
         return jax.device_put(value, place)
 
-    shapes = abstract(config)
+    shapes = abstract(config, tx)
     return jax.tree.map(draw, shapes, sharding.shardings(shapes, one_device()))
 
 
@@ -84,16 +84,16 @@ def opened(directory, *, keep=5):
         checkpointer.close()
 
 
-def save(directory, *steps, config=STACKED, keep=5):
+def save(directory, *steps, config=STACKED, tx=TX, keep=5):
     with opened(directory, keep=keep) as checkpointer:
         for step in steps:
             record = {"data_position": 8 * step, "note": f"step {step}"}
-            checkpointer.save(step, draw_state(step, config), record=record)
+            checkpointer.save(step, draw_state(step, config, tx), record=record)
 
 
-def restore(directory, *, config=STACKED, mesh=None):
+def restore(directory, *, config=STACKED, tx=TX, mesh=None):
     with opened(directory) as checkpointer:
-        return checkpointer.restore(abstract(config), mesh or one_device())
+        return checkpointer.restore(abstract(config, tx), mesh or one_device())
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,28 @@ def test_separate_layers_open_as_stacked_ones(tmp_path):
     assert_equal(restore(tmp_path, config=APART)[0], draw_state(3, APART))
     state, _ = restore(tmp_path)
     assert_equal(state, model.stack_layers(draw_state(3, APART)))
+
+
+@pytest.mark.parametrize(
+    ("name", "spectral"),
+    [("muon", ()), ("stiefel_muon", ("embedding",))],
+)
+def test_layers_without_a_state_open_in_the_other_layout(tmp_path, name, spectral):
+    # What one rule of the chain does not see of the layers has no arrays there.
+    tx = optimizers.OptimizerConfig(name=name).build(
+        10, decay_mask=model.decay_mask, matrix_mask=model.hidden_matrices
+    )
+    stacked = dataclasses.replace(STACKED, spectral=spectral)
+    apart = dataclasses.replace(stacked, scan_layers=False)
+    save(tmp_path / "stacked", 3, config=stacked, tx=tx)
+    save(tmp_path / "apart", 3, config=apart, tx=tx)
+    for folder in ("stacked", "apart"):
+        for config in (stacked, apart):
+            state, _ = restore(tmp_path / folder, config=config, tx=tx)
+            assert jax.tree.structure(state) == jax.tree.structure(abstract(config, tx))
+            drawn = draw_state(3, {"stacked": stacked, "apart": apart}[folder], tx)
+            expected = jax.tree.leaves(model.unstack_layers(drawn))
+            assert_equal(jax.tree.leaves(model.unstack_layers(state)), expected)
 
 
 @pytest.mark.parametrize("config", [STACKED, APART], ids=["stacked", "apart"])

@@ -423,11 +423,12 @@ def test_a_longer_run_says_how_its_schedule_bends(experiment, tmp_path):
     assert "it was at 0.00e+00" in text
 
 
+@pytest.mark.parametrize(("damaged", "older"), [(6, 3), (8, 6)], ids=["", "the last"])
 def test_a_damaged_checkpoint_is_reported_and_trained_again(
-    experiment, finished, workdir
+    experiment, finished, workdir, damaged, older
 ):
-    forget_after(workdir, 6)
-    folder = workdir / "checkpoints" / "6"
+    forget_after(workdir, damaged)
+    folder = workdir / "checkpoints" / str(damaged)
     largest = max(
         (path for path in folder.rglob("*") if path.is_file()),
         key=lambda path: path.stat().st_size,
@@ -437,8 +438,8 @@ def test_a_damaged_checkpoint_is_reported_and_trained_again(
     largest.write_bytes(raw)
     code, text = train(experiment, workdir)
     assert code == 0
-    assert "warning: checkpoint 6 cannot be used" in text
-    assert "resumed at step 3" in text
+    assert f"warning: checkpoint {damaged} cannot be used" in text
+    assert f"resumed at step {older}" in text
     assert timeless(rows(workdir)) == timeless(rows(finished[0]))
 
 
