@@ -42,6 +42,7 @@ from sct_jax import (
     errors,
     layerwise,
     model,
+    optimizers,
     spectral,
     train_state,
     transforms,
@@ -53,13 +54,17 @@ _TURNS = 3  # at most, of the variants whose difference is a share
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is measured: a model in pieces, its chain, and its one batch."""
+    """What is measured: a model in pieces, its one batch, and the run it belongs to."""
 
     shape: model.ModelConfig
     stack: layerwise.Stack
-    tx: optax.GradientTransformation
     batch: dict[str, Any]
-    seed: int
+    experiment: config.ExperimentConfig
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The chain of the run."""
+        return self.experiment.build_optimizer()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,7 +120,6 @@ def make_job(
         "step", experiment.step == "layerwise", "'layerwise' is what is measured here"
     )
     shape = experiment.model
-    tx = experiment.optimizer.build(experiment.num_steps, decay_mask=model.decay_mask)
     length = experiment.data.tokens_per_step
     if reference_attention:
         shape = dataclasses.replace(
@@ -125,7 +129,7 @@ def make_job(
         )
         stream = (experiment.data.batch_size, experiment.data.seq_len, shape.d_model)
         batch = {"stream": jax.random.normal(jax.random.key(1), stream)}
-        return Job(shape, reference_stack(shape), tx, batch, experiment.seed)
+        return Job(shape, reference_stack(shape), batch, experiment)
     errors.check(
         "model.vocab_size",
         shape.vocab_size >= first_tokens.VOCAB_SIZE,
@@ -134,7 +138,7 @@ def make_job(
     ids = jnp.array(first_tokens.read_first_tokens(length + 1), jnp.int32)
     rows = (experiment.data.batch_size, experiment.data.seq_len)
     batch = {"inputs": ids[:-1].reshape(rows), "targets": ids[1:].reshape(rows)}
-    return Job(shape, layerwise.stack_of(shape), tx, batch, experiment.seed)
+    return Job(shape, layerwise.stack_of(shape), batch, experiment)
 
 
 def reference_stack(shape: model.ModelConfig) -> layerwise.Stack:
@@ -189,6 +193,12 @@ def available_memory() -> int | None:
     return int(values["MemAvailable"]) * 1024 if "MemAvailable" in values else None
 
 
+def peak_rss_bytes() -> int:
+    """Returns the largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def measure(job: Job, *, steps: int) -> dict[str, Any]:
     """Returns every figure of a job.
 
@@ -199,7 +209,7 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
     with _Clock() as compiling:
         _warm_up(job, step)
     with _Clock() as initialising:
-        state = step.init(jax.random.key(job.seed))
+        state = step.init(jax.random.key(job.experiment.seed))
         jax.block_until_ready(state)
 
     forward, backward, losses = [], [], []
@@ -212,7 +222,7 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
             jax.block_until_ready((state, metrics))
         backward.append(clock.seconds)
         losses.append(float(metrics["loss"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_rss_bytes()
 
     error = max(
         float(_orthonormality_error(part))
@@ -360,7 +370,7 @@ def _num_tokens(job: Job) -> int:
 
 def _warm_up(job: Job, step: layerwise.LayerwiseStep) -> None:
     """Compiles everything with a model of one layer, and gives its memory back."""
-    state = step.init(jax.random.key(job.seed), num_layers=1)
+    state = step.init(jax.random.key(job.experiment.seed), num_layers=1)
     state, _ = step(state, job.batch, False)
     jax.block_until_ready(state)
     _orthonormality_error(state.params)
@@ -375,6 +385,32 @@ def _orthonormality_error(params: Any) -> jax.Array:
     return spectral.orthonormality_error(params)
 
 
+def parts_of_chain(
+    experiment: config.ExperimentConfig,
+) -> dict[str, optax.GradientTransformation] | None:
+    """Returns Adam, the rate and the retraction of a run, in the order of its chain.
+
+    None for a chain that has more parts: what they cost is neither's.
+    """
+    optimizer = experiment.optimizer
+    fields = ("peak_learning_rate", "schedule", "warmup_steps", "final_rate_ratio")
+    fields += ("decay_ratio", "moment_dtype", "retraction")
+    plain = optimizers.OptimizerConfig(
+        name="sct", **{field: getattr(optimizer, field) for field in fields}
+    )
+    if optimizer != plain or optimizer.retraction == transforms.LOSSLESS:
+        return None
+    return {
+        "Adam": transforms.scale_by_adam(
+            0.9, 0.999, 1e-8, moment_dtype=optimizer.moment_dtype
+        ),
+        "rate": optax.scale_by_learning_rate(
+            optimizer.learning_rate(experiment.num_steps)
+        ),
+        "retraction": transforms.retract_to_stiefel(optimizer.retraction),
+    }
+
+
 def _shares(
     job: Job,
     step: layerwise.LayerwiseStep,
@@ -384,33 +420,34 @@ def _shares(
 ) -> dict[str, float]:
     """Shares of Adam and of the retraction in a step: what it saves to leave them out.
 
-    The whole step and the two lesser ones take turns on the same parameters.
+    The whole step and the two lesser ones take turns on the same state, of which each
+    passes by what belongs to the part that it lacks: a second state may not fit.
     """
-    rate = optax.scale_by_learning_rate(1e-6)
-    retraction = transforms.retract_to_stiefel()
-    chains = {
-        "Adam": optax.chain(rate, retraction),
-        "retraction": optax.chain(optax.scale_by_adam(), rate),
+    parts = parts_of_chain(job.experiment)
+    if parts is None:
+        return {}
+    kept = {
+        lacking: [name for name in parts if name != lacking]
+        for lacking in (None, "Adam", "retraction")
     }
-    steps = {"": step} | {
-        name: layerwise.make_train_step(job.stack, tx) for name, tx in chains.items()
-    }
-    params = state.params
-    opt_states = {"": state.opt_state} | {
-        name: tx.init(params) for name, tx in chains.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    steps: dict[str | None, layerwise.LayerwiseStep] = {None: step}
+    for lacking in ("Adam", "retraction"):
+        chain = optax.chain(*(parts[name] for name in kept[lacking]))
+        steps[lacking] = layerwise.make_train_step(job.stack, chain)
+    seconds: dict[str | None, list[float]] = {lacking: [] for lacking in steps}
+    opt_states = dict(zip(parts, state.opt_state, strict=True))
     for _ in range(turns + 1):
-        for name, variant in steps.items():
-            before = train_state.TrainState(state.step, params, opt_states[name])
+        for lacking, variant in steps.items():
+            own = tuple(opt_states[name] for name in kept[lacking])
+            state = state.replace(opt_state=own)
             with _Clock() as clock:
-                after, _ = variant(before, job.batch, False)
-                jax.block_until_ready(after)
-            seconds[name].append(clock.seconds)
-            state, params = after, after.params
-            opt_states[name] = after.opt_state
+                state, _ = variant(state, job.batch, False)
+                jax.block_until_ready(state)
+            seconds[lacking].append(clock.seconds)
+            opt_states |= zip(kept[lacking], state.opt_state, strict=True)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    return {name: 1 - medians[name] / medians[""] for name in chains}
+    whole = medians[None]
+    return {name: 1 - lesser / whole for name, lesser in medians.items() if name}
 
 
 def _median_seconds(function: Callable[[], Any], turns: int = 5) -> float:

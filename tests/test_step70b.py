@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import json
 
+import chex
 import jax
+import optax
 import pytest
 
 from experiments import first_tokens, memory_table, step70b
-from sct_jax import accounting, config, errors, layerwise
+from sct_jax import accounting, config, errors, layerwise, spectral
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CONFIG = "configs/llama70b_r32.py"
@@ -64,6 +66,45 @@ def test_it_prints_and_writes_what_it_measured(tmp_path, capsys, flags, paramete
     assert 0 <= extra <= 64
     assert figures["peak_rss_bytes"] > sizes["total"]
     assert figures["tokens_per_step"] == (20 if "--tokens=20" in flags else 8)
+    assert set(figures["shares"]) == {"Adam", "retraction"}
+    assert all(share < 1 for share in figures["shares"].values())
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_the_parts_are_those_of_the_chain(moment_dtype):
+    experiment = config.load(CONFIG, [("optimizer.moment_dtype", moment_dtype)])
+    parts = step70b.parts_of_chain(experiment)
+    assert parts is not None
+    params = {"w": spectral.init(jax.random.key(0), 12, 8, 3)}
+    grads = jax.tree.map(lambda x: x + 0.1, params)
+    ours = _updated(optax.chain(*parts.values()), grads, params)
+    chex.assert_trees_all_equal(
+        ours, _updated(experiment.build_optimizer(), grads, params)
+    )
+
+
+def _updated(tx, grads, params):
+    """Parameters and state after two updates."""
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("b2", "0.99"),
+        ("max_update_norm", "0.1"),
+        ("name", "stiefel_muon"),
+        ("retraction", "lossless"),
+        ("weight_decay", "0.1"),
+    ],
+)
+def test_a_chain_of_more_parts_has_no_shares(field, value):
+    experiment = config.load(CONFIG, [(f"optimizer.{field}", value)])
+    assert step70b.parts_of_chain(experiment) is None
 
 
 def test_the_shapes_are_those_of_the_papers():
