@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend.core
 import optax
 
 from sct_jax import layerwise, model, spectral, train_state
@@ -120,11 +122,13 @@ def matrix_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
 def layerwise_bytes(
     stack: layerwise.Stack, tx: optax.GradientTransformation, batch: Any
 ) -> dict[str, int]:
-    """Returns the bytes of a step of `layerwise`, and their total.
+    """Returns the bytes of a step of `layerwise` at its fullest moment, and their total.
 
-    The state, the gradients of one layer (or of the ends), what the forward pass leaves
-    for the backward pass, and what the backward pass of one block holds beside its
-    weights. Temporary copies inside of a compiled function are not included.
+    The state; and the most of what its moments hold beside it, which are the head and
+    loss, a block, and the embedding: gradients (a tied embedding has two, one from
+    either end), what the forward pass leaves for the backward pass ("streams"), and
+    what the backward pass of this piece keeps of its own forward pass ("activations").
+    Temporary copies inside of a compiled function are not included.
 
     Args:
       stack: the model.
@@ -133,22 +137,50 @@ def layerwise_bytes(
     """
     step = layerwise.make_train_step(stack, tx)
     state = jax.eval_shape(step.init, jax.random.key(0))
-    layer, ends = state.params["layers"][0], state.params | {"layers": ()}
-    tape = jax.eval_shape(step.forward, state.params, batch)
-
-    def pull_back(layer, x, batch):
-        block = lambda layer, x: stack.block(layer, x, batch, spectral.linear)
-        return jax.vjp(block, layer, x)[1]
-
-    kept = num_bytes(jax.eval_shape(pull_back, layer, tape.streams[0], batch))
+    params, layer = state.params, state.params["layers"][0]
+    tape = jax.eval_shape(step.forward, params, batch)
+    entering, leaving = (
+        {key: params[key] for key in keys}
+        for keys in (stack.enter_keys, stack.leave_keys)
+    )
+    lent = num_bytes({key: params[key] for key in entering.keys() & leaving.keys()})
+    stream, streams = tape.streams[0], num_bytes((tape.streams, tape.bottlenecks))
+    block = lambda layer, x, batch: stack.block(layer, x, batch, spectral.linear)
+    moments = [
+        {
+            "gradients": gradients,
+            "streams": streams_left,
+            "activations": _bytes_for_pull_back(function, arguments, batch),
+        }
+        for gradients, streams_left, function, arguments in (
+            (num_bytes(leaving), streams, stack.leave, (leaving, stream)),
+            (lent + num_bytes(layer), streams, block, (layer, stream)),
+            (lent + num_bytes(entering), 0, stack.enter, (entering,)),
+        )
+    ]
+    fullest = max(moments, key=lambda sizes: sum(sizes.values()))
     sizes = {
-        "parameters": num_bytes(state.params),
+        "parameters": num_bytes(params),
         "optimizer": num_bytes(state.opt_state),
-        "gradients": max(num_bytes(layer), num_bytes(ends)),
-        "streams": num_bytes(tape.streams) + num_bytes(tape.bottlenecks),
-        "block": max(0, kept - num_bytes(layer)),
-    }
+    } | fullest
     return sizes | {"total": sum(sizes.values())}
+
+
+def _bytes_for_pull_back(
+    function: Callable[..., Any], arguments: tuple[Any, ...], batch: Any
+) -> int:
+    """What the backward pass of a function keeps, beside its arguments and batch."""
+
+    def pull_back(arguments, batch):
+        return jax.vjp(lambda *xs: function(*xs, batch), *arguments)[1]
+
+    jaxpr = jax.make_jaxpr(pull_back)(arguments, batch).jaxpr
+    there = set(jaxpr.invars)
+    for equation in jaxpr.eqns:  # a product reads either order of the axes
+        if equation.primitive.name == "transpose" and there.issuperset(equation.invars):
+            there.update(equation.outvars)
+    kept = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
+    return num_bytes([v.aval for v in kept - there])
 
 
 def summary(

@@ -6,11 +6,12 @@ import json
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
 from experiments import first_tokens, memory_table, step70b
-from sct_jax import accounting, config, errors, layerwise, spectral
+from sct_jax import accounting, config, errors, layerwise, model, spectral
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CONFIG = "configs/llama70b_r32.py"
@@ -184,7 +185,59 @@ def test_the_formula_counts_the_state_and_one_layer_of_gradients():
         name: jax.ShapeDtypeStruct((2, 16), "int32") for name in ("inputs", "targets")
     }
     more = accounting.layerwise_bytes(layerwise.stack_of(shape), tx, longer)
-    assert more["block"] > 2 * sizes["block"]  # scores grow with the square
+    # Scores grow with the square.
+    assert more["activations"] > 2 * sizes["activations"]
+
+
+def test_the_formula_counts_both_gradients_of_a_tied_embedding():
+    shape = model.ModelConfig(
+        d_model=32,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=512,
+        rank=4,
+        scan_layers=False,
+    )
+    embedding = 4 * 512 * 32
+    layer = 4 * accounting.block_parameters(shape)
+
+    def sizes_of(length):
+        tokens = jax.ShapeDtypeStruct((1, length), "int32")
+        batch = {"inputs": tokens, "targets": tokens}
+        tx = optax.sgd(1.0)
+        return accounting.layerwise_bytes(layerwise.stack_of(shape), tx, batch)
+
+    # The last moment, the streams are gone; with more tokens a block has the most, with
+    # one gradient of the embedding still to be added.
+    few, many = sizes_of(1), sizes_of(256)
+    assert (few["gradients"], few["streams"]) == (2 * embedding, 0)
+    assert (many["gradients"], many["streams"] > 0) == (embedding + layer, True)
+
+
+@pytest.mark.parametrize(("dtype", "cast"), [("float32", 0), ("bfloat16", 2 * 6 * 6)])
+def test_the_formula_counts_what_a_block_keeps(dtype, cast):
+    def block(layer, x, batch, linear):
+        del batch, linear
+        return jnp.exp(x @ layer["w"].astype(dtype).T)
+
+    stack = layerwise.Stack(
+        num_layers=2,
+        draw_ends=lambda key: {},
+        draw_layer=lambda key: {"w": jnp.ones((6, 6))},
+        enter=lambda ends, batch: batch.astype(dtype),
+        block=block,
+        leave=lambda ends, x, batch: jnp.sum(x.astype("float32")),
+        enter_keys=(),
+        leave_keys=(),
+    )
+    sizes = accounting.layerwise_bytes(stack, optax.sgd(1.0), jnp.ones((1, 5, 6)))
+    width = jnp.dtype(dtype).itemsize
+    # What exp gives, and the weight as it was cast; the rest is there anyway.
+    assert sizes["activations"] == width * 5 * 6 + cast
+    assert sizes["streams"] == 3 * width * 5 * 6
+    assert sizes["gradients"] == 4 * 6 * 6
 
 
 def test_a_matrix_takes_what_the_paper_says():
