@@ -10,6 +10,9 @@ import jax
 import jax.extend.core
 import numpy as np
 
+# What `matmul_precisions` has to find.
+HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+
 
 def float64(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)

@@ -40,6 +40,62 @@ def test_the_table_and_the_file_hold_the_same_figures(tiny, tmp_path, capsys):
         assert f"{figure['value']:.3g}" in printed
 
 
+def test_every_figure_is_the_ratio_it_is_named_after(monkeypatch):
+    seconds = {
+        "cholesky_qr": 2.0,
+        "qr": 14.0,
+        "polar": 3.0,
+        "products": 1.5,
+        "adamw": 4.0,
+        "sct": 6.0,
+        "active": 8.0,
+        "undecided": 6.6,
+        "gradient": 9.0,
+        "transport": 12.0,
+        "lossless": 60.0,
+        "backward": 5.0,
+        "spectron": 3.5,
+    }
+    # Stiefel Muon takes part with SCT, Muon with Spectron, under one name.
+    monkeypatch.setattr(
+        bench_optimizers,
+        "_take_turns",
+        lambda functions, rounds: {
+            name: 15.0
+            if name == "muon" and "sct" in functions
+            else seconds.get(name, 7)
+            for name in functions
+        },
+    )
+    found = [
+        (figure.name.split(":")[0].split("/")[0].strip(), round(figure.value, 6))
+        for figure in bench_optimizers.measure(TINY, rounds=1)
+    ]
+    tokens, length = 8192, 512
+    step = 5.0 * tokens / length
+    # Of q, o, k, v (16 x 16), gate, up, down (16 x 24), q and down have rank 3.
+    rank, factor_entries = 3, 2 * 3 * (16 + 16 + 16 + 24)
+    matrices = 3 * 16 * 16 + 2 * 16 * 24 + factor_entries // 2
+    per_token = 2 * 2 * (matrices + length * 16)  # attention: 2 products, half of L
+    flops, retraction = 3 * tokens * per_token, 4 * rank * factor_entries
+    assert found == [
+        ("retraction", 7.0),
+        ("retraction", 0.75),
+        ("retraction", 1.5),
+        ("SCT chain", round(6 / 5.5, 6)),
+        ("SCT chain, clip active", round(8 / 8.5, 6)),
+        ("SCT chain, clip decided by its cheap bound", 1.1),
+        ("SCT chain", 1.5),
+        ("SCT chain", round(6 / (6 + step), 6)),
+        ("the same by FLOPs", round(retraction / (flops + retraction), 6)),
+        ("with the gradient's tangent projection", 1.5),
+        ("with transported moments", 2.0),
+        ("with the lossless retraction", 10.0),
+        ("Stiefel Muon", 2.5),
+        ("Spectron chain", 0.5),
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "target", "verdict"),
     [

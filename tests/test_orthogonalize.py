@@ -8,7 +8,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sct_jax import orthogonalize
 
 EPS = float(np.finfo(np.float32).eps)
-HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
 
 def matrix_with(sigma, shape, seed=0):
@@ -313,4 +312,4 @@ FUNCTIONS = {
 def test_every_product_is_of_the_highest_precision(name):
     precisions = reference.matmul_precisions(FUNCTIONS[name], jnp.ones((2, 6, 3)))
     assert precisions
-    assert set(precisions) == {HIGHEST}
+    assert set(precisions) == {reference.HIGHEST}

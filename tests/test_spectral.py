@@ -8,7 +8,6 @@ from sct_jax import spectral
 
 EPS = float(np.finfo(np.float32).eps)
 ORTHONORMAL = 4e-6
-HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 FAN_IN, FAN_OUT, RANK = 12, 9, 4
 
 composite_update_norm = jax.jit(spectral.composite_update_norm)
@@ -545,11 +544,11 @@ def test_every_product_of_the_norm_is_of_the_highest_precision(kind):
     w = weights((2,))[kind][0]
     precisions = reference.matmul_precisions(spectral.composite_update_norm, w, w)
     assert precisions
-    assert set(precisions) == {HIGHEST}
+    assert set(precisions) == {reference.HIGHEST}
 
 
 @pytest.mark.parametrize("kind", ["spectral", "low_rank"])
 def test_to_dense_is_of_the_highest_precision(kind):
     w = weights()[kind][0]
     precisions = reference.matmul_precisions(spectral.to_dense, w)
-    assert set(precisions) == {HIGHEST}
+    assert set(precisions) == {reference.HIGHEST}

@@ -147,3 +147,14 @@ def test_spectral_factors_are_refused():
     params = {"w": spectral.init(jax.random.key(0), 6, 5, 2)}
     with pytest.raises(ValueError, match="would not stay orthonormal"):
         optimizers.spectron(0.05).init(params)
+
+
+def test_every_product_is_of_the_highest_precision():
+    params = {"w": weight()}
+    tx = transforms.scale_by_spectron()
+    state = tx.init(params)
+    precisions = reference.matmul_precisions(
+        lambda g: tx.update(g, state, params), params
+    )
+    assert precisions
+    assert set(precisions) == {reference.HIGHEST}

@@ -162,3 +162,15 @@ def test_zero_gradients_and_singular_values_give_finite_updates(gauge):
 def test_an_unknown_gauge_is_refused():
     with pytest.raises(ValueError, match="unknown gauge 'svdd'"):
         transforms.scale_by_stiefel_muon(gauge="svdd")
+
+
+@pytest.mark.parametrize("gauge", transforms.GAUGES)
+def test_every_product_is_of_the_highest_precision(gauge):
+    params = {"w": weight()}
+    tx = transforms.scale_by_stiefel_muon(gauge=gauge)
+    state = tx.init(params)
+    precisions = reference.matmul_precisions(
+        lambda g: tx.update(g, state, params), params
+    )
+    assert precisions
+    assert set(precisions) == {reference.HIGHEST}
