@@ -122,7 +122,7 @@ def matrix_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
 def layerwise_bytes(
     stack: layerwise.Stack, tx: optax.GradientTransformation, batch: Any
 ) -> dict[str, int]:
-    """Returns the bytes of a step of `layerwise` at its fullest moment, and their total.
+    """Returns the bytes of a step of `layerwise` at its fullest moment, and the total.
 
     The state; and the most of what its moments hold beside it, which are the head and
     loss, a block, and the embedding: gradients (a tied embedding has two, one from

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from sct_jax import optimizers, spectral
+from sct_jax import config, optimizers, spectral
 
 EPS = float(np.finfo(np.float32).eps)
 ORTHONORMAL = 4e-6
@@ -20,6 +20,8 @@ CHAINS = {
     "tsvd": (optimizers.tsvd, {"retraction": "qr"}, 3e-2),  # compiles sooner
     "stiefel_muon": (optimizers.stiefel_muon, {}, 3e-2),
     "spectron": (optimizers.spectron, {}, 0.3),
+    "muon": (optimizers.muon, {}, 3e-2),
+    "adamw": (optimizers.adamw, {}, 3e-2),
 }
 each_chain = pytest.mark.parametrize("name", CHAINS)
 
@@ -40,7 +42,8 @@ def factors():
 
 @pytest.fixture
 def weight(factors, name):
-    return spectral.to_low_rank(factors) if name == "spectron" else factors
+    low_rank = name in config.LOW_RANK_OPTIMIZERS
+    return spectral.to_low_rank(factors) if low_rank else factors
 
 
 @pytest.fixture

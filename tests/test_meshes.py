@@ -30,14 +30,14 @@ CHAINS = {
         RATE, max_update_norm=MAX_NORM, retraction="polar"
     ),
     "sct, bfloat16": lambda: optimizers.sct(RATE, moment_dtype="bfloat16"),
+    "sct, lossless": lambda: optimizers.sct(RATE, retraction="lossless"),
+    "tsvd": lambda: optimizers.tsvd(RATE, retraction_tolerance=ORTHONORMAL / 4),
     "stiefel_muon": lambda: optimizers.stiefel_muon(RATE),
     "spectron": lambda: optimizers.spectron(RATE),
     "retraction": transforms.retract_to_stiefel,
     "clip": lambda: transforms.clip_by_composite_spectral_norm(MAX_NORM),
 }
 CASES = [(mode, name) for mode in MODES for name in CHAINS]
-CASES.remove(("explicit", "sct, polar"))
-CASES.remove(("explicit", "sct, bfloat16"))
 
 
 @functools.cache
@@ -141,10 +141,12 @@ def test_steps_are_those_of_one_device(on_eight_devices):
         # Gram matrices are sums in another order; entries are at most 1 in size, but
         # for what the clip alone lets through.
         atol = 4 * EPS * np.sqrt(MAX_RANK) * step
-        jax.tree.map(
-            lambda a, b, atol=atol: np.testing.assert_allclose(a, b, atol=atol), x, y
-        )
-        for w in x.values():
+        same = lambda a, b, atol=atol: np.testing.assert_allclose(a, b, atol=atol)
+        # Singular vectors of near values are as rounding has them; W is not.
+        if name == "sct, lossless":
+            x, y = ({k: reference.dense(*w) for k, w in t.items()} for t in (x, y))
+        jax.tree.map(same, x, y)
+        for w in found[step - 1].values():
             if spectral.is_spectral(w) and name != "clip":
                 assert reference.orthonormality_error(w.u) < ORTHONORMAL
                 assert reference.orthonormality_error(w.v) < ORTHONORMAL

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from sct_jax.transforms import common
@@ -125,9 +126,14 @@ def round_stochastically(
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = bits + salt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    # Over a mesh with Explicit axes every device would count the places of all.
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
     # Equal numbers at different places are rounded apart; layers need not be.
     for axis, odd in zip(range(x.ndim)[-2:], (0x85EBCA6B, 0xC2B2AE35), strict=False):
-        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place = jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis, out_sharding=sharding if explicit else None
+        )
         noise = noise + place * jnp.uint32(odd)
     noise = (noise ^ (noise >> 16)) * jnp.uint32(0x21F0AAAD)
     noise = (noise ^ (noise >> 15)) * jnp.uint32(0x735A2D97)
