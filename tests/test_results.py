@@ -64,9 +64,7 @@ def test_a_finished_comparison_lacks_no_trial(name):
     assert not grid.missing(comparison, rows, seconds=seconds)
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
-)
+@pytest.mark.parametrize("folder", FINISHED)
 def test_a_report_is_that_of_its_rows(folder):
     text = (RESULTS / folder / "report.md").read_text()
     _, body = _table(folder)
@@ -125,6 +123,58 @@ def test_every_number_with_an_error_is_that_of_a_report(page):
             for found in known
         }
         assert tuple(map(float, texts)) in rounded, texts
+
+
+@pytest.mark.parametrize(
+    ("page", "folder", "protocol", "method", "others"),
+    [
+        (
+            ROOT,
+            "short",
+            ("tokens", 0.4),
+            "Stiefel Muon",
+            {"dense Muon": "dense Muon", "dense AdamW": "dense AdamW"},
+        ),
+        (ROOT, "long_decay", ("flops", 10), "Stiefel Muon", {"dense AdamW": "it"}),
+        (
+            RESULTS,
+            "short",
+            ("tokens", 0.4),
+            "Stiefel Muon",
+            {
+                "dense Muon": "dense Muon",
+                "dense AdamW": "dense AdamW",
+                "dense Muon (narrow)": "the narrow dense model",
+            },
+        ),
+        (
+            RESULTS,
+            "short",
+            ("tokens", 0.4),
+            "Spectron (code)",
+            {"dense AdamW": "dense AdamW"},
+        ),
+        (
+            RESULTS,
+            "long_decay",
+            ("flops", 10),
+            "Stiefel Muon",
+            {
+                "dense AdamW": "dense AdamW",
+                "dense Muon": "dense Muon",
+                "dense Muon (narrow)": "the narrow dense model",
+            },
+        ),
+    ],
+)
+def test_who_leads_in_a_sentence_is_who_leads(page, folder, protocol, method, others):
+    text = " ".join((page / "README.md").read_text().split())
+    # In `long_decay` every method has the same variation behind its name.
+    arms = {arm.name.split(":")[0]: arm for arm in _arms(f"compare_methods-{folder}")}
+    for other, called in others.items():
+        mean, error = summary.gap(arms[method], arms[other], summary.horizon(*protocol))
+        side = "below" if mean < 0 else "above"
+        assert f"{abs(mean):.3f} ± {error:.3f} {side} {called}" in text
 
 
 def test_no_file_is_large():
