@@ -17,15 +17,14 @@ Variants, on the Python standard library's source text, R = d/4 in all seven mat
           around its best there.
   triple  the model of `small`, three times the rates, for loss spikes.
   width   the model of `small` at d 64, 128 and 256: where do rates have their best?
-  large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .4 tokens
-          for each; for accelerators, a process for each:
+  large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .35 tokens
+          for each of all 12.2 M; for accelerators, a process for each:
           for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
             experiments.compare --config=configs/compare_methods.py:large & done; wait
   long    d 64, 4 layers, .2 M parameters dense: the same, .4 to 10 tokens for each.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 from experiments import grid, methods
@@ -56,9 +55,7 @@ BEST_OF_LONG = {
 }
 
 
-def leading(
-    experiment: config.ExperimentConfig, *, short_run: bool
-) -> tuple[grid.Arm, ...]:
+def leading(*, short_run: bool) -> tuple[grid.Arm, ...]:
     """The arms of `LEADING` at three rates of the matrices each, and a narrow one."""
     arms = {
         name: methods.searched(methods.at_setting(name, *best))
@@ -66,7 +63,7 @@ def leading(
     }
     if short_run:
         arms = {name: methods.of_short_run(arm) for name, arm in arms.items()}
-    return *arms.values(), methods.narrow(arms["dense Muon"], experiment)
+    return *arms.values(), methods.narrow(arms["dense Muon"])
 
 
 def base(
@@ -115,10 +112,7 @@ def _small() -> grid.Comparison:
     experiment = base_of_small()
     return grid.Comparison(
         base=experiment,
-        arms=(
-            *methods.ARMS,
-            methods.narrow(methods.arm_named("dense Muon"), experiment),
-        ),
+        arms=(*methods.ARMS, methods.narrow(methods.arm_named("dense Muon"))),
         tokens_per_parameter=SHORT,
         adam_rate_factors=ADAM_RATE_FACTORS,
         max_rates=7,
@@ -129,7 +123,7 @@ def _leading(experiment: config.ExperimentConfig) -> grid.Comparison:
     experiment = with_qk_norm(experiment)
     return grid.Comparison(
         base=experiment,
-        arms=leading(experiment, short_run=True),
+        arms=leading(short_run=True),
         tokens_per_parameter=SHORT,
     )
 
@@ -143,9 +137,11 @@ def _short() -> grid.Comparison:
 
 
 def _large() -> grid.Comparison:
-    return _leading(
-        base(d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256)
+    experiment = base(
+        d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256
     )
+    # As many as the text has for the longest trials.
+    return dataclasses.replace(_leading(experiment), tokens_per_parameter=(0.35,))
 
 
 def _long() -> grid.Comparison:
@@ -156,7 +152,7 @@ def _long() -> grid.Comparison:
     experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
     return grid.Comparison(
         base=experiment,
-        arms=leading(experiment, short_run=False),
+        arms=leading(short_run=False),
         tokens_per_parameter=(10.0, *SHORT, 2.0),
         adam_rate_factors=ADAM_RATE_FACTORS,
     )
@@ -234,15 +230,15 @@ def _recipe() -> grid.Comparison:
             always=(best,),
         ),
     )
-    arms = (*arms, methods.narrow(arms[-1], experiment))
+    arms = (*arms, methods.narrow(arms[-1]))
     return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
 
 
-def _best_of_long(name: str, experiment: config.ExperimentConfig) -> grid.Arm:
+def _best_of_long(name: str) -> grid.Arm:
     """This arm, which may be the narrow one, at its setting of `BEST_OF_LONG`."""
     plain = name.removesuffix(" (narrow)")
     arm = methods.at_setting(plain, *BEST_OF_LONG[name])
-    return arm if plain == name else methods.narrow(arm, experiment)
+    return arm if plain == name else methods.narrow(arm)
 
 
 def _recipe_long() -> grid.Comparison:
@@ -250,10 +246,9 @@ def _recipe_long() -> grid.Comparison:
     study = _long()
     moved = methods.moved_ranks(study.base.model.rank, gate=22, up=22, down=21)
     variations = methods.VARIATIONS | moved
-    best = functools.partial(_best_of_long, experiment=study.base)
     arms = (
         *methods.varied(
-            best("Stiefel Muon"),
+            _best_of_long("Stiefel Muon"),
             variations,
             "lossless",
             "momentum .9",
@@ -265,8 +260,8 @@ def _recipe_long() -> grid.Comparison:
         ),
         methods.at_setting("Stiefel Muon (svd gauge)", 0.0125, 0.081),
         # What helps the low-rank chain may help the dense one.
-        *methods.varied(best("dense Muon"), variations, "decay .9"),
-        *methods.varied(best("dense Muon (narrow)"), variations, "decay .9"),
+        *methods.varied(_best_of_long("dense Muon"), variations, "decay .9"),
+        *methods.varied(_best_of_long("dense Muon (narrow)"), variations, "decay .9"),
     )
     return dataclasses.replace(
         study,
@@ -279,7 +274,7 @@ def _recipe_long() -> grid.Comparison:
 def _long_decay() -> grid.Comparison:
     """The arms of `long` with a rate that long decays, searched around their best."""
     study = _long()
-    arms = (methods.searched(_best_of_long(name, study.base)) for name in BEST_OF_LONG)
+    arms = (methods.searched(_best_of_long(name)) for name in BEST_OF_LONG)
     return dataclasses.replace(
         study,
         arms=tuple(

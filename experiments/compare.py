@@ -110,6 +110,12 @@ def run(
     book.share_programs()
     seconds = _seconds(comparison, arms, book, corpus)
     grid.check_same(comparison, book.rows(), seconds=seconds)
+    longest = grid.most_tokens(comparison, arms=arms, seconds=seconds)
+    if longest > len(corpus.train):
+        print(
+            f"note: the longest trial reads {longest:,} tokens, the training text has "
+            f"{len(corpus.train):,}: some of it is seen again"
+        )
     ledger.fill(
         book,
         lambda rows: grid.missing(comparison, rows, arms=arms, seconds=seconds),

@@ -24,6 +24,8 @@ class Arm:
       method: one of `baselines.METHODS`.
       adam_rate: see `trial.Trial`.
       always: whether it gets all seeds, however it ranks.
+      narrow: whether its model is dense, and as narrow as has the FLOPs per token of
+        the low-rank one: what that gains at equal FLOPs, any smaller model does.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Arm:
     method: str = "plain"
     adam_rate: float | None = None
     always: bool = False
+    narrow: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,15 @@ class Comparison:
         errors.check("arms", len(set(names)) == len(names), "a name stands twice")
         errors.check("arms", "," not in "".join(names), "a name has a comma")
         errors.check("seeds", bool(self.seeds), "there are none")
-        errors.check("tokens_per_parameter", bool(self.tokens_per_parameter), "none")
+        lengths = self.tokens_per_parameter
+        errors.check("tokens_per_parameter", bool(lengths), "there are none")
+        errors.check("tokens_per_parameter", min(lengths) > 0, "must be positive")
+        errors.check(
+            "tokens_per_parameter",
+            len(set(lengths)) == len(lengths),
+            "one stands twice",
+        )
+        self._check_base()
         errors.check(
             "protocols",
             self.protocols[:1] == ("tokens",),
@@ -98,12 +109,26 @@ class Comparison:
             "adam_rate_factors", list(factors) == sorted(set(factors)), "not sorted"
         )
         for arm in self.arms:
-            field = f"arms.{arm.name}.rates"
-            errors.check(field, len(arm.rates) >= 1, "there are none")
-            errors.check(field, arm.rates[0] > 0, f"{arm.rates[0]} must be > 0")
-            errors.check(field, list(arm.rates) == sorted(set(arm.rates)), "not sorted")
+            check_rates(f"arms.{arm.name}.rates", arm.rates)
             self.trial(arm, arm.rates[0], self.seeds[0]).validate()
             self._check_text(arm)
+
+    def _check_base(self) -> None:
+        """Raises ConfigError for a field of the base that every arm replaces."""
+        default = config.ExperimentConfig()
+        for field, value, unset, instead in (
+            ("num_steps", self.base.num_steps, default.num_steps, "protocols"),
+            ("seed", self.base.seed, default.seed, "seeds"),
+            (
+                "optimizer.peak_learning_rate",
+                self.base.optimizer.peak_learning_rate,
+                default.optimizer.peak_learning_rate,
+                "arms.rates",
+            ),
+        ):
+            errors.check(
+                f"base.{field}", value == unset, f"has no effect beside {instead}"
+            )
 
     def _check_text(self, arm: Arm) -> None:
         """Raises ConfigError where an arm would be judged by another text."""
@@ -186,7 +211,11 @@ class Comparison:
         experiment = self.base
         for field, text in arm.overrides:
             experiment = config.override(experiment, field, text)
-        return experiment
+        if not arm.narrow:
+            return experiment
+        width, d_ff = _narrow_sizes(self.base.model, self.base.data.seq_len)
+        narrow = dataclasses.replace(experiment.model, d_model=width, d_ff=d_ff)
+        return dataclasses.replace(experiment, model=narrow)
 
     def _steps(
         self, tokens_per_parameter: float, experiment: config.ExperimentConfig
@@ -225,6 +254,29 @@ class Comparison:
                 extra = draft.fade_steps * (guided - plain)
                 found[protocol] = max(round((budget - extra) / plain), 2)
         return found
+
+
+@functools.lru_cache
+def _narrow_sizes(low_rank: model.ModelConfig, seq_len: int) -> tuple[int, int]:
+    """d_model and d_ff of a dense model with the FLOPs per token of this one.
+
+    The nearest width of the same proportions, then the nearest d_ff at that width.
+    """
+    budget = accounting.flops_per_token(low_rank, seq_len=seq_len)
+
+    def at(width: int, d_ff: int) -> model.ModelConfig:
+        dense = accounting.dense_config(low_rank)
+        return dataclasses.replace(dense, d_model=width, d_ff=d_ff)
+
+    def excess(shape: model.ModelConfig) -> float:
+        return abs(accounting.flops_per_token(shape, seq_len=seq_len) - budget)
+
+    even_heads = 2 * low_rank.num_heads
+    widths = range(even_heads, low_rank.d_model, even_heads)
+    ratio = low_rank.d_ff / low_rank.d_model
+    found = min((at(w, round(w * ratio)) for w in widths), key=excess)
+    found = min((at(found.d_model, f) for f in range(1, low_rank.d_ff)), key=excess)
+    return found.d_model, found.d_ff
 
 
 @functools.lru_cache
@@ -288,6 +340,20 @@ def missing(
         for rate, adam_rate in settings
         if (t := make(arm, rate, seed, adam_rate=adam_rate)).key not in rows
     ]
+
+
+def most_tokens(
+    comparison: Comparison, *, arms: Sequence[Arm], seconds: Seconds | None = None
+) -> int:
+    """Returns the training tokens of the longest trial of these arms."""
+    trials = [
+        comparison.trial(arm, arm.rates[0], comparison.seeds[0], seconds=seconds)
+        for arm in arms
+    ]
+    return max(
+        trial.experiment.num_steps * trial.experiment.data.tokens_per_step
+        for trial in trials
+    )
 
 
 def _search_both(
@@ -388,13 +454,20 @@ def check_same(
         same = comparison.trial(arm, rate, row["seed"], adam_rate=adam_rate, **keywords)
         if same.key == key:
             continue
-        old = config.flatten(row["definition"])
-        new = config.flatten(config.to_dict(same))
+        old = config.from_dict(row["definition"], trial_lib.Trial).identity
+        new = same.identity
         changed = sorted(k for k in old | new if old.get(k) != new.get(k))
         raise errors.ConfigError(
             f"--results: holds trials of {arm.name!r} with another "
             f"{', '.join(changed[:5])}: choose another folder"
         )
+
+
+def check_rates(field: str, rates: Sequence[float]) -> None:
+    """Raises ConfigError, naming the field, for rates that cannot be searched."""
+    errors.check(field, len(rates) >= 1, "there are none")
+    errors.check(field, rates[0] > 0, f"{rates[0]} must be > 0")
+    errors.check(field, list(rates) == sorted(set(rates)), "not sorted")
 
 
 def _beyond(rates: Sequence[float], best: int) -> float | None:

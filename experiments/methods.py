@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import grid
-from sct_jax import accounting, config, model
+from sct_jax import model
 
 # Of embedding and norms, where the matrices have a rule of their own; of `small`, where
 # it is searched for every arm, a first guess.
@@ -163,32 +163,9 @@ def searched(arm: grid.Arm) -> grid.Arm:
     return dataclasses.replace(arm, rates=(rate / 2, rate, 2 * rate))
 
 
-def narrow(arm: grid.Arm, experiment: config.ExperimentConfig) -> grid.Arm:
-    """A dense arm at the width that has the FLOPs per token of the low-rank ones.
-
-    What it gains at equal FLOPs, any smaller model does.
-    """
-    low_rank, seq_len = experiment.model, experiment.data.seq_len
-    budget = accounting.flops_per_token(low_rank, seq_len=seq_len)
-
-    def at(width: int, d_ff: int) -> model.ModelConfig:
-        dense = accounting.dense_config(low_rank)
-        return dataclasses.replace(dense, d_model=width, d_ff=d_ff)
-
-    def excess(shape: model.ModelConfig) -> float:
-        return abs(accounting.flops_per_token(shape, seq_len=seq_len) - budget)
-
-    # The nearest width of the same proportions, then the nearest d_ff at that width.
-    even_heads = 2 * low_rank.num_heads
-    widths = range(even_heads, low_rank.d_model, even_heads)
-    ratio = low_rank.d_ff / low_rank.d_model
-    found = min((at(w, round(w * ratio)) for w in widths), key=excess)
-    found = min((at(found.d_model, f) for f in range(1, low_rank.d_ff)), key=excess)
-    return with_fields(
-        arm,
-        *fields("model", d_model=found.d_model, d_ff=found.d_ff),
-        name=f"{arm.name} (narrow)",
-    )
+def narrow(arm: grid.Arm) -> grid.Arm:
+    """A dense arm at the width that has the FLOPs per token of the low-rank ones."""
+    return dataclasses.replace(arm, name=f"{arm.name} (narrow)", narrow=True)
 
 
 def of_short_run(arm: grid.Arm) -> grid.Arm:

@@ -43,6 +43,9 @@ SPIKE_DEVIATIONS = 4.0
 _LEAST_WINDOW = 50  # trailing steps without which nothing is judged
 _SPECTRA = 5  # measurements of the effective ranks, spread over the trunk
 
+# Fields of an experiment of which no row depends: paths, logs and saves.
+_WITHOUT_EFFECT = {f for f in config.RESUMABLE if f != "eval.num_batches"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -66,9 +69,18 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Name of the trial: the same for the same definition, and for no other."""
-        text = json.dumps(config.to_dict(self), sort_keys=True)
+        """Name of the trial: the same for the same identity, and for no other."""
+        text = json.dumps(self.identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Every field, by its path, that what comes out of the trial depends on."""
+        return {
+            name: value
+            for name, value in config.flatten(config.to_dict(self)).items()
+            if name.removeprefix("experiment.") not in _WITHOUT_EFFECT
+        }
 
     @property
     def rate(self) -> float:

@@ -341,6 +341,18 @@ def test_a_guide_is_charged_for_its_dense_path():
             "arms.dense.rates: not sorted",
         ),
         ({"adam_rate_factors": (0.5, 2.0)}, "with 1 among them"),
+        ({"tokens_per_parameter": (0.4, -1.0)}, "must be positive"),
+        ({"tokens_per_parameter": (0.4, 0.4)}, "one stands twice"),
+        ({"base": dataclasses.replace(BASE, seed=3)}, "base.seed: has no effect"),
+        ({"base": dataclasses.replace(BASE, num_steps=3)}, "base.num_steps: has no"),
+        (
+            {
+                "base": dataclasses.replace(
+                    BASE, optimizer=optimizers.OptimizerConfig(peak_learning_rate=0.1)
+                )
+            },
+            r"base\.optimizer\.peak_learning_rate: has no effect beside arms\.rates",
+        ),
         ({"adam_rate_factors": (1.0, 0.5)}, "adam_rate_factors: not sorted"),
         (
             {"arms": (dataclasses.replace(DENSE, overrides=(("model.rnk", "4"),)),)},

@@ -146,6 +146,15 @@ def test_the_key_is_of_the_definition_alone(experiment):
         make(experiment, horizons=(("tokens 1", 11),)),
     ):
         assert other.key != item.key
+    # What changes nothing of a row does not make it another trial.
+    for same in (
+        make(experiment, data__cache_dir="elsewhere"),
+        make(experiment, checkpoint__every="7"),
+        make(experiment, eval__every="7"),
+        make(experiment, log_every="7"),
+    ):
+        assert same != item and same.key == item.key
+    assert make(experiment, eval__num_batches="1").key != item.key
 
 
 def test_rates_change_without_compiling_again(experiment, corpus):
