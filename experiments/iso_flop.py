@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from experiments import grid, summary
+from experiments import baselines, grid, summary
 from experiments import trial as trial_lib
 from sct_jax import config, errors
 
@@ -60,7 +60,16 @@ class ScalingLaws:
         errors.check(
             "budgets", list(self.budgets) == sorted(set(self.budgets)), "not sorted"
         )
+        errors.check("seeds", bool(self.seeds), "there are none")
+        errors.check("kinds", bool(self.kinds), "there are none")
         for kind in self.kinds:
+            grid.check_rates(f"kinds.{kind.arm.name}.rates", kind.arm.rates)
+            method = baselines.METHODS.get(kind.arm.method)
+            errors.check(
+                f"kinds.{kind.arm.name}.method",
+                method is None or method.guided_linear is None,
+                "a guide's share of a budget is not told apart here",
+            )
             field = f"kinds.{kind.arm.name}.sizes"
             given, wanted = len(kind.sizes), len(self.budgets)
             errors.check(field, given == wanted, f"{given} for {wanted} budgets")

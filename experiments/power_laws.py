@@ -113,10 +113,25 @@ def fit(runs: Sequence[Run]) -> Law | None:
     return Law(a, b, optima)
 
 
+class Intervals(NamedTuple):
+    """Those of the exponents of a law; NaN where there are none.
+
+    Attributes:
+      a: of N ~ C^a, low and high.
+      b: of D ~ C^b.
+      whole: share of the samples with an optimum for every budget that the law has one
+        for. Of the others those with a law count too, fitted to less budgets.
+    """
+
+    a: tuple[float, float]
+    b: tuple[float, float]
+    whole: float
+
+
 def bootstrap(
     runs: Sequence[Run], *, samples: int = 1000, level: float = 0.9, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Returns intervals of the exponents "a" and "b" at a level.
+) -> Intervals:
+    """Returns intervals of the exponents of a law at a level.
 
     Parametric: the noise of a loss has the variance of the residuals of all parabolas
     and offsets of seeds, with the tails of Student's t, as few of them are free. A
@@ -130,7 +145,8 @@ def bootstrap(
     fitted = np.concatenate([np.zeros(0), *(values for _, values, _ in fits)])
     residuals = np.array([run.loss for run in ordered]) - fitted
     freedom = sum(free for _, _, free in fits)
-    drawn: dict[str, list[float]] = {"a": [], "b": []}
+    found = fit(runs)
+    laws: list[Law] = []
     sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
     for _ in range(samples if freedom > 0 else 0):
         # One variance for a sample, as one was estimated for all.
@@ -142,17 +158,14 @@ def bootstrap(
         ]
         law = fit(noisy)
         if law is not None:
-            drawn["a"].append(law.a)
-            drawn["b"].append(law.b)
+            laws.append(law)
+    if found is None or not laws:
+        return Intervals((math.nan, math.nan), (math.nan, math.nan), math.nan)
     tail = 50 * (1 - level)
-    return {
-        name: (
-            (float(np.percentile(v, tail)), float(np.percentile(v, 100 - tail)))
-            if v
-            else (math.nan, math.nan)
-        )
-        for name, v in drawn.items()
-    }
+    ends = np.percentile([(law.a, law.b) for law in laws], [tail, 100 - tail], axis=0)
+    (low_a, low_b), (high_a, high_b) = ends.tolist()
+    whole = sum(len(law.optima) >= len(found.optima) for law in laws) / samples
+    return Intervals((low_a, high_a), (low_b, high_b), whole)
 
 
 def by_budget(runs: Sequence[Run]) -> list[list[Run]]:

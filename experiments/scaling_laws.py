@@ -35,7 +35,10 @@ NOTES = (
     "searched until it has neighbours on both sides; Adam's, of the embedding and "
     "norms, is one for all. Parabolas are fitted to the held-out loss in the logarithm "
     "of the parameters, with the embedding; their least points count where they lie "
-    "inside of the sizes.",
+    "inside of the sizes. Intervals are those of a parametric bootstrap; a sample is "
+    "whole with such a point for every budget that has one. The others are fitted to "
+    "less budgets, or left out with less than two: with many of them the intervals are "
+    "too narrow.",
     "FLOPs are the matrix products of forward and backward pass, head included; those "
     "of the optimizer are not counted, in favour of methods that have many.",
 )
@@ -81,30 +84,51 @@ def points_of(rows: Sequence[summary.Row]) -> dict[str, list[Point]]:
     return found
 
 
+def runs_of(points: Mapping[str, Sequence[Point]]) -> dict[str, list[power_laws.Run]]:
+    """Returns the runs of every kind, of all its points."""
+    return {
+        kind: [run for point in own for run in point.runs]
+        for kind, own in points.items()
+    }
+
+
 class Fit(NamedTuple):
-    """The law of a kind, and the intervals of its exponents "a" and "b"."""
+    """The law of a kind, and the intervals of its exponents."""
 
     law: power_laws.Law
-    intervals: Mapping[str, tuple[float, float]]
+    intervals: power_laws.Intervals
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there were runs to tell the noise from."""
+        return math.isfinite(self.intervals.whole)
 
     def as_json(self) -> dict[str, Any]:
         """Returns what laws.json says of it."""
+        a, b, whole = self.intervals if self.has_intervals else (None, None, None)
         return {
             "N ~ C^a": self.law.a,
-            "a, 90 %": self.intervals["a"],
+            "a, 90 %": a,
             "D ~ C^b": self.law.b,
-            "b, 90 %": self.intervals["b"],
+            "b, 90 %": b,
+            "samples with an optimum for every budget": whole,
             "optima": [best._asdict() for best in self.law.optima],
         }
 
     def exponents(self) -> tuple[str, str]:
         """Returns a and b with their intervals in brackets."""
-        values = {"a": self.law.a, "b": self.law.b}
+        pairs = (self.law.a, self.intervals.a), (self.law.b, self.intervals.b)
         a, b = (
-            f"{value:.3f} [{self.intervals[n][0]:.3f}, {self.intervals[n][1]:.3f}]"
-            for n, value in values.items()
+            f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            if self.has_intervals
+            else f"{value:.3f} [no interval]"
+            for value, (low, high) in pairs
         )
         return a, b
+
+    def whole(self) -> str:
+        """Returns the share of the samples with an optimum for every budget."""
+        return f"{self.intervals.whole:.0%}" if self.has_intervals else "-"
 
 
 def fits_of(kinds: Mapping[str, Sequence[power_laws.Run]]) -> dict[str, Fit]:
@@ -120,7 +144,7 @@ def tables(
     points: Mapping[str, Sequence[Point]], fits: Mapping[str, Fit]
 ) -> list[page.Table]:
     """Returns the exponents, the optima, and the points that they were fitted to."""
-    exponents = [[kind, *fit.exponents()] for kind, fit in fits.items()]
+    exponents = [[kind, *fit.exponents(), fit.whole()] for kind, fit in fits.items()]
     optima = [
         [
             kind,
@@ -150,7 +174,7 @@ def tables(
     return [
         page.Table(
             "Exponents, in brackets 90 % intervals",
-            ["kind", "parameters N ~ C^a", "tokens D ~ C^b"],
+            ["kind", "parameters N ~ C^a", "tokens D ~ C^b", "whole samples"],
             exponents,
         ),
         page.Table(
@@ -257,32 +281,44 @@ def write(
     Raises:
       ConfigError: where nothing has been trained, or matplotlib is not installed.
     """
-    lacking = []
-    if num_missing:
-        lacking.append(f"Not finished: {num_missing} trials or more are to be trained.")
-        print(*lacking)
     points = points_of(rows)
     errors.check("--results", bool(points), f"no finished trial in {folder}")
-    kinds = {
-        kind: [run for point in own for run in point.runs]
-        for kind, own in points.items()
-    }
+    kinds = runs_of(points)
     fits = fits_of(kinds)
     laws = {
         "trials": len(rows),
         "missing_trials": num_missing,
         "laws": {kind: fit.as_json() for kind, fit in fits.items()},
     }
-    (folder / "laws.json").write_text(json.dumps(laws, indent=2) + "\n")
+    (folder / "laws.json").write_text(
+        json.dumps(laws, indent=2, allow_nan=False) + "\n"
+    )
+    report = contents(folder.name, rows, points, fits, num_missing)
+    for note in report.notes[: -len(NOTES)]:
+        print(note)
     for kind, runs in kinds.items():
         print(f"{kind}: {_in_words(fits.get(kind), power_laws.by_budget(runs))}")
-    written = page.Page(
-        title=f"{folder.name}: {len(kinds)} kinds, {len(rows)} trials",
+    written = report._replace(figures=draw(kinds, fits)).write(folder)
+    print(f"written: {written}, {written.with_suffix('.html')}, {folder}/laws.json")
+
+
+def contents(
+    title: str,
+    rows: Sequence[summary.Row],
+    points: Mapping[str, Sequence[Point]],
+    fits: Mapping[str, Fit],
+    num_missing: int = 0,
+) -> page.Page:
+    """Returns the report of a study without its figures."""
+    lacking = []
+    if num_missing:
+        lacking.append(f"Not finished: {num_missing} trials or more are to be trained.")
+    return page.Page(
+        title=f"{title}: {len(points)} kinds, {len(rows)} trials",
         notes=(*lacking, *NOTES),
         tables=[*tables(points, fits), page.provenance(rows)],
-        figures=draw(kinds, fits),
-    ).write(folder)
-    print(f"written: {written}, {written.with_suffix('.html')}, {folder}/laws.json")
+        figures=[],
+    )
 
 
 def _in_words(fit: Fit | None, budgets: Sequence[Sequence[power_laws.Run]]) -> str:

@@ -56,7 +56,7 @@ def test_intervals_hold_the_true_exponent_as_often_as_they_say(num_budgets, num_
             num_budgets=num_budgets,
             num_sizes=num_sizes,
         )
-        low, high = power_laws.bootstrap(runs, samples=60, seed=seed)["a"]
+        low, high = power_laws.bootstrap(runs, samples=60, seed=seed).a
         hits += low <= expected <= high
         widths.append(high - low)
     # 54 of 60 at 90 %; at 77 % it were 46, and 48 or more once in four times.
@@ -66,13 +66,13 @@ def test_intervals_hold_the_true_exponent_as_often_as_they_say(num_budgets, num_
 
 def test_what_a_seed_does_to_all_sizes_is_neither_slope_nor_noise():
     runs, expected = synthetic(0.34, 0.28)
-    alone = power_laws.bootstrap(runs)["a"]
+    alone = power_laws.bootstrap(runs).a
     for further in (runs[:2], runs):  # some of the first budget, and all
         both = runs + [r._replace(loss=r.loss + 0.03, seed=1) for r in further]
         law = power_laws.fit(both)
         assert law is not None
         assert law.a == pytest.approx(expected, abs=0.01)
-        low, high = power_laws.bootstrap(both)["a"]
+        low, high = power_laws.bootstrap(both).a
         assert high - low <= 1.1 * (alone[1] - alone[0])
 
 
@@ -86,7 +86,23 @@ def test_a_budget_of_two_sizes_changes_no_interval():
 
 def test_no_free_residual_is_no_interval():
     runs, _ = synthetic(0.5, 0.5, num_sizes=3)
-    assert np.isnan(power_laws.bootstrap(runs)["a"]).all()
+    found = power_laws.bootstrap(runs)
+    assert np.isnan([*found.a, *found.b, found.whole]).all()
+    law = power_laws.fit(runs)
+    assert law is not None
+    fit = scaling_laws.Fit(law, found)
+    assert json.loads(json.dumps(fit.as_json(), allow_nan=False))["a, 90 %"] is None
+    assert fit.exponents()[0] == f"{law.a:.3f} [no interval]" and fit.whole() == "-"
+
+
+def test_samples_without_an_optimum_inside_are_told():
+    runs, _ = synthetic(0.5, 0.5, noise=0.0005)
+    assert power_laws.bootstrap(runs, samples=50).whole == 1.0
+    # The best size of the first budget is now near the least one.
+    cut = sorted(runs, key=lambda run: (run.flops, run.parameters))[2:]
+    law = power_laws.fit(cut)
+    assert law is not None and len(law.optima) == 4
+    assert 0.2 < power_laws.bootstrap(cut, samples=50).whole < 0.9
 
 
 def test_a_budget_that_bends_down_has_no_optimum():
@@ -234,12 +250,22 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path, capsys):
 def test_a_study_that_cannot_be_fitted_is_refused(study):
     kind = study.kinds[0]
     with_sizes = lambda sizes: {"kinds": (dataclasses.replace(kind, sizes=sizes),)}
+    with_arm = lambda **fields: {
+        "kinds": (
+            dataclasses.replace(kind, arm=dataclasses.replace(kind.arm, **fields)),
+        )
+    }
     two_sizes = tuple(sizes[:2] for sizes in kind.sizes)
     for fields, message in (
         (with_sizes(two_sizes), "kinds.dense Muon.sizes: a parabola needs three"),
         (with_sizes(kind.sizes[:2]), "kinds.dense Muon.sizes: 2 for 3 budgets"),
         ({"budgets": (1e12,)}, "budgets: an exponent needs two"),
         ({"budgets": (3e12, 1e12, 2e12)}, "budgets: not sorted"),
+        ({"seeds": ()}, "seeds: there are none"),
+        ({"kinds": ()}, "kinds: there are none"),
+        (with_arm(rates=()), "kinds.dense Muon.rates: there are none"),
+        (with_arm(rates=(0.2, 0.1)), "kinds.dense Muon.rates: not sorted"),
+        (with_arm(method="self_guided"), "kinds.dense Muon.method: a guide's share"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             dataclasses.replace(study, **fields).validate()
