@@ -31,8 +31,8 @@ NOTES = (
     "spikes per run belong to the steps of the first horizon, as far as the longest "
     "run has them; - where it was not measured. A step at which most methods spike "
     "with the same seed is a hard batch of it. The last training loss is that of the "
-    "longest run, over its last ten steps or more, on text that it had not seen: a "
-    "second look on other text than the held-out one.",
+    "longest run, over its last ten steps or more, on text that it had not seen, where "
+    "the training text is longer: a second look on other text than the held-out one.",
     "FLOPs are the matrix products of forward and backward pass, head included; those "
     "of the optimizer are not counted, in favour of methods that have many: at the "
     "sizes of these studies Newton's and Schulz's iteration adds about a fifth to "
@@ -70,17 +70,23 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         "its trials are of different horizons, not of a comparison; the report of a "
         "scaling study is made by experiments.scaling_laws --fit_only",
     )
+    return contents(folder.name, rows)._replace(figures=draw(arms)).write(folder)
+
+
+def contents(title: str, rows: Sequence[summary.Row]) -> page.Page:
+    """Returns the report of a comparison without its figures."""
+    arms = summary.arms(rows)
     tables = [page.Table(RESULTS, *table(arms))]
     tables += [
         page.Table(DIFFERENCES.format(other.name), *differences(arms, other))
         for other in _references(arms)
     ]
     return page.Page(
-        title=f"{folder.name}: {len(arms)} methods, {len(rows)} trials",
+        title=f"{title}: {len(arms)} methods, {len(rows)} trials",
         notes=NOTES,
         tables=[*tables, page.provenance(rows)],
-        figures=draw(arms),
-    ).write(folder)
+        figures=[],
+    )
 
 
 def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:

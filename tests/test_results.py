@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import re
 
 import pytest
 
@@ -66,10 +65,9 @@ def test_a_finished_comparison_lacks_no_trial(name):
 
 @pytest.mark.parametrize("folder", FINISHED)
 def test_a_report_is_that_of_its_rows(folder):
+    rows = metrics.read_rows(RESULTS / folder / "cells.jsonl")
     text = (RESULTS / folder / "report.md").read_text()
-    _, body = _table(folder)
-    for cells in body:
-        assert f"| {' | '.join(cells)} |" in text
+    assert text.startswith(report.contents(folder, rows).as_markdown())
 
 
 def test_the_gaps_of_the_readme_are_those_of_the_report():
@@ -106,75 +104,6 @@ def test_the_table_of_all_methods_is_that_of_the_report():
     ]
     assert len(lines) >= 6
     assert "\n".join(lines) in (RESULTS / "README.md").read_text()
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", RESULTS / "README.md"])
-def test_every_number_with_an_error_is_that_of_a_report(page):
-    pair = re.compile(r"(\d+\.\d+)\s±\s(\d+\.\d+)")
-    reports = "\n".join(path.read_text() for path in RESULTS.glob("*/report.md"))
-    known = {tuple(map(float, found)) for found in pair.findall(reports)}
-    told = pair.findall(page.read_text())
-    assert len(told) >= 20
-    for texts in told:
-        # Prose may have less digits.
-        digits = [len(text.partition(".")[2]) for text in texts]
-        rounded = {
-            tuple(round(x, n) for x, n in zip(found, digits, strict=True))
-            for found in known
-        }
-        assert tuple(map(float, texts)) in rounded, texts
-
-
-@pytest.mark.parametrize(
-    ("page", "folder", "protocol", "method", "others"),
-    [
-        (
-            ROOT,
-            "short",
-            ("tokens", 0.4),
-            "Stiefel Muon",
-            {"dense Muon": "dense Muon", "dense AdamW": "dense AdamW"},
-        ),
-        (ROOT, "long_decay", ("flops", 10), "Stiefel Muon", {"dense AdamW": "it"}),
-        (
-            RESULTS,
-            "short",
-            ("tokens", 0.4),
-            "Stiefel Muon",
-            {
-                "dense Muon": "dense Muon",
-                "dense AdamW": "dense AdamW",
-                "dense Muon (narrow)": "the narrow dense model",
-            },
-        ),
-        (
-            RESULTS,
-            "short",
-            ("tokens", 0.4),
-            "Spectron (code)",
-            {"dense AdamW": "dense AdamW"},
-        ),
-        (
-            RESULTS,
-            "long_decay",
-            ("flops", 10),
-            "Stiefel Muon",
-            {
-                "dense AdamW": "dense AdamW",
-                "dense Muon": "dense Muon",
-                "dense Muon (narrow)": "the narrow dense model",
-            },
-        ),
-    ],
-)
-def test_who_leads_in_a_sentence_is_who_leads(page, folder, protocol, method, others):
-    text = " ".join((page / "README.md").read_text().split())
-    # In `long_decay` every method has the same variation behind its name.
-    arms = {arm.name.split(":")[0]: arm for arm in _arms(f"compare_methods-{folder}")}
-    for other, called in others.items():
-        mean, error = summary.gap(arms[method], arms[other], summary.horizon(*protocol))
-        side = "below" if mean < 0 else "above"
-        assert f"{abs(mean):.3f} ± {error:.3f} {side} {called}" in text
 
 
 def test_no_file_is_large():

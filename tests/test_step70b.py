@@ -65,10 +65,10 @@ def test_it_prints_and_writes_what_it_measured(tmp_path, capsys, flags, paramete
     # Counts of the chain are a few bytes more.
     extra = sizes["optimizer"] - per_parameter * figures["parameters"]
     assert 0 <= extra <= 64
-    assert figures["peak_rss_bytes"] > sizes["total"]
+    # In bytes: of this process, with JAX in it.
+    assert 1e8 < figures["peak_rss_bytes"] <= step70b.peak_rss_bytes() < 1e11
     assert figures["tokens_per_step"] == (20 if "--tokens=20" in flags else 8)
     assert set(figures["shares"]) == {"Adam", "retraction"}
-    assert all(share < 1 for share in figures["shares"].values())
 
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
