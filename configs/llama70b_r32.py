@@ -8,8 +8,9 @@ Variants:
 
 All seven matrices of a layer, the embedding and the head are factors: 424,257,088
 parameters for 70,553,706,496 (SCT, arXiv 2604.00733, has 452 million, attention without
-a softmax, and neither embedding nor head). Hardware: two CPU cores and 8 GB. It shows
-what a step costs, with 8 tokens; it is no recipe for training such a model.
+a softmax, and neither embedding nor head). Hardware: two CPU cores and 8 GB for the
+steps; `pretrain` holds the state twice while it starts and saves. It shows what a step
+costs, with 8 tokens; it is no recipe for training such a model.
 """
 
 from sct_jax import config, data, model, optimizers

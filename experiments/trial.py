@@ -44,7 +44,13 @@ _LEAST_WINDOW = 50  # trailing steps without which nothing is judged
 _SPECTRA = 5  # measurements of the effective ranks, spread over the trunk
 
 # Fields of an experiment of which no row depends: paths, logs and saves.
-_WITHOUT_EFFECT = {f for f in config.RESUMABLE if f != "eval.num_batches"}
+_WITHOUT_EFFECT = (
+    "data.cache_dir",
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -165,8 +165,9 @@ class ExperimentConfig:
         )
 
 
-# Fields that a resumed run may change: cadences, where what can be made again is kept,
-# and a larger number of steps.
+# Fields that a resumed run may change beside a larger number of steps: cadences, where
+# what can be made again is kept, and how a step is laid out over devices and memory,
+# which changes its result by rounding alone.
 RESUMABLE = (
     "data.cache_dir",
     "log_every",
@@ -174,6 +175,12 @@ RESUMABLE = (
     "checkpoint.keep",
     "eval.every",
     "eval.num_batches",
+    "step",
+    "model.remat",
+    "data.num_microbatches",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 
 
@@ -256,10 +263,14 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     """Returns a sentence for every difference that forbids resuming old as new."""
     flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
     found = []
+    allowed = set(RESUMABLE)
+    if new.num_steps >= old.num_steps:
+        allowed.add("num_steps")
+    if new.rank.energy is None:  # ranks that change are those of a layout
+        allowed.add("model.scan_layers")
     for name in sorted(flat_old.keys() | flat_new.keys()):
         before, after = flat_old.get(name), flat_new.get(name)
-        grows = name == "num_steps" and new.num_steps >= old.num_steps
-        if before != after and name not in RESUMABLE and not grows:
+        if before != after and name not in allowed:
             found.append(f"{name}: {before!r} in the workdir, {after!r} asked for")
     return found
 

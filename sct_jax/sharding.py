@@ -67,8 +67,8 @@ class MeshConfig:
         devices = jax.device_count() if num_devices is None else num_devices
         sizes = dataclasses.asdict(self)
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        sizes = {n: devices // fixed if s == -1 else s for n, s in sizes.items()}
         product = " x ".join(f"{n} {s}" for n, s in sizes.items())
+        sizes = {n: devices // fixed if s == -1 else s for n, s in sizes.items()}
         errors.check(
             "mesh",
             math.prod(sizes.values()) == devices,

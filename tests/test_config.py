@@ -323,9 +323,14 @@ def test_from_dict_refuses_a_field_of_another_version():
         ("eval.every", "3"),
         ("eval.num_batches", "3"),
         ("num_steps", "2000"),
+        ("mesh.fsdp", "4"),
+        ("data.num_microbatches", "2"),
+        ("model.remat", "dots"),
+        ("model.scan_layers", "false"),
+        ("step", "layerwise"),
     ],
 )
-def test_cadences_and_more_steps_are_no_difference(field, text):
+def test_cadences_more_steps_and_another_layout_are_no_difference(field, text):
     changed = config_lib.override(BASE, field, text)
     assert changed != BASE
     assert config_lib.differences(BASE, changed) == []
@@ -354,6 +359,13 @@ def test_anything_else_is_a_difference(field, text):
     assert repr(get(BASE, field)).strip("()") in found.replace('"', "'") or (
         field == "model.spectral"
     )
+
+
+def test_layers_stay_as_they_lie_where_ranks_change():
+    old = config_lib.override(BASE, "rank.energy", "0.9")
+    new = config_lib.override(old, "model.scan_layers", "false")
+    (found,) = config_lib.differences(old, new)
+    assert found.startswith("model.scan_layers: ")
 
 
 def test_each_difference_is_listed():

@@ -17,7 +17,17 @@ import pytest
 import rich.console
 from samples import write_corpus
 
-from sct_jax import accounting, data, errors, loop, metrics, model, optimizers, rank
+from sct_jax import (
+    accounting,
+    data,
+    errors,
+    loop,
+    metrics,
+    model,
+    optimizers,
+    rank,
+    sharding,
+)
 from sct_jax import config as config_lib
 from sct_jax import train_step as train_step_lib
 
@@ -408,6 +418,30 @@ def test_a_run_can_be_made_longer_and_logged_otherwise(experiment, finished, wor
         assert "finished" in text
         assert "compiled" not in text
         assert snapshot(workdir) == before
+
+
+def test_a_run_goes_on_in_another_layout(experiment, finished, workdir):
+    """On more devices, in smaller parts, with separate layers: the same to rounding."""
+    forget_after(workdir, 6)
+    moved = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, scan_layers=False, remat="full"),
+        data=dataclasses.replace(experiment.data, num_microbatches=2),
+        mesh=sharding.MeshConfig(fsdp=2),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 2)
+        code, text = train(moved, workdir)
+    assert code == 0
+    assert "resumed at step 6" in text
+    found, wanted = rows(workdir), rows(finished[0])
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for row, other in zip(found, wanted, strict=True):
+        for name in row.keys() & {"train/loss", "eval/loss"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-3)
+    # It can be read, and goes on, as it was configured first.
+    assert loop.load_run(workdir)[0] == moved
+    assert train(dataclasses.replace(experiment, num_steps=9), workdir)[0] == 0
 
 
 def test_a_longer_run_says_how_its_schedule_bends(experiment, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
@@ -83,8 +84,9 @@ class Tokenizer:
 
     def save(self, path: str) -> None:
         """`path` is a tokenizer.json that `load` and other programs read."""
-        with open(path, "w", encoding="utf-8") as file:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             file.write(self.backend.to_str())
+        os.replace(file.name, path)  # a file that is cut off is no tokenizer
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
