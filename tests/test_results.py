@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 from configs import ablation_retraction, compare_methods, rank_sweep
-from experiments import grid, ledger, report, summary
+from configs import scaling_laws as scaling_laws_config
+from experiments import grid, ledger, report, scaling_laws, summary
 from sct_jax import accounting, config, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -68,6 +69,34 @@ def test_a_report_is_that_of_its_rows(folder):
     rows = metrics.read_rows(RESULTS / folder / "cells.jsonl")
     text = (RESULTS / folder / "report.md").read_text()
     assert text.startswith(report.contents(folder, rows).as_markdown())
+
+
+def test_the_scaling_report_is_that_of_its_rows():
+    folder = RESULTS / "scaling_laws"
+    study = scaling_laws_config.get_config()
+    rows, num_missing = scaling_laws.rows_of(study, ledger.Ledger(folder))
+    assert num_missing == 0
+    points = scaling_laws.points_of(rows)
+    assert {kind: len(own) for kind, own in points.items()} == {
+        kind.arm.name: sum(map(len, kind.sizes)) for kind in study.kinds
+    }
+    fits = scaling_laws.fits_of(scaling_laws.runs_of(points))
+    assert set(fits) == set(points)
+    contents = scaling_laws.contents("scaling_laws", rows, points, fits)
+    text = (folder / "report.md").read_text()
+    assert text.startswith(contents.as_markdown())
+    laws = json.loads((folder / "laws.json").read_text())
+    assert (laws["trials"], laws["missing_trials"]) == (len(rows), 0)
+    # Prose has the losses of the best sizes, and the exponents.
+    prose = " ".join((RESULTS / "README.md").read_text().split())
+    losses = {
+        kind: "{:.3f}, {:.3f} and {:.3f}".format(*(o.loss for o in fit.law.optima))
+        for kind, fit in fits.items()
+    }
+    said = "the losses are {} for dense Muon, {} for Stiefel Muon"
+    assert said.format(losses["dense Muon"], losses["Stiefel Muon"]) in prose
+    exponents = [fits[kind].exponents()[0] for kind in ("dense Muon", "Stiefel Muon")]
+    assert "N ~ C^a are {} and {},".format(*exponents) in prose
 
 
 def test_the_gaps_of_the_readme_are_those_of_the_report():
