@@ -263,7 +263,7 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     """Returns a sentence for every difference that forbids resuming old as new."""
     flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
     found = []
-    allowed = set(RESUMABLE)
+    allowed: set[str] = set(RESUMABLE)
     if new.num_steps >= old.num_steps:
         allowed.add("num_steps")
     if new.rank.energy is None:  # ranks that change are those of a layout
