@@ -610,7 +610,9 @@ def test_ranks_change_during_a_run_and_every_change_is_logged(adaptive):
     assert "step 3: stored ranks layers/" in text
     # A change of what is in use alone compiles nothing.
     reshaped = sum("->" in line for line in text.splitlines() if "ranks" in line)
-    assert text.count("compiled in") == 1 + reshaped < 3
+    assert text.count("compiled in") == 1 + reshaped
+    # Of six matrices apart one or another may be reshaped at each of the two.
+    assert reshaped < 2 or not config.model.scan_layers
     errors = [row["orthonormality_error"] for row in rows(workdir) if "tokens" in row]
     assert max(errors) < 1e-5
 
