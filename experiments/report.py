@@ -70,12 +70,14 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         "its trials are of different horizons, not of a comparison; the report of a "
         "scaling study is made by experiments.scaling_laws --fit_only",
     )
-    return contents(folder.name, rows)._replace(figures=draw(arms)).write(folder)
+    report = contents(folder.name, rows, arms)
+    return report._replace(figures=draw(arms)).write(folder)
 
 
-def contents(title: str, rows: Sequence[summary.Row]) -> page.Page:
+def contents(
+    title: str, rows: Sequence[summary.Row], arms: Sequence[summary.Arm]
+) -> page.Page:
     """Returns the report of a comparison without its figures."""
-    arms = summary.arms(rows)
     tables = [page.Table(RESULTS, *table(arms))]
     tables += [
         page.Table(DIFFERENCES.format(other.name), *differences(arms, other))

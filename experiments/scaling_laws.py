@@ -293,12 +293,16 @@ def write(
     (folder / "laws.json").write_text(
         json.dumps(laws, indent=2, allow_nan=False) + "\n"
     )
-    report = contents(folder.name, rows, points, fits, num_missing)
-    for note in report.notes[: -len(NOTES)]:
-        print(note)
+    notes = NOTES
+    if num_missing:
+        lacking = f"Not finished: {num_missing} trials or more are to be trained."
+        print(lacking)
+        notes = (lacking, *NOTES)
+    report = contents(folder.name, rows, points, fits)
     for kind, runs in kinds.items():
         print(f"{kind}: {_in_words(fits.get(kind), power_laws.by_budget(runs))}")
-    written = report._replace(figures=draw(kinds, fits)).write(folder)
+    figures = draw(kinds, fits)
+    written = report._replace(notes=notes, figures=figures).write(folder)
     print(f"written: {written}, {written.with_suffix('.html')}, {folder}/laws.json")
 
 
@@ -307,15 +311,11 @@ def contents(
     rows: Sequence[summary.Row],
     points: Mapping[str, Sequence[Point]],
     fits: Mapping[str, Fit],
-    num_missing: int = 0,
 ) -> page.Page:
-    """Returns the report of a study without its figures."""
-    lacking = []
-    if num_missing:
-        lacking.append(f"Not finished: {num_missing} trials or more are to be trained.")
+    """Returns the report of a finished study without its figures."""
     return page.Page(
         title=f"{title}: {len(points)} kinds, {len(rows)} trials",
-        notes=(*lacking, *NOTES),
+        notes=NOTES,
         tables=[*tables(points, fits), page.provenance(rows)],
         figures=[],
     )

@@ -43,15 +43,6 @@ SPIKE_DEVIATIONS = 4.0
 _LEAST_WINDOW = 50  # trailing steps without which nothing is judged
 _SPECTRA = 5  # measurements of the effective ranks, spread over the trunk
 
-# Fields of an experiment of which no row depends: paths, logs and saves.
-_WITHOUT_EFFECT = (
-    "data.cache_dir",
-    "log_every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "eval.every",
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -85,7 +76,7 @@ class Trial:
         return {
             name: value
             for name, value in config.flatten(config.to_dict(self)).items()
-            if name.removeprefix("experiment.") not in _WITHOUT_EFFECT
+            if name.removeprefix("experiment.") not in config.WITHOUT_EFFECT
         }
 
     @property

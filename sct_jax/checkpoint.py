@@ -164,18 +164,18 @@ class Checkpointer:
         mesh: Mesh,
     ) -> train_state.TrainState:
         apart = jax.eval_shape(model.unstack_layers, abstract)
-        target = sharding.abstract(apart, sharding.shardings(apart, mesh))
-        _check_shapes(_by_name(target), record["leaves"], step)
+        target = _by_name(sharding.abstract(apart, sharding.shardings(apart, mesh)))
+        _check_shapes(target, record["leaves"], step)
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(_by_name(target))),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
         )["state"]
         for name, leaf in _describe(restored).items():
             saved = record["leaves"][name]
             if leaf != saved:
                 raise ValueError(f"{name} is not as it was saved: {leaf}, not {saved}")
         return jax.tree.unflatten(
-            jax.tree.structure(target), [restored[name] for name in _by_name(target)]
+            jax.tree.structure(apart), [restored[name] for name in target]
         )
 
     def _set_aside(self, steps: list[int]) -> None:

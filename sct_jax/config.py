@@ -165,15 +165,19 @@ class ExperimentConfig:
         )
 
 
-# Fields that a resumed run may change beside a larger number of steps: cadences, where
-# what can be made again is kept, and how a step is laid out over devices and memory,
-# which changes its result by rounding alone.
-RESUMABLE = (
+# Fields that change no result: cadences, and where what can be made again is kept.
+WITHOUT_EFFECT = (
     "data.cache_dir",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",
     "eval.every",
+)
+
+# Fields that a resumed run may change beside a larger number of steps: those, and how a
+# step is laid out over devices and memory, which changes its result by rounding alone.
+RESUMABLE = (
+    *WITHOUT_EFFECT,
     "eval.num_batches",
     "step",
     "model.remat",

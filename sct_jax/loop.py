@@ -145,10 +145,7 @@ def load_run(workdir: str | os.PathLike[str]) -> LoadedRun:
     config = _read_config(workdir)
     mesh = sharding.MeshConfig().build(1)
     abstract = train_state.abstract(config.model, config.build_optimizer())
-    checkpointer = checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=config.checkpoint.keep, read_only=True
-    )
-    with contextlib.closing(checkpointer):
+    with _reading(workdir) as checkpointer:
         restored = checkpointer.restore(abstract, mesh, adapt=_adapt(config))
     if restored is None:
         raise errors.ConfigError(f"workdir: {workdir} has no checkpoint yet")
@@ -655,24 +652,27 @@ def _steps_done(workdir: pathlib.Path) -> int:
     """The newest step on disk, 0 for a new run."""
     if not (workdir / "checkpoints").is_dir():
         return 0
-    checkpointer = checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=1, read_only=True
-    )
-    with contextlib.closing(checkpointer):
+    with _reading(workdir) as checkpointer:
         return checkpointer.latest_step() or 0
 
 
 def _can_be_restored(setup: _Setup, workdir: pathlib.Path, step: int) -> bool:
     """Whether the checkpoint of a step is whole, which takes reading all of it."""
-    checkpointer = checkpoint.Checkpointer(
-        workdir / "checkpoints", keep=1, read_only=True
-    )
-    with contextlib.closing(checkpointer), warnings.catch_warnings():
+    with _reading(workdir) as checkpointer, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said when the run goes on
         restored = checkpointer.restore(
             setup.state, setup.mesh, adapt=_adapt(setup.config)
         )
     return restored is not None and restored[1]["step"] == step
+
+
+def _reading(
+    workdir: pathlib.Path,
+) -> contextlib.closing[checkpoint.Checkpointer]:
+    """The checkpoints of a run, which may be in progress: nothing of it is touched."""
+    return contextlib.closing(
+        checkpoint.Checkpointer(workdir / "checkpoints", keep=1, read_only=True)
+    )
 
 
 def _make_folder(workdir: pathlib.Path) -> None:

@@ -68,7 +68,7 @@ def test_a_finished_comparison_lacks_no_trial(name):
 def test_a_report_is_that_of_its_rows(folder):
     rows = metrics.read_rows(RESULTS / folder / "cells.jsonl")
     text = (RESULTS / folder / "report.md").read_text()
-    assert text.startswith(report.contents(folder, rows).as_markdown())
+    assert text.startswith(report.contents(folder, rows, _arms(folder)).as_markdown())
 
 
 def test_the_scaling_report_is_that_of_its_rows():
