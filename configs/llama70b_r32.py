@@ -13,7 +13,8 @@ steps; `pretrain` holds the state twice while it starts and saves. It shows what
 costs, with 8 tokens; it is no recipe for training such a model.
 """
 
-from sct_jax import config, data, model, optimizers
+from sct_jax import data, model, optimizers
+from sct_jax.training import config
 
 VARIANTS = ("70b",)
 

@@ -17,7 +17,8 @@ been trained to the end (see README.md).
 
 import dataclasses
 
-from sct_jax import config, data, model, optimizers
+from sct_jax import data, model, optimizers
+from sct_jax.training import config
 
 
 def get_config(variant: str = "1.7b") -> config.ExperimentConfig:
@@ -53,7 +54,7 @@ def _smollm(
             # Of u and v, by their fan; see compare_methods.py:width.
             peak_learning_rate=3e-3,
             base_width=128,
-            dense_rate=1 / 3,
+            dense_lr_multiplier=1 / 3,
             schedule="wsd",
             warmup_steps=500,
             max_update_norm=0.5,
@@ -94,8 +95,8 @@ def _recipe() -> config.ExperimentConfig:
             final_rate_ratio=0.0,
             max_update_norm=None,
             weight_decay=0.0,
-            singular_value_rate=0.2,
-            dense_rate=2.7,
+            singular_value_lr_multiplier=0.2,
+            dense_lr_multiplier=2.7,
         ),
     )
 
@@ -126,8 +127,8 @@ def _tiny() -> config.ExperimentConfig:
             grad_clip=1.0,
             b2=0.95,
             momentum=0.9,  # for so few steps; see compare_methods.py:recipe
-            singular_value_rate=0.2,
-            dense_rate=1.35,
+            singular_value_lr_multiplier=0.2,
+            dense_lr_multiplier=1.35,
         ),
         checkpoint=config.CheckpointConfig(every=100),
         eval=config.EvalConfig(every=200, num_batches=32),

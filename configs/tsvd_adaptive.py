@@ -13,11 +13,14 @@ in use of every weight at each change.
 import dataclasses
 
 from configs import smollm_r128
-from sct_jax import config, optimizers, rank
+from sct_jax import optimizers, rank
+from sct_jax.training import config
 
 VARIANTS = {
-    "energy": rank.RankConfig(energy=0.95, every=100, warmup_steps=100, floor=16),
-    "budget": rank.RankConfig(
+    "energy": rank.AdaptiveRankConfig(
+        energy=0.95, every=100, warmup_steps=100, floor=16
+    ),
+    "budget": rank.AdaptiveRankConfig(
         energy=0.95, every=100, warmup_steps=100, floor=16, budget_neutral=True
     ),
 }
@@ -31,7 +34,7 @@ def get_config(variant: str = "energy") -> config.ExperimentConfig:
         peak_learning_rate=6e-3,
         max_update_norm=0.5,
         momentum=optimizers.OptimizerConfig.momentum,  # this chain has none
-        singular_value_rate=4.0,
-        dense_rate=4.0,
+        singular_value_lr_multiplier=4.0,
+        dense_lr_multiplier=4.0,
     )
     return dataclasses.replace(tiny, optimizer=optimizer, rank=VARIANTS[variant])

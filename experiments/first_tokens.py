@@ -12,7 +12,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from sct_jax import command_line, data, errors
+from sct_jax import data, errors
+from sct_jax.training import command_line
 
 VOCAB_SIZE = 4096
 
@@ -35,7 +36,7 @@ def read_first_tokens(count: int) -> list[int]:
     """Returns the ids, from a child process.
 
     Raises:
-      ConfigError: where the child has none; its messages went to standard error.
+      UserError: where the child has none; its messages went to standard error.
     """
     command = [sys.executable, "-m", "experiments.first_tokens", f"--count={count}"]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

@@ -21,7 +21,8 @@ import rich.console
 import rich.table
 
 from configs import llama70b_r32, smollm_r128
-from sct_jax import accounting, command_line, layerwise, optimizers, spectral
+from sct_jax import optimizers, spectral
+from sct_jax.training import accounting, command_line, layerwise
 
 # The MLP matrices of the paper's table.
 MATRICES = {

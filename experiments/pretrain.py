@@ -16,7 +16,8 @@ from experiments import huge_pages
 if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
-from sct_jax import command_line, errors, loop
+from sct_jax import errors
+from sct_jax.training import command_line, loop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     experiment, workdir, flags = command_line.parse_experiment(argv, __doc__ or "")
     try:
         return loop.train(experiment, workdir, dry_run=flags.dry_run)
-    except errors.ConfigError as error:
+    except errors.UserError as error:
         command_line.fail(str(error))
 
 

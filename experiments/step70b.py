@@ -35,18 +35,9 @@ import rich.console
 import rich.table
 
 from experiments import first_tokens
-from sct_jax import (
-    accounting,
-    command_line,
-    config,
-    errors,
-    layerwise,
-    model,
-    optimizers,
-    spectral,
-    train_state,
-    transforms,
-)
+from sct_jax import errors, model, optimizers, spectral, transforms
+from sct_jax.training import accounting, command_line, config, layerwise
+from sct_jax.training import state as state_lib
 
 REFERENCE_SECONDS, REFERENCE_BYTES = 6.47, 9.17e9
 _TURNS = 3  # at most, of the variants whose difference is a share
@@ -98,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = make_job(experiment, reference_attention=flags.reference_attention)
         sizes = accounting.layerwise_bytes(job.stack, job.tx, job.batch)
         check_memory(sizes)
-    except errors.ConfigError as error:
+    except errors.UserError as error:
         command_line.fail(str(error))
     figures = measure(job, steps=flags.steps)
     figures |= {"bytes_by_formula": sizes}
@@ -114,7 +105,7 @@ def make_job(
     """Returns the job of a configuration with `step="layerwise"`.
 
     Raises:
-      ConfigError: for another step, or text that the model's vocabulary cannot hold.
+      UserError: for another step, or text that the model's vocabulary cannot hold.
     """
     errors.check(
         "step", experiment.step == "layerwise", "'layerwise' is what is measured here"
@@ -159,8 +150,10 @@ def reference_stack(shape: model.ModelConfig) -> layerwise.Stack:
 
     return layerwise.Stack(
         num_layers=shape.num_layers,
-        draw_ends=lambda key: {},
-        draw_layer=lambda key: model.on_manifold(model.draw_block(key, shape), shape),
+        init_ends=lambda key: {},
+        init_layer=lambda key: model.orthonormalize(
+            model.init_block(key, shape), shape
+        ),
         enter=lambda ends, batch: batch["stream"],
         block=block,
         leave=lambda ends, x, batch: jnp.mean(jnp.square(x)),
@@ -170,7 +163,7 @@ def reference_stack(shape: model.ModelConfig) -> layerwise.Stack:
 
 
 def check_memory(sizes: dict[str, int], *, available: int | None = None) -> None:
-    """Raises ConfigError where a step needs more than this machine has free."""
+    """Raises UserError where a step needs more than this machine has free."""
     have = available_memory() if available is None else available
     if have is None:
         return
@@ -279,7 +272,7 @@ def machine_rates() -> dict[str, float]:
 
 
 def roofline(
-    job: Job, state: train_state.TrainState, rates: dict[str, float]
+    job: Job, state: state_lib.TrainState, rates: dict[str, float]
 ) -> dict[str, float]:
     """Returns the least a step moves and computes, and the seconds that alone takes.
 
@@ -414,7 +407,7 @@ def parts_of_chain(
 def _shares(
     job: Job,
     step: layerwise.LayerwiseStep,
-    state: train_state.TrainState,
+    state: state_lib.TrainState,
     *,
     turns: int,
 ) -> dict[str, float]:

@@ -5,10 +5,10 @@ neither data nor checkpoint libraries.
 """
 
 from sct_jax import (
+    linalg,
     losses,
     model,
     optimizers,
-    orthogonalize,
     rank,
     sharding,
     spectral,
@@ -20,10 +20,10 @@ from sct_jax.spectral import LowRankFactors, SpectralFactors
 __all__ = [
     "LowRankFactors",
     "SpectralFactors",
+    "linalg",
     "losses",
     "model",
     "optimizers",
-    "orthogonalize",
     "rank",
     "sharding",
     "spectral",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
     """What was asked for cannot be done; the message names the field and the mend.
 
     Entry points print the message without a traceback and exit with code 2.
@@ -14,13 +14,13 @@ class ConfigError(ValueError):
 
 
 def check(field: str, holds: bool, message: str) -> None:
-    """Raises ConfigError "field: message" unless `holds`."""
+    """Raises UserError "field: message" unless `holds`."""
     if not holds:
-        raise ConfigError(f"{field}: {message}")
+        raise UserError(f"{field}: {message}")
 
 
 def check_choice(field: str, value: str | None, choices: Sequence[str | None]) -> None:
-    """Raises ConfigError unless `value` is one of `choices`; names the nearest."""
+    """Raises UserError unless `value` is one of `choices`; names the nearest."""
     names = [str(choice) for choice in choices]
     check(
         field,
@@ -39,7 +39,7 @@ def check_bounds(
     most: int | None = None,
     below: int | None = None,
 ) -> None:
-    """Raises ConfigError for a field of `config` outside of what is given; None passes.
+    """Raises UserError for a field of `config` outside of what is given; None passes.
 
     Args:
       prefix: what stands before the name of a field in messages, "optimizer." say.

@@ -158,7 +158,7 @@ class ModelConfig:
         return notes
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the field, for a shape that is no model."""
+        """Raises UserError, naming the field, for a shape that is no model."""
         sizes = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads")
         errors.check_bounds("model.", self, *sizes, least=1)
         errors.check_bounds("model.", self, "vocab_size", least=2)
@@ -231,12 +231,12 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
     divided by sqrt(2 num_layers), the embedding is N(0, 1 / d_model). The tuple and the
     stacked layout hold the same numbers.
     """
-    params = draw_ends(key, config) | {
-        "layers": jax.vmap(lambda key: draw_block(key, config))(
+    params = init_ends(key, config) | {
+        "layers": jax.vmap(lambda key: init_block(key, config))(
             layer_keys(key, config.num_layers)
         )
     }
-    params = on_manifold(params, config)
+    params = orthonormalize(params, config)
     return params if config.scan_layers else unstack_layers(params)
 
 
@@ -245,11 +245,11 @@ def layer_keys(key: PRNGKeyArray, num_layers: int) -> Key[Array, " N"]:
     return jax.random.split(jax.random.fold_in(key, 2), num_layers)
 
 
-def draw_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
+def init_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
     """Returns what stands outside the layers, before `on_manifold`."""
     ends: Params = {
         # Rows are read one at a time, so the scale that counts is that of a row.
-        "embedding": _draw_matrix(
+        "embedding": _init_matrix(
             jax.random.fold_in(key, 0),
             config,
             "embedding",
@@ -258,11 +258,11 @@ def draw_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
         "final_norm": jnp.ones(config.d_model, jnp.float32),
     }
     if not config.tie_embeddings:
-        ends["head"] = _draw_matrix(jax.random.fold_in(key, 1), config, "head")
+        ends["head"] = _init_matrix(jax.random.fold_in(key, 1), config, "head")
     return ends
 
 
-def on_manifold(params: Params, config: ModelConfig) -> Params:
+def orthonormalize(params: Params, config: ModelConfig) -> Params:
     """Returns drawn parameters with orthonormal factors, as the kind it asks for."""
     params = spectral.retract(params)
     if config.factors == "low_rank":
@@ -274,7 +274,7 @@ def on_manifold(params: Params, config: ModelConfig) -> Params:
     return params
 
 
-def draw_block(
+def init_block(
     key: PRNGKeyArray, config: ModelConfig, *, layers: tuple[int, ...] = ()
 ) -> Params:
     """Returns the parameters of one block, or a stack, before `on_manifold`."""
@@ -287,13 +287,13 @@ def draw_block(
         block["k_norm"] = jnp.ones((*layers, config.head_dim), jnp.float32)
     for index, name in enumerate(BLOCK_MATRICES):
         scale = 1 / math.sqrt(2 * config.num_layers) if name in ("o", "down") else 1.0
-        block[name] = _draw_matrix(
+        block[name] = _init_matrix(
             jax.random.fold_in(key, index), config, name, layers=layers, scale=scale
         )
     return block
 
 
-def _draw_matrix(key, config, name, *, layers=(), scale=1.0):
+def _init_matrix(key, config, name, *, layers=(), scale=1.0):
     fan_in, fan_out = config.matrix_shapes()[name]
     rank = config.matrix_rank(name)
     if rank is None:

@@ -31,8 +31,8 @@ def sct(
     weight_decay: float | jax.Array = 0.0,
     max_update_norm: transforms.ScalarOrSchedule | None = None,
     retraction: str = "cholesky_qr",
-    singular_value_rate: transforms.ScalarOrSchedule = 1.0,
-    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    singular_value_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
+    dense_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
     moment_dtype: jax.typing.DTypeLike = _FLOAT32,
     base_width: int | None = None,
     tangent_projection: str | None = None,
@@ -56,9 +56,9 @@ def sct(
       max_update_norm: bound of ||W' - W||_2 per weight and step, as applied; None for
         no clip. See `transforms.clip_by_composite_spectral_norm`.
       retraction: "qr", "cholesky_qr" (the same map, batched), "polar", or "lossless",
-        which keeps the whole product, see `transforms.retract_losslessly`.
-      singular_value_rate: factor of the learning rate for s.
-      dense_rate: factor of the learning rate for arrays outside factor tuples.
+        which keeps the whole product, see `transforms.retract_by_svd`.
+      singular_value_lr_multiplier: factor of the learning rate for s.
+      dense_lr_multiplier: factor of the learning rate for arrays outside factor tuples.
       moment_dtype: of both moments, float32 or bfloat16, which is rounded at random,
         see `transforms.scale_by_low_precision_adam`.
       base_width: fan at which the rate of u and v applies as it is; see
@@ -95,7 +95,7 @@ def sct(
     parts = [
         direction,
         *_decay(weight_decay, decay_mask),
-        *_rates(singular_value_rate, dense_rate, base_width),
+        *_rates(singular_value_lr_multiplier, dense_lr_multiplier, base_width),
         optax.scale_by_learning_rate(learning_rate),
     ]
     parts = _projected(parts, tangent_projection)
@@ -113,8 +113,8 @@ def tsvd(
     retraction: str = "cholesky_qr",
     retraction_every: int | jax.Array = 1,
     retraction_tolerance: float | jax.Array | None = None,
-    singular_value_rate: transforms.ScalarOrSchedule = 1.0,
-    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    singular_value_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
+    dense_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
     moment_dtype: jax.typing.DTypeLike = _FLOAT32,
     base_width: int | None = None,
     decay_mask: Mask | None = None,
@@ -123,7 +123,7 @@ def tsvd(
 
     `Deviation:` the inner rules of TSVD are not public in a form that we could read.
     These are our own design: the direction of `sct`; columns that are not active held
-    at s = 0 (`transforms.hold_inactive`), for `rank.resize` to mark; and orthonormality
+    at s = 0 (`transforms.freeze_inactive_columns`), for `rank.resize` to mark; and orthonormality
     made cheap by retracting once per update whatever the micro-batches, and with
     `retraction_every` or `retraction_tolerance` only when it has drifted.
 
@@ -138,8 +138,8 @@ def tsvd(
       retraction_every: retract on every so many updates only.
       retraction_tolerance: retract only where max |x.T x - I| would pass this; with
         `retraction_every`, whichever comes first.
-      singular_value_rate: see `sct`.
-      dense_rate: see `sct`.
+      singular_value_lr_multiplier: see `sct`.
+      dense_lr_multiplier: see `sct`.
       moment_dtype: see `sct`.
       base_width: see `sct`.
       decay_mask: see `sct`.
@@ -163,9 +163,9 @@ def tsvd(
     parts = [
         transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),
         *_decay(weight_decay, decay_mask),
-        *_rates(singular_value_rate, dense_rate, base_width),
+        *_rates(singular_value_lr_multiplier, dense_lr_multiplier, base_width),
         optax.scale_by_learning_rate(learning_rate),
-        transforms.hold_inactive(),
+        transforms.freeze_inactive_columns(),
     ]
     if not lazy:
         return _on_the_manifold(parts, max_update_norm, retraction)
@@ -182,7 +182,7 @@ def stiefel_muon(
     *,
     momentum: float | jax.Array = 0.95,
     nesterov: bool = True,
-    gauge: str = "factors",
+    coordinates: str = "factors",
     max_rotation: float | jax.Array = 0.1,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.95,
@@ -190,8 +190,8 @@ def stiefel_muon(
     weight_decay: float | jax.Array = 0.0,
     max_update_norm: transforms.ScalarOrSchedule | None = None,
     retraction: str = "cholesky_qr",
-    singular_value_rate: transforms.ScalarOrSchedule = 1.0,
-    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    singular_value_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
+    dense_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
     tangent_projection: str | None = None,
     decay_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -202,20 +202,20 @@ def stiefel_muon(
 
     Args:
       learning_rate: by about as much, in radians, the columns of u and v turn per step;
-        with the gauge "svd", about the change of W in spectral norm.
+        with the coordinates "svd", about the change of W in spectral norm.
       momentum: decay of the mean of the gradients of u and v.
       nesterov: whether to look one step ahead.
-      gauge: see `transforms.scale_by_stiefel_muon`. With "svd" the retraction is best
+      coordinates: see `transforms.scale_by_stiefel_muon`. With "svd" the retraction is best
         "lossless", which keeps s descending.
-      max_rotation: with the gauge "svd", bound of the turn of a column, in radians.
+      max_rotation: with the coordinates "svd", bound of the turn of a column, in radians.
       b1: decay of the first moment of s and of dense leaves.
       b2: decay of their second moment.
       eps: added to its root.
       weight_decay: decoupled decay of s and of dense arrays with two or more axes.
       max_update_norm: bound of ||W' - W||_2 per weight and step, as applied.
       retraction: see `sct`.
-      singular_value_rate: factor of the learning rate for s.
-      dense_rate: factor of the learning rate outside SpectralFactors.
+      singular_value_lr_multiplier: factor of the learning rate for s.
+      dense_lr_multiplier: factor of the learning rate outside SpectralFactors.
       tangent_projection: see `sct`.
       decay_mask: see `sct`.
 
@@ -223,24 +223,29 @@ def stiefel_muon(
       A transformation for any tree that mixes factor tuples and arrays.
 
     Raises:
-      ValueError: for an unknown gauge, retraction or tangent projection.
+      ValueError: for an unknown coordinates, retraction or tangent projection.
     """
     direction = _partition(
         spectral.is_spectral,
         transforms.scale_by_stiefel_muon(
-            momentum, nesterov=nesterov, gauge=gauge, s_b1=b1, s_b2=b2, eps=eps
+            momentum,
+            nesterov=nesterov,
+            coordinates=coordinates,
+            s_b1=b1,
+            s_b2=b2,
+            eps=eps,
         ),
         transforms.scale_by_adam(b1, b2, eps),
     )
     parts = [
         direction,
         *_decay(weight_decay, decay_mask),
-        *_rates(singular_value_rate, dense_rate, None),
+        *_rates(singular_value_lr_multiplier, dense_lr_multiplier, None),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    if gauge == "svd":
+    if coordinates == "svd":
         parts.append(transforms.limit_rotation(max_rotation))
-    moments = "whitened" if gauge == "svd" else "gradient"
+    moments = "whitened" if coordinates == "svd" else "gradient"
     parts = _projected(parts, tangent_projection)
     return _on_the_manifold(parts, max_update_norm, retraction, moments)
 
@@ -255,7 +260,7 @@ def spectron(
     b2: float | jax.Array = 0.95,
     eps: float | jax.Array = 1e-10,
     weight_decay: float | jax.Array = 0.0,
-    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    dense_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
     decay_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Spectron: orthogonalised momentum on a and b, radius from their norms.
@@ -273,7 +278,7 @@ def spectron(
       b2: decay of their second moment.
       eps: added to its root.
       weight_decay: decoupled decay of a, b and dense arrays with two or more axes.
-      dense_rate: factor of the learning rate for dense leaves.
+      dense_lr_multiplier: factor of the learning rate for dense leaves.
       decay_mask: see `sct`.
 
     Raises:
@@ -292,7 +297,7 @@ def spectron(
     return _free(
         direction,
         *_decay(weight_decay, decay_mask),
-        *_rates(1.0, dense_rate, None),
+        *_rates(1.0, dense_lr_multiplier, None),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -305,20 +310,20 @@ def adamw(
     eps: float | jax.Array = 1e-8,
     weight_decay: float | jax.Array = 0.0,
     moment_dtype: jax.typing.DTypeLike = _FLOAT32,
-    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    dense_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
     decay_mask: Mask | None = None,
     matrix_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Plain AdamW, a baseline: on dense weights, or naively on LowRankFactors.
 
     Args:
-      learning_rate: of every leaf, but for `dense_rate`.
+      learning_rate: of every leaf, but for `dense_lr_multiplier`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to its root.
       weight_decay: decoupled decay of a, b and dense arrays with two or more axes.
       moment_dtype: see `sct`.
-      dense_rate: factor of the learning rate for leaves that are not matrices.
+      dense_lr_multiplier: factor of the learning rate for leaves that are not matrices.
       decay_mask: see `sct`.
       matrix_mask: see `muon`; a and b are matrices.
 
@@ -328,7 +333,7 @@ def adamw(
     return _free(
         transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),
         *_decay(weight_decay, decay_mask),
-        *_rate_of_others(dense_rate, matrix_mask),
+        *_rate_of_others(dense_lr_multiplier, matrix_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -342,7 +347,7 @@ def muon(
     b2: float | jax.Array = 0.95,
     eps: float | jax.Array = 1e-8,
     weight_decay: float | jax.Array = 0.0,
-    dense_rate: transforms.ScalarOrSchedule = 1.0,
+    dense_lr_multiplier: transforms.ScalarOrSchedule = 1.0,
     decay_mask: Mask | None = None,
     matrix_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -356,7 +361,7 @@ def muon(
       b2: decay of their second moment.
       eps: added to its root.
       weight_decay: decoupled decay of arrays with two or more axes.
-      dense_rate: factor of the learning rate for leaves that are not matrices.
+      dense_lr_multiplier: factor of the learning rate for leaves that are not matrices.
       decay_mask: see `sct`.
       matrix_mask: from params to a tree of booleans, for which leaves are matrices;
         None: those with two or more axes. Leading axes are layers.
@@ -386,7 +391,7 @@ def muon(
     for_others = optax.chain(
         transforms.scale_by_adam(b1, b2, eps),
         *_decay(weight_decay, decay_mask),
-        *_rates(1.0, dense_rate, None),
+        *_rates(1.0, dense_lr_multiplier, None),
         optax.scale_by_learning_rate(learning_rate),
     )
     return _free(
@@ -422,7 +427,7 @@ def _on_the_manifold(parts, max_update_norm, retraction, moments="gradient"):
         )
         parts = [*parts, clip]
     if retraction == transforms.LOSSLESS:
-        return transforms.retract_losslessly(optax.chain(*parts), moments=moments)
+        return transforms.retract_by_svd(optax.chain(*parts), moments=moments)
     return optax.with_extra_args_support(
         optax.chain(*parts, transforms.retract_to_stiefel(retraction))
     )
@@ -522,8 +527,8 @@ class OptimizerConfig:
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment; None: that of the chain, .95 or .999.
       eps: Adam's epsilon; None: that of the chain.
-      singular_value_rate: factor of the rate for s.
-      dense_rate: factor of the rate for arrays outside factors and, with adamw and
+      singular_value_lr_multiplier: factor of the rate for s.
+      dense_lr_multiplier: factor of the rate for arrays outside factors and, with adamw and
         muon, outside the matrices of the layers.
       base_width: fan at which the rate of u and v applies as it is; None: everywhere.
       retraction: "cholesky_qr", "qr", "polar" or "lossless".
@@ -535,8 +540,8 @@ class OptimizerConfig:
       momentum: decay of the mean of gradients that Newton and Schulz orthogonalise.
       nesterov: whether that mean looks one step ahead; None: as the rule has it.
       shape_factor: Spectron's factor sqrt(max(1, rows / columns)).
-      gauge: Stiefel Muon's, "factors" or "svd".
-      max_rotation: bound of the turn of a column in the gauge "svd", in radians.
+      coordinates: Stiefel Muon's, "factors" or "svd".
+      max_rotation: bound of the turn of a column in the coordinates "svd", in radians.
     """
 
     name: str = "sct"
@@ -551,8 +556,8 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float | None = None
     eps: float | None = None
-    singular_value_rate: float = 1.0
-    dense_rate: float = 1.0
+    singular_value_lr_multiplier: float = 1.0
+    dense_lr_multiplier: float = 1.0
     base_width: int | None = None
     retraction: str = "cholesky_qr"
     moment_dtype: str = "float32"
@@ -563,24 +568,29 @@ class OptimizerConfig:
     momentum: float = 0.95
     nesterov: bool | None = None
     shape_factor: bool = False
-    gauge: str = "factors"
+    coordinates: str = "factors"
     max_rotation: float = 0.1
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the field, for values that make no optimizer."""
+        """Raises UserError, naming the field, for values that make no optimizer."""
         errors.check_choice("optimizer.name", self.name, tuple(CHAINS))
         errors.check_choice("optimizer.schedule", self.schedule, SCHEDULES)
         for field, choices in (
             ("retraction", RETRACTIONS),
             ("moment_dtype", ("float32", "bfloat16")),
             ("tangent_projection", (None, *TANGENT_PROJECTIONS)),
-            ("gauge", transforms.GAUGES),
+            ("coordinates", transforms.COORDINATES),
         ):
             errors.check_choice(f"optimizer.{field}", getattr(self, field), choices)
         check = functools.partial(errors.check_bounds, "optimizer.", self)
         check("peak_learning_rate", "max_update_norm", "grad_clip", "eps", above=0)
         check("retraction_tolerance", "max_rotation", "base_width", above=0)
-        check("weight_decay", "singular_value_rate", "dense_rate", least=0)
+        check(
+            "weight_decay",
+            "singular_value_lr_multiplier",
+            "dense_lr_multiplier",
+            least=0,
+        )
         check("b1", "b2", "momentum", least=0, below=1)
         check("final_rate_ratio", "decay_ratio", least=0, most=1)
         check("warmup_steps", least=0)
@@ -588,7 +598,7 @@ class OptimizerConfig:
         self._validate_chain()
 
     def _validate_chain(self) -> None:
-        """Raises ConfigError for fields that the chain does not know or allow."""
+        """Raises UserError for fields that the chain does not know or allow."""
         known = inspect.signature(CHAINS[self.name]).parameters
         for field in dataclasses.fields(self):
             errors.check(
@@ -602,7 +612,7 @@ class OptimizerConfig:
         try:
             self.chain(0.0)
         except ValueError as error:
-            raise errors.ConfigError(f"optimizer: {error}") from error
+            raise errors.UserError(f"optimizer: {error}") from error
 
     def without_effect(self) -> list[str]:
         """Returns a sentence for every field that is set, but in vain."""
@@ -610,7 +620,10 @@ class OptimizerConfig:
         needs = {
             "decay_ratio": (wsd, 'optimizer.schedule = "wsd"'),
             "final_rate_ratio": (cosine or wsd, "an optimizer.schedule that decays"),
-            "max_rotation": (self.gauge == "svd", 'optimizer.gauge = "svd"'),
+            "max_rotation": (
+                self.coordinates == "svd",
+                'optimizer.coordinates = "svd"',
+            ),
         }
         return [
             f"optimizer.{field}: has no effect without {needed}"

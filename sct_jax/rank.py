@@ -6,7 +6,7 @@ how the optimizer state follows, is our own design; the paper's is not public in
 that we could read.
 
 A weight stores R columns for all its layers, and each layer uses the first `active` of
-them: what it does not use has s = 0, held there by `transforms.hold_inactive`. Weights
+them: what it does not use has s = 0, held there by `transforms.freeze_inactive_columns`. Weights
 are named by their path in the parameters, as "layers/q" or "layers/3/q".
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sct_jax import errors, orthogonalize, sharding, spectral, stiefel, transforms
+from sct_jax import errors, linalg, sharding, spectral, stiefel, transforms
 
 T = TypeVar("T")  # any pytree
 
@@ -38,7 +38,7 @@ _SECOND_MOMENT = "nu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RankConfig:
+class AdaptiveRankConfig:
     """When and how far ranks change.
 
     Attributes:
@@ -68,7 +68,7 @@ class RankConfig:
     budget_neutral: bool = False
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the field."""
+        """Raises UserError, naming the field."""
         check = functools.partial(errors.check_bounds, "rank.", self)
         check("energy", above=0, most=1)
         check("every", "floor", "multiple", least=1)
@@ -153,7 +153,10 @@ def num_parameters(params: Any) -> int:
 
 
 def decide(
-    found: Mapping[str, Weight], config: RankConfig, *, budget: int | None = None
+    found: Mapping[str, Weight],
+    config: AdaptiveRankConfig,
+    *,
+    budget: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns how many columns each layer of each weight should use.
 
@@ -208,7 +211,11 @@ class Change(NamedTuple):
 
 
 def next_change(
-    params: Any, opt_state: Any, config: RankConfig, *, budget: int | None = None
+    params: Any,
+    opt_state: Any,
+    config: AdaptiveRankConfig,
+    *,
+    budget: int | None = None,
 ) -> Change | None:
     """Returns what `resize` should do now; None where all stays as it is.
 
@@ -222,7 +229,7 @@ def next_change(
     return Change(active, ranks)
 
 
-def stored_rank(w: Weight, active: np.ndarray, config: RankConfig) -> int:
+def stored_rank(w: Weight, active: np.ndarray, config: AdaptiveRankConfig) -> int:
     """Returns the rank to store for so many columns in use: the largest, rounded up."""
     rounded = math.ceil(int(np.max(active)) / config.multiple) * config.multiple
     return min(rounded, _limit(w, config))
@@ -250,14 +257,14 @@ def resize(
 
     Args:
       params: the parameters.
-      opt_state: state of a chain with `transforms.hold_inactive`.
+      opt_state: state of a chain with `transforms.freeze_inactive_columns`.
       active: columns in use, per weight and layer; names as from `weights`. Weights
         that are not named stay as they are.
       ranks: stored rank per weight, of the same names.
       key: for the new columns.
 
     Raises:
-      ConfigError: naming the weight, for one that params do not have, a rank that it
+      UserError: naming the weight, for one that params do not have, a rank that it
         cannot have, or a state that does not mark its columns.
     """
     _check_ranks(params, opt_state, active, ranks)
@@ -331,7 +338,7 @@ def with_ranks(tree: T, ranks: Mapping[str, int]) -> T:
     return _map_columns(tree, tuple(ranks), change)
 
 
-def _wanted(w: Weight, energy: float, config: RankConfig) -> np.ndarray:
+def _wanted(w: Weight, energy: float, config: AdaptiveRankConfig) -> np.ndarray:
     """Columns that each layer should use at this tau."""
     necessary = np.asarray(spectral.energy_rank(jnp.asarray(w.s), energy))
     wanted = np.ceil(necessary * (1 + config.headroom)).astype(int)
@@ -342,7 +349,7 @@ def _wanted(w: Weight, energy: float, config: RankConfig) -> np.ndarray:
     return np.where(stays, w.active, wanted)
 
 
-def _limit(w: Weight, config: RankConfig) -> int:
+def _limit(w: Weight, config: AdaptiveRankConfig) -> int:
     return min(*w.fans, config.max_rank or max(w.fans))
 
 
@@ -351,7 +358,7 @@ def _complements(
 ) -> dict[str, tuple[Array, Array]]:
     """So many orthonormal columns, random but orthogonal to u and v, by name."""
     points = {
-        name: jax.tree.map(orthogonalize.as_float32, pair)
+        name: jax.tree.map(linalg.as_float32, pair)
         for name, (pair, _) in wanted.items()
     }
     new = {
@@ -404,7 +411,7 @@ def _check_marked(name: str, marks: Container[str | None]) -> None:
         "optimizer.name",
         name in marks,
         f"the state marks no columns of {name or 'the weight'}: its chain must be "
-        "optimizers.tsvd, or have transforms.hold_inactive",
+        "optimizers.tsvd, or have transforms.freeze_inactive_columns",
     )
 
 
@@ -414,7 +421,7 @@ def _check_ranks(
     active: Mapping[str, Any],
     ranks: Mapping[str, int],
 ) -> None:
-    """Raises ConfigError for what `resize` cannot do."""
+    """Raises UserError for what `resize` cannot do."""
     named = _named(params, spectral.is_spectral)
     marks = _marks(opt_state, tuple(named))
     for name in {**active, **ranks}:

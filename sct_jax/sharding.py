@@ -48,7 +48,7 @@ class MeshConfig:
     tensor: int = 1
 
     def validate(self) -> None:
-        """Raises ConfigError, naming the field, for sizes that make no mesh."""
+        """Raises UserError, naming the field, for sizes that make no mesh."""
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             errors.check(
@@ -62,7 +62,7 @@ class MeshConfig:
         """Returns the mesh over all devices, with Auto axes.
 
         Raises:
-          ConfigError: where the sizes do not multiply to the number of devices.
+          UserError: where the sizes do not multiply to the number of devices.
         """
         devices = jax.device_count() if num_devices is None else num_devices
         sizes = dataclasses.asdict(self)
@@ -114,7 +114,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the sharding of every leaf of a tree of arrays or abstract arrays.
 
     Raises:
-      ConfigError: where an axis is not divisible by its mesh axes; names the leaf.
+      UserError: where an axis is not divisible by its mesh axes; names the leaf.
       ValueError: for a leaf that no rule covers.
     """
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sct_jax import orthogonalize, stiefel
+from sct_jax import linalg, stiefel
 
 T = TypeVar("T")  # any pytree
 
@@ -117,11 +117,9 @@ def transpose(w: Weight) -> Weight:
 def to_dense(w: Weight) -> Float[Array, "*layers I O"]:
     """Builds W. For tests, analysis and export; never called in training."""
     if isinstance(w, SpectralFactors):
-        return orthogonalize.matmul(
-            w.u * w.s[..., None, :], orthogonalize.transpose(w.v)
-        )
+        return linalg.matmul(w.u * w.s[..., None, :], linalg.transpose(w.v))
     if isinstance(w, LowRankFactors):
-        return orthogonalize.matmul(w.a, orthogonalize.transpose(w.b))
+        return linalg.matmul(w.a, linalg.transpose(w.b))
     return w
 
 
@@ -145,9 +143,9 @@ def energy_rank(
     References:
       TSVD, arXiv 2605.28573, 2026 (energy criterion)
     """
-    s = orthogonalize.as_float32(s)
+    s = linalg.as_float32(s)
     peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
-    squares = -jnp.sort(-jnp.square(s / orthogonalize.or_one(peak)), axis=-1)
+    squares = -jnp.sort(-jnp.square(s / linalg.safe_divisor(peak)), axis=-1)
     reached = jnp.cumsum(squares, axis=-1)
     # The last partial sum is the total by construction, so that energy = 1 is reached.
     enough = reached >= energy * reached[..., -1:]
@@ -183,12 +181,12 @@ def from_dense(
     full = min(w.shape[-2:])
     if rank is not None and not 1 <= rank <= full:
         raise ValueError(f"rank {rank} is not in 1..{full} for shape {w.shape}")
-    u, s, vt = jnp.linalg.svd(orthogonalize.as_float32(w), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(linalg.as_float32(w), full_matrices=False)
     if energy is not None:
         rank = int(jnp.max(energy_rank(s, energy)))
     rank = rank or full
     return SpectralFactors(
-        u[..., :rank], s[..., :rank], orthogonalize.transpose(vt)[..., :rank]
+        u[..., :rank], s[..., :rank], linalg.transpose(vt)[..., :rank]
     )
 
 
@@ -318,8 +316,8 @@ def orthonormality_error(tree: Any) -> Float[Array, ""]:
 
 
 def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
-    radii = orthogonalize.map_stacked(
-        lambda m: orthogonalize.spectral_radius_bound(m, squarings=20),
+    radii = linalg.map_batched(
+        lambda m: linalg.spectral_radius_bound(m, squarings=20),
         [_small_product(old, new) for old, new in pairs],
         fill=0.0,
     )
@@ -328,18 +326,18 @@ def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
 
 def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
     """A 2R x 2R matrix whose spectral radius is ||W' - W||_2^2."""
-    old, new = jax.tree.map(orthogonalize.as_float32, (old, new))
+    old, new = jax.tree.map(linalg.as_float32, (old, new))
     if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
         p_u, e_u = _split_twice(old.u, new.u)
         p_v, e_v = _split_twice(old.v, new.v)
         k = small_space_difference(p_u, p_v, old.s, new.s)
         g_u, g_v = (
-            orthogonalize.gram(jnp.concatenate([x, e], axis=-1))
+            linalg.gram(jnp.concatenate([x, e], axis=-1))
             for x, e in ((old.u, e_u), (old.v, e_v))
         )
-        return orthogonalize.matmul(
-            orthogonalize.matmul(g_u, k),
-            orthogonalize.matmul(g_v, orthogonalize.transpose(k)),
+        return linalg.matmul(
+            linalg.matmul(g_u, k),
+            linalg.matmul(g_v, linalg.transpose(k)),
         )
     if isinstance(old, LowRankFactors) and isinstance(new, LowRankFactors):
         d_a, d_b = new.a - old.a, new.b - old.b
@@ -352,9 +350,7 @@ def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
         balance = jnp.sqrt(
             jnp.where(vanishes, 1, size_r) / jnp.where(vanishes, 1, size_l)
         )
-        return orthogonalize.matmul(
-            orthogonalize.gram(left * balance), orthogonalize.gram(right / balance)
-        )
+        return linalg.matmul(linalg.gram(left * balance), linalg.gram(right / balance))
     raise TypeError(
         "composite_update_norm compares two SpectralFactors or two LowRankFactors, "
         f"got {type(old).__name__} and {type(new).__name__}"
@@ -374,8 +370,8 @@ def split_along(
     x: Float[Array, "*L n R"], y: Float[Array, "*L n C"]
 ) -> tuple[Float[Array, "*L R C"], Float[Array, "*L n C"]]:
     """Returns p and e with y = x p + e; x.T e = 0 for orthonormal x."""
-    p = orthogonalize.gram(x, y)
-    return p, y - orthogonalize.matmul(x, p)
+    p = linalg.gram(x, y)
+    return p, y - linalg.matmul(x, p)
 
 
 def small_space_difference(
@@ -400,7 +396,7 @@ def small_space_difference(
     eye = jnp.broadcast_to(jnp.eye(rank, dtype=c_u.dtype), c_u.shape)
     left = jnp.concatenate([c_u, eye if t_u is None else t_u], axis=-2)
     right = jnp.concatenate([c_v, eye if t_v is None else t_v], axis=-2)
-    k = orthogonalize.matmul(left * new_s[..., None, :], orthogonalize.transpose(right))
+    k = linalg.matmul(left * new_s[..., None, :], linalg.transpose(right))
     padded = jnp.concatenate([old_s, jnp.zeros_like(old_s)], axis=-1)
     return k - padded[..., None] * jnp.eye(2 * rank, dtype=k.dtype)
 
@@ -417,7 +413,7 @@ def small_space_product(
     rank = g_u.shape[-1]
 
     def weigh(g, k):
-        lower = orthogonalize.matmul(g, k[..., rank:, :])
+        lower = linalg.matmul(g, k[..., rank:, :])
         return jnp.concatenate([k[..., :rank, :], lower], axis=-2)
 
-    return orthogonalize.matmul(weigh(g_u, k), weigh(g_v, orthogonalize.transpose(k)))
+    return linalg.matmul(weigh(g_u, k), weigh(g_v, linalg.transpose(k)))

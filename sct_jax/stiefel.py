@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Scalar
 
-from sct_jax import orthogonalize
+from sct_jax import linalg
 
 T = TypeVar("T")  # a pytree of arrays (*L, n, R)
 
@@ -25,8 +25,8 @@ MAX_SQUARED_CONDITION = 30.0
 
 def orthonormality_error(x: Float[Array, "*L n R"]) -> Scalar:
     """Returns max |x.T @ x - I| over all entries and layers."""
-    x = orthogonalize.as_float32(x)
-    g = orthogonalize.gram(x)
+    x = linalg.as_float32(x)
+    g = linalg.gram(x)
     return jnp.max(jnp.abs(g - jnp.eye(g.shape[-1], dtype=g.dtype)))
 
 
@@ -57,8 +57,8 @@ def tangent_projection(
       Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, eq.
       3.35
     """
-    a = orthogonalize.gram(x, g)
-    return g - orthogonalize.matmul(x, 0.5 * (a + orthogonalize.transpose(a)))
+    a = linalg.gram(x, g)
+    return g - linalg.matmul(x, 0.5 * (a + linalg.transpose(a)))
 
 
 @jax.jit
@@ -81,7 +81,7 @@ def qr_retraction(x: T) -> T:
 
     def each(x: Array) -> Array:
         _check_tall(x)
-        matrices = _scale_columns(orthogonalize.as_float32(x))
+        matrices = _scale_columns(linalg.as_float32(x))
         matrices = matrices.reshape(-1, *x.shape[-2:])
         return jax.lax.map(one, matrices).reshape(x.shape).astype(x.dtype)
 
@@ -113,9 +113,7 @@ def cholesky_qr_retraction(x: T) -> T:
       Fukaya et al., Shifted Cholesky QR for computing the QR factorization of
       ill-conditioned matrices, SIAM J. Sci. Comput. 42, 2020
     """
-    return _retract_guarded(
-        x, orthogonalize.inverse_cholesky, orthogonalize.transpose, lambda xs: xs
-    )
+    return _retract_guarded(x, linalg.inverse_cholesky, linalg.transpose, lambda xs: xs)
 
 
 @jax.jit
@@ -135,11 +133,9 @@ def polar_retraction(x: T) -> T:
     leaves = jax.tree.leaves(x)
     return _retract_guarded(
         x,
-        orthogonalize.inverse_sqrt,
+        linalg.inverse_sqrt,
         lambda z: z,
-        lambda qs: _polar_of_qr(
-            [orthogonalize.as_float32(leaf) for leaf in leaves], qs
-        ),
+        lambda qs: _polar_of_qr([linalg.as_float32(leaf) for leaf in leaves], qs),
     )
 
 
@@ -181,11 +177,9 @@ def retraction_matrices(
     """
     check_method(method)
     if method == "polar":
-        return orthogonalize.map_stacked(orthogonalize.inverse_sqrt, grams, fill=1.0)
-    inverses = orthogonalize.map_stacked(
-        orthogonalize.inverse_cholesky, grams, fill=1.0
-    )
-    return [orthogonalize.transpose(l) for l in inverses]
+        return linalg.map_batched(linalg.inverse_sqrt, grams, fill=1.0)
+    inverses = linalg.map_batched(linalg.inverse_cholesky, grams, fill=1.0)
+    return [linalg.transpose(l) for l in inverses]
 
 
 def _retraction(method: str) -> Callable:
@@ -207,9 +201,9 @@ def _check_tall(x: Float[Array, "*L n R"]) -> None:
 def _scale_columns(x: Float[Array, "*L n R"]) -> Float[Array, "*L n R"]:
     """Columns of norm 1; null columns stay null. Squares cannot overflow."""
     peak = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
-    x = x / orthogonalize.or_one(peak)
+    x = x / linalg.safe_divisor(peak)
     norm = jnp.linalg.norm(x, axis=-2, keepdims=True)
-    return x / orthogonalize.or_one(norm)
+    return x / linalg.safe_divisor(norm)
 
 
 def _retract_guarded(
@@ -228,9 +222,9 @@ def _retract_guarded(
         return x
     for array in arrays:
         _check_tall(array)
-    xs = [orthogonalize.as_float32(array) for array in arrays]
-    grams = [orthogonalize.gram(array) for array in xs]
-    inverses = orthogonalize.map_stacked(inverse_factor, grams, fill=1.0)
+    xs = [linalg.as_float32(array) for array in arrays]
+    grams = [linalg.gram(array) for array in xs]
+    inverses = linalg.map_batched(inverse_factor, grams, fill=1.0)
     trusted = jnp.array(True)
     for g, inverse in zip(grams, inverses, strict=True):
         # trace / R and the mean square of the inverse are both 1 on the manifold.
@@ -240,7 +234,7 @@ def _retract_guarded(
         trusted &= jnp.all(scale * inverse_scale < MAX_SQUARED_CONDITION)
 
     results = [
-        orthogonalize.matmul(array, as_right_factor(z))
+        linalg.matmul(array, as_right_factor(z))
         for array, z in zip(xs, inverses, strict=True)
     ]
     # A loop that hardly ever runs, not a branch: a conditional copies every factor.
@@ -267,10 +261,10 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
 
     def one_pass(index: Array, xs: list[Array]) -> list[Array]:
         xs = [_scale_columns(x) for x in xs]
-        grams = [orthogonalize.gram(x) for x in xs]
+        grams = [linalg.gram(x) for x in xs]
         shift = jnp.where(index == last, 0.0, 4 * eps)
-        inverses = orthogonalize.map_stacked(
-            orthogonalize.eliminate,
+        inverses = linalg.map_batched(
+            linalg.eliminate,
             [
                 g + (shift * g.shape[-1]) * jnp.eye(g.shape[-1], dtype=g.dtype)
                 for g in grams
@@ -282,7 +276,7 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
             jnp.where(
                 index == replacing,
                 _replace_columns(x, 1 / jnp.diagonal(l, axis1=-2, axis2=-1) < 0.03),
-                orthogonalize.matmul(x, orthogonalize.transpose(l)),
+                linalg.matmul(x, linalg.transpose(l)),
             )
             for x, l in zip(xs, inverses, strict=True)
         ]
@@ -310,25 +304,25 @@ def _replace_columns(
 
 def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
     """Polar factors of x = q r from q: q msign(r), by the cubic on the small r."""
-    xs = [orthogonalize.over_peak(x) for x in xs]
-    rs = [orthogonalize.gram(q, x) for q, x in zip(qs, xs, strict=True)]
+    xs = [linalg.scale_by_max(x) for x in xs]
+    rs = [linalg.gram(q, x) for q, x in zip(qs, xs, strict=True)]
 
     def sign(r: Array) -> Array:
         eye = jnp.eye(r.shape[-1], dtype=r.dtype)
-        r = orthogonalize.over_peak(r)
-        norm = orthogonalize.frobenius_norm(r)[..., None, None]
-        r = r / orthogonalize.or_one(norm)
+        r = linalg.scale_by_max(r)
+        norm = linalg.frobenius_norm(r)[..., None, None]
+        r = r / linalg.safe_divisor(norm)
 
         def improve(_, z):
-            g = orthogonalize.gram(z)
-            return orthogonalize.matmul(z, 1.5 * eye - 0.5 * g)
+            g = linalg.gram(z)
+            return linalg.matmul(z, 1.5 * eye - 0.5 * g)
 
         # A singular value of 1e-7 needs 40 steps of growth by 1.5.
         return jax.lax.fori_loop(0, 48, improve, r)
 
-    signs = orthogonalize.map_stacked(sign, rs, fill=1.0)
+    signs = linalg.map_batched(sign, rs, fill=1.0)
     # Dependent columns leave null directions; the last retraction completes them.
-    points = [orthogonalize.matmul(q, z) for q, z in zip(qs, signs, strict=True)]
+    points = [linalg.matmul(q, z) for q, z in zip(qs, signs, strict=True)]
     return _shifted_cholesky_qr_if_needed(points)
 
 

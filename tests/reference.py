@@ -87,8 +87,8 @@ def sct(
     b2=0.999,
     eps=1e-8,
     weight_decay=0.0,
-    singular_value_rate=1.0,
-    dense_rate=1.0,
+    singular_value_lr_multiplier=1.0,
+    dense_lr_multiplier=1.0,
     base_width=None,
 ):
     """SCT's Algorithm 1: one step per rate in `rates`; returns params after each.
@@ -115,7 +115,10 @@ def sct(
                 direction = m_hat / (np.sqrt(v_hat) + eps)
                 if kind in ("s", "a", "b") or (kind == "w" and p.ndim >= 2):
                     direction = direction + weight_decay * p
-                factor = {"s": singular_value_rate, "w": dense_rate}.get(kind, 1.0)
+                factor = {
+                    "s": singular_value_lr_multiplier,
+                    "w": dense_lr_multiplier,
+                }.get(kind, 1.0)
                 if kind in ("u", "v") and base_width is not None:
                     factor = factor * np.sqrt(base_width / p.shape[-2])
                 moved = p - rate * factor * direction
@@ -195,7 +198,7 @@ def stiefel_muon(
     *,
     momentum=0.95,
     nesterov=True,
-    gauge="factors",
+    coordinates="factors",
     shares=(0.4, 0.2, 0.4),
     max_rotation=0.1,
     b1=0.9,
@@ -209,7 +212,7 @@ def stiefel_muon(
     for step, rate in enumerate(rates):
         g_u, g_s, g_v = gradients(step, u, s, v)
         inverse = damped_inverse(s)
-        if gauge == "svd":
+        if coordinates == "svd":
             g_u, g_v = g_u * inverse, g_v * inverse
         m_u = momentum * m_u + (1 - momentum) * g_u
         m_v = momentum * m_v + (1 - momentum) * g_v
@@ -221,11 +224,11 @@ def stiefel_muon(
         d_u, d_v = (newton_schulz(m) for m in ahead)
         d_s = m_s / (1 - b1 ** (step + 1))
         d_s = d_s / (np.sqrt(n_s / (1 - b2 ** (step + 1))) + eps)
-        if gauge == "svd":
+        if coordinates == "svd":
             d_u, d_v = shares[0] * d_u * inverse, shares[2] * d_v * inverse
             d_s = shares[1] * np.clip(d_s, -1, 1)
         steps = [rate * d_u, rate * d_v]
-        if gauge == "svd":
+        if coordinates == "svd":
             for i, d in enumerate(steps):
                 length = np.linalg.norm(d, axis=0)
                 steps[i] = d * np.minimum(1, max_rotation / length)

@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sct_jax import accounting, model, optimizers, train_state
+from sct_jax import model, optimizers
+from sct_jax.training import accounting
+from sct_jax.training import state as state_lib
 
 SMOLLM2 = model.ModelConfig(
     d_model=2048,
@@ -110,7 +112,7 @@ def test_parameters_are_the_entries_of_the_description(config):
 def test_parameters_are_the_entries_of_the_real_arrays():
     # No eval_shape here: arrays as they lie in memory.
     for config in (CONFIGS["dense"], CONFIGS["spectral"]):
-        drawn = model.draw_block(jax.random.key(0), config, layers=(3,))
+        drawn = model.init_block(jax.random.key(0), config, layers=(3,))
         sizes = [leaf.size for leaf in jax.tree.leaves(drawn)]
         assert 3 * accounting.block_parameters(config) == sum(sizes)
     config = CONFIGS["dense"]
@@ -185,7 +187,7 @@ def test_bytes_of_a_step(moment_dtype):
 def test_bytes_of_the_optimizer_are_those_of_its_arrays():
     config = CONFIGS["spectral"]
     tx = optimizers.OptimizerConfig(grad_clip=1.0).build(10)
-    shapes = train_state.abstract(config, tx)
+    shapes = state_lib.abstract(config, tx)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.params)
     arrays = jax.tree.leaves(tx.init(params))
     sizes = accounting.step_bytes(config, tx)

@@ -12,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from sct_jax import checkpoint, errors, model, optimizers, sharding, train_state
+from sct_jax import errors, model, optimizers, sharding
+from sct_jax.training import checkpoint
+from sct_jax.training import state as state_lib
 
 # A read that fails leaves orbax's other reads of that checkpoint unawaited.
 pytestmark = pytest.mark.filterwarnings(
@@ -47,11 +49,11 @@ def one_device():
 
 
 def abstract(config=STACKED, tx=TX):
-    return train_state.abstract(config, tx)
+    return state_lib.abstract(config, tx)
 
 
 @functools.cache
-def draw_state(step: int, config=STACKED, tx=TX) -> train_state.TrainState:
+def draw_state(step: int, config=STACKED, tx=TX) -> state_lib.TrainState:
     """A state of random bytes: checkpoints do not care what the numbers mean."""
     rng = np.random.default_rng(step)
 
@@ -118,7 +120,7 @@ def largest_file(folder: pathlib.Path) -> pathlib.Path:
 
 def test_a_state_comes_back_bitwise(saved):
     state, record = restore(saved)
-    assert isinstance(state, train_state.TrainState)
+    assert isinstance(state, state_lib.TrainState)
     assert_equal(state, draw_state(6))
     assert record["step"] == 6
     assert record["data_position"] == 48
@@ -342,7 +344,7 @@ def test_nothing_starts_from_scratch_over_damaged_checkpoints(copy):
         flip_a_bit(copy / str(step))
     with (
         pytest.warns(UserWarning, match="cannot be used"),
-        pytest.raises(errors.ConfigError, match=r"^workdir: .*another workdir"),
+        pytest.raises(errors.UserError, match=r"^workdir: .*another workdir"),
     ):
         restore(copy)
     # Whoever can mend them finds them where they were.
@@ -354,12 +356,12 @@ def test_nothing_starts_from_scratch_the_second_time_either(copy):
         flip_a_bit(copy / str(step))
     with (
         pytest.warns(UserWarning, match="cannot be used"),
-        contextlib.suppress(errors.ConfigError),
+        contextlib.suppress(errors.UserError),
     ):
         restore(copy)
     with (
         pytest.warns(UserWarning, match="cannot be used"),
-        pytest.raises(errors.ConfigError, match=r"^workdir: "),
+        pytest.raises(errors.UserError, match=r"^workdir: "),
     ):
         restore(copy)
 
@@ -382,7 +384,7 @@ def test_another_shape_is_refused(copy, changes):
     config = dataclasses.replace(STACKED, **changes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(errors.ConfigError):
+        with pytest.raises(errors.UserError):
             restore(copy, config=config)
 
 
@@ -390,7 +392,7 @@ def test_a_checkpoint_of_another_shape_is_not_damaged(copy):
     # It is whole; whoever asked for the wrong shape must not cost it its name.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with contextlib.suppress(errors.ConfigError):
+        with contextlib.suppress(errors.UserError):
             restore(copy, config=dataclasses.replace(STACKED, rank=5))
     assert_equal(restore(copy)[0], draw_state(6))
 
@@ -399,12 +401,12 @@ def test_another_dtype_is_refused(copy):
     tx = optimizers.OptimizerConfig(
         max_update_norm=0.5, grad_clip=1.0, moment_dtype="bfloat16"
     ).build(10, decay_mask=model.decay_mask)
-    half = train_state.abstract(STACKED, tx)
+    half = state_lib.abstract(STACKED, tx)
     assert optax.tree.get(half.opt_state, "mu")["final_norm"].dtype == jnp.bfloat16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with (
             opened(copy) as checkpointer,
-            pytest.raises(errors.ConfigError),
+            pytest.raises(errors.UserError),
         ):
             checkpointer.restore(half, one_device())

@@ -18,9 +18,10 @@ import types
 import pytest
 from samples import SHAPE
 
-from experiments import compare, grid, ledger, summary
-from experiments import trial as trial_lib
-from sct_jax import accounting, config, data, errors, metrics, optimizers
+from experiments.studies import compare, grid, store, summary
+from experiments.studies import trial as trial_lib
+from sct_jax import data, errors, optimizers
+from sct_jax.training import accounting, config, metrics
 
 BASE = config.ExperimentConfig(
     model=SHAPE,
@@ -373,7 +374,7 @@ def test_a_guide_is_charged_for_its_dense_path():
     ],
 )
 def test_what_is_no_comparison_is_refused(fields, message):
-    with pytest.raises(errors.ConfigError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         comparison(**fields).validate()
 
 
@@ -385,13 +386,13 @@ def test_rows_of_another_comparison_are_refused():
     changed = dataclasses.replace(
         BASE, optimizer=dataclasses.replace(BASE.optimizer, b2=0.9)
     )
-    with pytest.raises(errors.ConfigError, match=r"experiment\.optimizer\.b2"):
+    with pytest.raises(errors.UserError, match=r"experiment\.optimizer\.b2"):
         grid.check_same(comparison(base=changed), rows)
     grid.check_same(comparison(base=changed, arms=(DENSE,)), rows)
     slower = dataclasses.replace(OURS, adam_rate=0.01)
     trial = item.trial(slower, 0.1, 0)
     rows = {trial.key: row_of(trial, 5.0)}
-    with pytest.raises(errors.ConfigError, match="another adam_rate"):
+    with pytest.raises(errors.UserError, match="another adam_rate"):
         grid.check_same(item, rows)
     grid.check_same(comparison(adam_rate_factors=(1.0, 2.0)), rows)
 
@@ -399,9 +400,9 @@ def test_rows_of_another_comparison_are_refused():
 def test_a_trial_of_another_folder_is_taken_over_as_it_is(tmp_path):
     item = comparison()
     trials = [item.trial(OURS, rate, 0) for rate in (0.1, 0.2)]
-    old = ledger.Ledger(tmp_path / "old")
+    old = store.Store(tmp_path / "old")
     old.add(row_of(trials[0], 5.0) | {"environment": {"commit": "old"}})
-    book = ledger.Ledger(tmp_path / "new", reuse=str(tmp_path / "old"))
+    book = store.Store(tmp_path / "new", reuse=str(tmp_path / "old"))
     trained = []
 
     def train(trial):
@@ -409,55 +410,55 @@ def test_a_trial_of_another_folder_is_taken_over_as_it_is(tmp_path):
         return row_of(trial, 4.0)
 
     plan = lambda rows: [t for t in trials if t.key not in rows]
-    ledger.fill(book, plan, train, log=lambda text: None)
+    store.fill(book, plan, train, log=lambda text: None)
     assert trained == trials[1:]
     first, second = book.rows().values()
     assert first["environment"] == {"commit": "old"}
     assert second["environment"]["jax"]
-    with pytest.raises(errors.ConfigError, match="--reuse: no finished trial"):
-        ledger.Ledger(tmp_path / "new", reuse=str(tmp_path / "nothing"))
+    with pytest.raises(errors.UserError, match="--reuse: no finished trial"):
+        store.Store(tmp_path / "new", reuse=str(tmp_path / "nothing"))
 
 
 def test_rows_on_another_text_are_refused(tmp_path):
     item = comparison()
     row = row_of(item.trial(OURS, 0.1, 0), 5.0)
-    old = ledger.Ledger(tmp_path / "old")
+    old = store.Store(tmp_path / "old")
     old.add(row | {"corpus": "0123"})
     this, other = (types.SimpleNamespace(hash=text) for text in ("0123", "4567"))
     old.check_text(this)
-    with pytest.raises(errors.ConfigError, match=r"--results: holds .*0123.*4567"):
+    with pytest.raises(errors.UserError, match=r"--results: holds .*0123.*4567"):
         old.check_text(other)
-    with pytest.raises(errors.ConfigError, match="--reuse: holds"):
-        ledger.Ledger(tmp_path / "new", reuse=str(old.folder)).check_text(other)
+    with pytest.raises(errors.UserError, match="--reuse: holds"):
+        store.Store(tmp_path / "new", reuse=str(old.folder)).check_text(other)
 
 
 def test_a_folder_that_lacks_nothing_says_so(tmp_path):
     lines = []
-    ledger.fill(ledger.Ledger(tmp_path), lambda rows: [], None, log=lines.append)
+    store.fill(store.Store(tmp_path), lambda rows: [], None, log=lines.append)
     assert len(lines) == 1 and "nothing is missing" in lines[0]
 
 
 def test_a_torn_line_goes_and_the_rest_stays(tmp_path):
-    book = ledger.Ledger(tmp_path)
+    book = store.Store(tmp_path)
     item = comparison()
     trials = [item.trial(OURS, rate, 0) for rate in OURS.rates]
     book.add(row_of(trials[0], 5.0))
-    with (tmp_path / "cells.jsonl").open("a") as file:
+    with (tmp_path / "runs.jsonl").open("a") as file:
         file.write('{"arm": "our')
     assert list(book.rows()) == [trials[0].key]
     book.add(row_of(trials[1], 4.0))
     assert list(book.rows()) == [t.key for t in trials[:2]]
-    assert len((tmp_path / "cells.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_damaged_line_within_is_an_error(tmp_path):
-    (tmp_path / "cells.jsonl").write_text('{"arm": \n{"arm": "x"}\n')
-    with pytest.raises(errors.ConfigError, match=r"cells\.jsonl:1"):
-        ledger.Ledger(tmp_path).rows()
+    (tmp_path / "runs.jsonl").write_text('{"arm": \n{"arm": "x"}\n')
+    with pytest.raises(errors.UserError, match=r"cells\.jsonl:1"):
+        store.Store(tmp_path).rows()
 
 
 def test_fields_added_since_do_not_lose_a_row(tmp_path):
-    book = ledger.Ledger(tmp_path)
+    book = store.Store(tmp_path)
     trial = comparison().trial(OURS, 0.1, 0)
     row = row_of(trial, 5.0)
     del row["definition"]["experiment"]["optimizer"]["max_rotation"]
@@ -467,16 +468,16 @@ def test_fields_added_since_do_not_lose_a_row(tmp_path):
 
 
 def test_a_row_of_another_version_is_named(tmp_path):
-    book = ledger.Ledger(tmp_path)
+    book = store.Store(tmp_path)
     row = row_of(comparison().trial(OURS, 0.1, 0), 5.0)
     row["definition"]["colour"] = "red"
     book.add(row)
-    with pytest.raises(errors.ConfigError, match=r"cells\.jsonl: a trial of 'ours'"):
+    with pytest.raises(errors.UserError, match=r"cells\.jsonl: a trial of 'ours'"):
         book.rows()
 
 
 def _hold(folder, key, held, release):
-    with ledger.Ledger(folder).claim(key) as mine:
+    with store.Store(folder).claim(key) as mine:
         assert mine
         held.set()
         release.wait(30)
@@ -490,12 +491,12 @@ def test_a_claimed_trial_is_left_to_its_process(tmp_path):
     other.start()
     try:
         assert held.wait(60)
-        with ledger.Ledger(tmp_path).claim(trial.key) as mine:
+        with store.Store(tmp_path).claim(trial.key) as mine:
             assert not mine
     finally:
         release.set()
         other.join(30)
-    with ledger.Ledger(tmp_path).claim(trial.key) as mine:
+    with store.Store(tmp_path).claim(trial.key) as mine:
         assert mine
 
 
@@ -503,10 +504,10 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(ledger.fcntl, "flock", refuse)
-    book, item = ledger.Ledger(tmp_path), comparison(arms=(OURS,), seeds=(0,))
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    book, item = store.Store(tmp_path), comparison(arms=(OURS,), seeds=(0,))
     with pytest.warns(UserWarning, match="no file locks .No locks available"):
-        ledger.fill(
+        store.fill(
             book,
             lambda rows: grid.missing(item, rows),
             lambda trial: row_of(trial, abs(trial.rate - 0.2)),
@@ -515,7 +516,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
 
 def test_a_finished_trial_cannot_be_claimed(tmp_path):
-    book = ledger.Ledger(tmp_path)
+    book = store.Store(tmp_path)
     trial = comparison().trial(OURS, 0.1, 0)
     book.add(row_of(trial, 5.0))
     with book.claim(trial.key) as mine:
@@ -523,8 +524,9 @@ def test_a_finished_trial_cannot_be_claimed(tmp_path):
 
 
 CONFIG = """
-    from experiments import grid
-    from sct_jax import config, data, model, optimizers
+    from experiments.studies import grid
+    from sct_jax.training import config
+    from sct_jax import data, model, optimizers
 
     def get_config():
         base = config.ExperimentConfig(
@@ -578,7 +580,7 @@ def test_a_killed_grid_goes_on(tmp_path, text_files):
     folder = tmp_path / "results"
     environment = os.environ | {"GLIBC_TUNABLES": ""}
     process = subprocess.Popen(command(path, folder), env=environment)
-    cells = folder / "cells.jsonl"
+    cells = folder / "runs.jsonl"
     deadline = time.monotonic() + 240
     while not cells.exists() or len(cells.read_text().splitlines()) < 2:
         assert process.poll() is None, "ended early"
@@ -645,7 +647,7 @@ def test_bad_input_ends_with_2(words, message, capfd):
 
 def test_an_arm_that_is_new_is_timed_beside_the_reference(tmp_path, monkeypatch):
     item = comparison(protocols=("tokens", "seconds"), reference="dense")
-    book = ledger.Ledger(tmp_path)
+    book = store.Store(tmp_path)
     # The machine of the first call is twice as fast.
     speed = iter((1.0, 2.0))
 
@@ -661,7 +663,7 @@ def test_an_arm_that_is_new_is_timed_beside_the_reference(tmp_path, monkeypatch)
     assert compare._seconds(item, item.arms, book, None) == both
     book.add(row_of(item.trial(OURS, 0.1, 0, seconds=both), 5.0))
     (tmp_path / "seconds.json").unlink()
-    with pytest.raises(errors.ConfigError, match=r"seconds\.json is gone"):
+    with pytest.raises(errors.UserError, match=r"seconds\.json is gone"):
         compare._seconds(item, item.arms, book, None)
 
 

@@ -3,13 +3,14 @@ import json
 
 import pytest
 
-from sct_jax import command_line, data, errors, model, optimizers
-from sct_jax import config as config_lib
+from sct_jax import data, errors, model, optimizers
+from sct_jax.training import command_line
+from sct_jax.training import config as config_lib
 
 BASE = config_lib.ExperimentConfig()
 
 CONFIG_FILE = """
-from sct_jax import config
+from sct_jax.training import config
 
 VARIANTS = ("small", "large")
 
@@ -102,14 +103,14 @@ def test_an_override_has_the_type_of_its_field(field, text, value):
     ],
 )
 def test_a_value_of_another_type_names_the_field(field, text):
-    with pytest.raises(errors.ConfigError, match=f"^{field}: ") as caught:
+    with pytest.raises(errors.UserError, match=f"^{field}: ") as caught:
         config_lib.override(BASE, field, text)
     assert repr(text) in str(caught.value)
 
 
 def test_a_tuple_that_is_none_is_refused():
     # "(5)" is the integer 5 to Python; a tuple of characters would be worse.
-    with pytest.raises(errors.ConfigError, match=r"^model\.spectral: "):
+    with pytest.raises(errors.UserError, match=r"^model\.spectral: "):
         config_lib.override(BASE, "model.spectral", "(5)")
 
 
@@ -124,7 +125,7 @@ def test_a_tuple_that_is_none_is_refused():
     ],
 )
 def test_a_float_that_is_no_number_is_refused(field, text):
-    with pytest.raises(errors.ConfigError, match=f"{field}"):
+    with pytest.raises(errors.UserError, match=f"{field}"):
         config_lib.override(BASE, field, text).validate()
 
 
@@ -153,20 +154,20 @@ def test_aliases_are_of_fields():
     ],
 )
 def test_an_unknown_field_suggests_the_nearest(field, nearest):
-    with pytest.raises(errors.ConfigError, match="unknown config field") as caught:
+    with pytest.raises(errors.UserError, match="unknown config field") as caught:
         config_lib.override(BASE, field, "1")
     assert f"did you mean {nearest!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["xyzzy", "num_steps.x", "model.", ".model", ""])
 def test_an_unknown_field_is_named(field):
-    with pytest.raises(errors.ConfigError, match="unknown config field"):
+    with pytest.raises(errors.UserError, match="unknown config field"):
         config_lib.override(BASE, field, "1")
 
 
 @pytest.mark.parametrize("field", ["model", "optimizer", "model.ranks"])
 def test_a_group_lists_its_fields(field):
-    with pytest.raises(errors.ConfigError, match=f"^{field}: a group") as caught:
+    with pytest.raises(errors.UserError, match=f"^{field}: a group") as caught:
         config_lib.override(BASE, field, "1")
     assert all(
         f.name in str(caught.value) for f in dataclasses.fields(get(BASE, field))
@@ -179,7 +180,7 @@ def test_a_group_lists_its_fields(field):
 def test_an_error_in_a_file_is_told_with_its_line(tmp_path):
     path = tmp_path / "bad.py"
     path.write_text("def get_config():\n    return STEPS\n")
-    with pytest.raises(errors.ConfigError, match=r"bad\.py:2: NameError: .*'STEPS'"):
+    with pytest.raises(errors.UserError, match=r"bad\.py:2: NameError: .*'STEPS'"):
         config_lib.load(str(path))
 
 
@@ -193,18 +194,18 @@ def test_load_validates_after_all_overrides(config_file):
     # rank 100 fits once d_model does, whatever comes first.
     overrides = [("model.rank", "1000"), ("model.d_model", "1152")]
     assert config_lib.load(str(config_file), overrides).model.rank == 1000
-    with pytest.raises(errors.ConfigError, match=r"^model\.rank: "):
+    with pytest.raises(errors.UserError, match=r"^model\.rank: "):
         config_lib.load(str(config_file), overrides[:1])
 
 
 def test_an_unknown_variant_suggests_the_nearest(config_file):
-    with pytest.raises(errors.ConfigError, match=r"variant.*'lrge'.*'large'"):
+    with pytest.raises(errors.UserError, match=r"variant.*'lrge'.*'large'"):
         config_lib.load(f"{config_file}:lrge")
 
 
 def test_an_unknown_file_suggests_the_nearest(config_file):
     wrong = config_file.with_name("mien.py")
-    with pytest.raises(errors.ConfigError, match=r"--config: no file.*mine\.py"):
+    with pytest.raises(errors.UserError, match=r"--config: no file.*mine\.py"):
         config_lib.load(str(wrong))
 
 
@@ -224,7 +225,7 @@ def test_an_unknown_file_suggests_the_nearest(config_file):
 def test_a_file_that_gives_no_configuration_is_refused(tmp_path, text):
     path = tmp_path / "bad.py"
     path.write_text(text)
-    with pytest.raises(errors.ConfigError, match=r"bad\.py"):
+    with pytest.raises(errors.UserError, match=r"bad\.py"):
         config_lib.load(str(path))
 
 
@@ -232,7 +233,7 @@ def test_a_file_that_gives_no_configuration_is_refused(tmp_path, text):
 def test_what_is_no_python_file_is_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(errors.ConfigError, match="--config"):
+    with pytest.raises(errors.UserError, match="--config"):
         config_lib.load(str(tmp_path / name))
 
 
@@ -275,7 +276,7 @@ def test_what_is_no_python_file_is_refused(tmp_path, name):
 )
 def test_validate_names_the_field(field, text):
     config = config_lib.override(BASE, field, text)
-    with pytest.raises(errors.ConfigError, match=f"^{field}: "):
+    with pytest.raises(errors.UserError, match=f"^{field}: "):
         config.validate()
 
 
@@ -306,7 +307,7 @@ def test_from_dict_undoes_to_dict():
 def test_from_dict_refuses_a_field_of_another_version():
     values = config_lib.to_dict(BASE)
     values["model"]["num_expert"] = 8
-    with pytest.raises(errors.ConfigError, match=r"config\.json.*num_expert"):
+    with pytest.raises(errors.UserError, match=r"config\.json.*num_expert"):
         config_lib.from_dict(values)
 
 

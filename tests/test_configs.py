@@ -8,9 +8,11 @@ import pathlib
 import jax
 import pytest
 
-from configs import compare_methods
-from experiments import grid
-from sct_jax import accounting, config, model, sharding, train_state
+from configs.studies import compare_methods
+from experiments.studies import grid
+from sct_jax import model, sharding
+from sct_jax.training import accounting, config
+from sct_jax.training import state as state_lib
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -51,7 +53,7 @@ def test_there_are_configs():
 def test_a_config_loads_and_its_state_has_a_place(spec):
     experiment = config.load(spec)  # validates
     tx = experiment.optimizer.build(experiment.num_steps, decay_mask=model.decay_mask)
-    state = train_state.abstract(experiment.model, tx)
+    state = state_lib.abstract(experiment.model, tx)
     # Shapes alone: the largest of these has billions of bytes.
     leaves = jax.tree.leaves(state)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)

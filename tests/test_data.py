@@ -52,7 +52,7 @@ def prepare(config, *, vocab_size=VOCAB_SIZE, log=lambda line: None):
 
 
 def config_error(config, *, vocab_size=VOCAB_SIZE) -> str:
-    with pytest.raises(errors.ConfigError) as caught:
+    with pytest.raises(errors.UserError) as caught:
         prepare(config, vocab_size=vocab_size)
     return str(caught.value)
 
@@ -223,9 +223,9 @@ def test_evaluation_is_in_order_evenly_spaced_and_as_long_as_asked(tmp_path):
 def test_a_corpus_shorter_than_a_batch_is_refused(tmp_path):
     corpus = numbered_corpus(tmp_path, train=range(16), validation=range(16))
     config = data.DataConfig(batch_size=4, seq_len=4)  # 3 windows each.
-    with pytest.raises(errors.ConfigError, match=r"data\.batch_size.*training"):
+    with pytest.raises(errors.UserError, match=r"data\.batch_size.*training"):
         data.train_batches(corpus, config, seed=0)
-    with pytest.raises(errors.ConfigError, match=r"data\.batch_size.*validation"):
+    with pytest.raises(errors.UserError, match=r"data\.batch_size.*validation"):
         data.eval_batches(corpus, config, num_batches=1)
 
 
@@ -234,18 +234,18 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
         tmp_path, train=[*range(16), 700], validation=range(700, 717), vocab_size=700
     )
     config = data.DataConfig(batch_size=4, seq_len=4)
-    with pytest.raises(errors.ConfigError, match=r"data\.cache_dir.*id 700"):
+    with pytest.raises(errors.UserError, match=r"data\.cache_dir.*id 700"):
         next(data.train_batches(corpus, config, seed=0))
-    with pytest.raises(errors.ConfigError, match=r"data\.cache_dir.*id 716"):
+    with pytest.raises(errors.UserError, match=r"data\.cache_dir.*id 716"):
         data.eval_batches(corpus, config, num_batches=1)
 
 
 def test_batches_that_cannot_be_divided_or_seeded_are_refused(tmp_path):
     corpus = numbered_corpus(tmp_path, train=range(90))
     config = data.DataConfig(batch_size=4, seq_len=4)
-    with pytest.raises(errors.ConfigError, match=r"data\.batch_size"):
+    with pytest.raises(errors.UserError, match=r"data\.batch_size"):
         data.train_batches(corpus, config, seed=0, process_count=3)
-    with pytest.raises(errors.ConfigError, match="seed"):
+    with pytest.raises(errors.UserError, match="seed"):
         data.train_batches(corpus, config, seed=-1)
 
 
@@ -262,7 +262,7 @@ def test_batches_that_cannot_be_divided_or_seeded_are_refused(tmp_path):
 )
 def test_validate_names_the_field(field, value):
     data.DataConfig().validate()
-    with pytest.raises(errors.ConfigError, match=rf"data\.{field}: "):
+    with pytest.raises(errors.UserError, match=rf"data\.{field}: "):
         dataclasses.replace(data.DataConfig(), **{field: value}).validate()
 
 
@@ -848,7 +848,7 @@ def test_validation_is_carved_off_train_where_there_is_none(config, tfds_dir):
 )
 def test_an_unfit_tfds_name_or_field_is_refused(config, tfds_dir, changes, message):
     tfds_dir("train")
-    with pytest.raises(errors.ConfigError, match=f"(?s)^{message}"):
+    with pytest.raises(errors.UserError, match=f"(?s)^{message}"):
         prepare(dataclasses.replace(config, **changes))
 
 

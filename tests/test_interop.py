@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from sct_jax import config, optimizers, spectral
+from sct_jax import optimizers, spectral
+from sct_jax.training import config
 
 EPS = float(np.finfo(np.float32).eps)
 ORTHONORMAL = 4e-6

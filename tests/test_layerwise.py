@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sct_jax import (
-    config,
-    errors,
-    layerwise,
-    model,
-    optimizers,
-    sharding,
-    spectral,
-    train_state,
-    train_step,
-)
+from sct_jax import errors, model, optimizers, sharding, spectral
+from sct_jax.training import config, layerwise
+from sct_jax.training import state as state_lib
+from sct_jax.training import step as step_lib
 
 EPS = float(np.finfo(np.float32).eps)
 SMALL = model.ModelConfig(
@@ -69,7 +62,7 @@ def assert_close(found, wanted, tolerance):
 
 CHAINS = {
     "sct": (chain(), SMALL),
-    "rates": (chain(singular_value_rate=3.0, dense_rate=0.5), SMALL),
+    "rates": (chain(singular_value_lr_multiplier=3.0, dense_lr_multiplier=0.5), SMALL),
     "clip": (
         chain(max_update_norm=0.02, weight_decay=0.1),
         dataclasses.replace(SMALL, tie_embeddings=False),
@@ -108,8 +101,8 @@ FAST = ("spectron", "muon")
 def test_the_step_is_the_ordinary_one(name):
     optimizer, shape = CHAINS[name]
     tx, step = build(optimizer, shape)
-    draw = jax.jit(lambda key: train_state.init(key, shape, tx))
-    ordinary = jax.jit(train_step.make_train_step(shape, tx))
+    draw = jax.jit(lambda key: state_lib.init(key, shape, tx))
+    ordinary = jax.jit(step_lib.make_train_step(shape, tx))
     state, expected = step.init(jax.random.key(0)), draw(jax.random.key(0))
     assert_close(state, expected, 16 * EPS)
     batch = draw_batch()
@@ -148,7 +141,7 @@ def test_a_known_bottleneck_has_the_gradient_of_linear(rows, shape):
 @pytest.mark.slow
 def test_bfloat16_moments_take_the_same_step():
     tx, step = build(chain(moment_dtype="bfloat16"))
-    ordinary = jax.jit(train_step.make_train_step(SMALL, tx))
+    ordinary = jax.jit(step_lib.make_train_step(SMALL, tx))
     expected = step.init(jax.random.key(0))
     state, batch = jax.tree.map(jnp.copy, expected), draw_batch()
     for _ in range(3):
@@ -221,5 +214,5 @@ def test_what_is_not_local_is_refused(changes, field):
     experiment.validate()
     for name, value in changes.items():
         experiment = config.override(experiment, name, value)
-    with pytest.raises(errors.ConfigError, match=f"^{field}: .*layerwise"):
+    with pytest.raises(errors.UserError, match=f"^{field}: .*layerwise"):
         experiment.validate()

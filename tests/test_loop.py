@@ -17,19 +17,10 @@ import pytest
 import rich.console
 from samples import write_corpus
 
-from sct_jax import (
-    accounting,
-    data,
-    errors,
-    loop,
-    metrics,
-    model,
-    optimizers,
-    rank,
-    sharding,
-)
-from sct_jax import config as config_lib
-from sct_jax import train_step as train_step_lib
+from sct_jax import data, errors, model, optimizers, rank, sharding
+from sct_jax.training import accounting, loop, metrics
+from sct_jax.training import config as config_lib
+from sct_jax.training import step as step_lib
 
 # A read that fails leaves orbax's other reads of that checkpoint unawaited.
 pytestmark = pytest.mark.filterwarnings(
@@ -175,7 +166,7 @@ def test_fields_without_effect_are_told(experiment, tmp_path):
     config = dataclasses.replace(
         experiment,
         optimizer=dataclasses.replace(experiment.optimizer, decay_ratio=0.9),
-        rank=rank.RankConfig(every=5),
+        rank=rank.AdaptiveRankConfig(every=5),
     )
     _, text = train(config, tmp_path, dry_run=True)
     assert (
@@ -194,9 +185,10 @@ def test_fields_without_effect_are_told(experiment, tmp_path):
     turned = optimizers.OptimizerConfig(name="stiefel_muon", max_rotation=0.5)
     (note,) = turned.without_effect()
     assert (
-        'optimizer.max_rotation: has no effect without optimizer.gauge = "svd"' in note
+        'optimizer.max_rotation: has no effect without optimizer.coordinates = "svd"'
+        in note
     )
-    assert not dataclasses.replace(turned, gauge="svd").without_effect()
+    assert not dataclasses.replace(turned, coordinates="svd").without_effect()
 
 
 def test_tokens_per_second_are_those_of_the_steps_alone(
@@ -256,7 +248,7 @@ def test_evaluation_rows(experiment, finished):
     config, params, tokenizer = loop.load_run(workdir)
     corpus = data.prepare(config.data, vocab_size=300, log=lambda line: None)
     batches = data.eval_batches(corpus, config.data, num_batches=2)
-    step = jax.jit(train_step_lib.make_eval_step(config.model))
+    step = jax.jit(step_lib.make_eval_step(config.model))
     losses = [step(params, jax.tree.map(jnp.asarray, batch)) for batch in batches]
     last = evaluated[-1]
     assert last["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
@@ -293,7 +285,7 @@ def test_parameters_that_are_no_numbers_are_not_saved_either(experiment, tmp_pat
         optimizer=dataclasses.replace(
             experiment.optimizer,
             peak_learning_rate=1e38,
-            dense_rate=1e3,
+            dense_lr_multiplier=1e3,
             max_update_norm=None,
         ),
     )
@@ -345,11 +337,11 @@ def test_loading_a_run_changes_nothing_in_its_folder(workdir):
 
 
 def test_there_is_no_run_to_load(tmp_path, workdir):
-    with pytest.raises(errors.ConfigError, match=r"^workdir: .*config\.json"):
+    with pytest.raises(errors.UserError, match=r"^workdir: .*config\.json"):
         loop.load_run(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     shutil.rmtree(workdir / "checkpoints")
-    with pytest.raises(errors.ConfigError, match=r"^workdir: .*no checkpoint"):
+    with pytest.raises(errors.UserError, match=r"^workdir: .*no checkpoint"):
         loop.load_run(workdir)
 
 
@@ -490,7 +482,7 @@ def test_an_empty_last_checkpoint_does_not_finish_a_run(experiment, finished, wo
 
 
 def refusal(config, workdir, **options) -> str:
-    with pytest.raises(errors.ConfigError) as caught:
+    with pytest.raises(errors.UserError) as caught:
         train(config, workdir, **options)
     return str(caught.value)
 
@@ -586,7 +578,9 @@ def adaptive(request, experiment, tmp_path_factory):
             experiment.model, rank=8, scan_layers=request.param == "stacked"
         ),
         optimizer=dataclasses.replace(experiment.optimizer, name="tsvd"),
-        rank=rank.RankConfig(energy=0.6, every=3, warmup_steps=2, floor=2, multiple=2),
+        rank=rank.AdaptiveRankConfig(
+            energy=0.6, every=3, warmup_steps=2, floor=2, multiple=2
+        ),
         checkpoint=config_lib.CheckpointConfig(every=2, keep=10),
     )
     config.validate()
@@ -635,7 +629,7 @@ def test_a_run_resumes_over_a_change_of_rank(adaptive, tmp_path, step):
     ("optimizer", "factors"),
     [
         slow(
-            {"name": "stiefel_muon", "gauge": "svd", "retraction": "lossless"},
+            {"name": "stiefel_muon", "coordinates": "svd", "retraction": "lossless"},
             "spectral",
         ),
         ({"name": "spectron", "nesterov": True}, "low_rank"),

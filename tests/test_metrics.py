@@ -5,7 +5,8 @@ import math
 import pytest
 import rich.console
 
-from sct_jax import errors, metrics
+from sct_jax import errors
+from sct_jax.training import metrics
 
 
 def row(step, **values):
@@ -54,7 +55,7 @@ def test_a_lost_block_at_the_end_is_dropped(path):
 def test_a_damaged_line_is_named_and_costs_no_other(path):
     write_lines(path, json.dumps(row(1)), "{oops", json.dumps(row(3)))
     before = path.read_text()
-    with pytest.raises(errors.ConfigError, match=r"metrics\.jsonl:2: "):
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl:2: "):
         metrics.JsonLines(path, resume_step=9)
     assert path.read_text() == before
 

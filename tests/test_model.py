@@ -544,7 +544,7 @@ def test_spectral_initialisation_has_the_spectrum_of_the_dense_one():
 
 def test_rescaled_initialisation_has_the_norm_of_the_dense_one():
     config = vary(rescale_init=True)
-    block = model.draw_block(jax.random.key(0), config, layers=(2,))
+    block = model.init_block(jax.random.key(0), config, layers=(2,))
     # ||W||_F^2 of an (I, O) matrix of N(0, 1 / I) is O; o and down over 2 num_layers.
     for name in ALL:
         fan_out = config.matrix_shapes()[name][1]
@@ -629,10 +629,10 @@ def test_parameters_are_float32_where_float64_is_allowed():
     ids=str,
 )
 def test_a_shape_that_is_no_model_is_refused_by_field(changes, field):
-    with pytest.raises(errors.ConfigError, match=f"^{field}: "):
+    with pytest.raises(errors.UserError, match=f"^{field}: "):
         dataclasses.replace(SMALL, **changes).validate()
 
 
 def test_a_rank_beyond_the_matrix_names_matrix_and_shape():
-    with pytest.raises(errors.ConfigError, match=r"'k'.*1\.\.16.*32 x 16"):
+    with pytest.raises(errors.UserError, match=r"'k'.*1\.\.16.*32 x 16"):
         dataclasses.replace(SMALL, rank=17).validate()

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 import reference
 
-from sct_jax import model, optimizers, train_state, train_step
+from sct_jax import model, optimizers
+from sct_jax.training import state as state_lib
+from sct_jax.training import step as step_lib
 
 BATCH, LENGTH = 3, 7
 # No two sizes that a matrix or an activation can have are alike.
@@ -42,13 +44,13 @@ def batch():
 
 def forward(config):
     params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
-    fn = lambda params: train_step.loss_fn(params, batch(), config)
+    fn = lambda params: step_lib.loss_fn(params, batch(), config)
     return jax.make_jaxpr(fn)(params)
 
 
 def backward(config):
     params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
-    fn = jax.value_and_grad(lambda p: train_step.loss_fn(p, batch(), config))
+    fn = jax.value_and_grad(lambda p: step_lib.loss_fn(p, batch(), config))
     return jax.make_jaxpr(fn)(params)
 
 
@@ -57,10 +59,10 @@ def step(config, num_microbatches=1, **changes):
     tx = optimizers.OptimizerConfig(**(optimizer | changes)).build(10)
     params = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
     opt_state = jax.eval_shape(tx.init, params)
-    train = train_step.make_train_step(config, tx, num_microbatches=num_microbatches)
+    train = step_lib.make_train_step(config, tx, num_microbatches=num_microbatches)
 
     def fn(params, opt_state):
-        state = train_state.TrainState(
+        state = state_lib.TrainState(
             step=jnp.zeros([], jnp.int32), params=params, opt_state=opt_state
         )
         return train(state, batch(), jnp.array(True))

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from sct_jax import accounting, loop, metrics
-from sct_jax import config as config_lib
+from sct_jax.training import accounting, loop, metrics
+from sct_jax.training import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "smollm_r128.py"

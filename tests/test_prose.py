@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from experiments import summary
-from sct_jax import metrics
+from experiments.studies import summary
+from sct_jax.training import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -50,7 +50,7 @@ def _arm(name):
 def _arms_of(study):
     comparison = RESULTS / f"compare_methods-{study}"
     folder = comparison if comparison.is_dir() else RESULTS / study
-    rows = metrics.read_rows(folder / "cells.jsonl")
+    rows = metrics.read_rows(folder / "runs.jsonl")
     return {arm.name: arm for arm in summary.arms(rows)}
 
 

@@ -12,7 +12,9 @@ import reference
 from sct_jax import errors, optimizers, rank, spectral, transforms
 
 EPS = float(np.finfo(np.float32).eps)
-CONFIG = rank.RankConfig(energy=0.9, floor=2, multiple=4, headroom=0.0, hysteresis=0.0)
+CONFIG = rank.AdaptiveRankConfig(
+    energy=0.9, floor=2, multiple=4, headroom=0.0, hysteresis=0.0
+)
 
 
 def params(seed=0):
@@ -149,14 +151,14 @@ def test_a_neutral_budget_must_be_given():
 
 
 def test_decisions_are_taken_after_warmup_at_intervals():
-    config = rank.RankConfig(energy=0.9, every=10, warmup_steps=20)
+    config = rank.AdaptiveRankConfig(energy=0.9, every=10, warmup_steps=20)
     assert [step for step in range(60) if config.decides_at(step)] == [30, 40, 50]
-    assert not any(rank.RankConfig().decides_at(step) for step in range(1000))
+    assert not any(rank.AdaptiveRankConfig().decides_at(step) for step in range(1000))
 
 
 def test_a_state_without_marks_is_refused():
     tree = params()
-    with pytest.raises(errors.ConfigError, match=r"^optimizer\.name: "):
+    with pytest.raises(errors.UserError, match=r"^optimizer\.name: "):
         rank.weights(tree, optimizers.sct(1e-3).init(tree))
 
 
@@ -175,14 +177,14 @@ def test_a_state_without_marks_is_refused():
     ],
 )
 def test_validate_names_the_field(field, value):
-    config = dataclasses.replace(rank.RankConfig(energy=0.9), **{field: value})
-    with pytest.raises(errors.ConfigError, match=rf"^rank\.{field}: "):
+    config = dataclasses.replace(rank.AdaptiveRankConfig(energy=0.9), **{field: value})
+    with pytest.raises(errors.UserError, match=rf"^rank\.{field}: "):
         config.validate()
 
 
 def test_a_budget_without_energy_is_refused():
-    with pytest.raises(errors.ConfigError, match=r"^rank\.budget_neutral: "):
-        rank.RankConfig(budget_neutral=True).validate()
+    with pytest.raises(errors.UserError, match=r"^rank\.budget_neutral: "):
+        rank.AdaptiveRankConfig(budget_neutral=True).validate()
 
 
 # --- resize ----------------------------------------------------------------------
@@ -238,7 +240,7 @@ def test_a_full_rank_can_be_reached():
         lambda: optax.chain(
             transforms.scale_by_stiefel_muon(),
             optax.scale(-0.01),
-            transforms.hold_inactive(),
+            transforms.freeze_inactive_columns(),
             transforms.retract_to_stiefel(),
         ),
     ],
@@ -355,14 +357,14 @@ def test_params_may_be_of_any_kind(root):
 )
 def test_a_resize_that_cannot_be_is_refused(active, ranks, message):
     tree, state = trained()
-    with pytest.raises(errors.ConfigError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         resized(tree, state, active, ranks)
 
 
 def test_a_resize_without_marks_is_refused():
     tree = params()
     state = optimizers.sct(1e-3).init(tree)
-    with pytest.raises(errors.ConfigError, match=r"transforms\.hold_inactive"):
+    with pytest.raises(errors.UserError, match=r"transforms\.freeze_inactive_columns"):
         resized(tree, state, {"embedding": np.array(4)}, {"embedding": 4})
 
 

@@ -9,8 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from experiments import report, summary
-from sct_jax import metrics
+from experiments.studies import report, summary
+from sct_jax.training import metrics
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -32,7 +32,7 @@ def row(arm, rate, seed, loss, *, spikes=(), size=100):
         "arm": arm,
         "rate": rate,
         "seed": seed,
-        "definition": {"experiment": {"optimizer": {"dense_rate": 1.0}}},
+        "definition": {"experiment": {"optimizer": {"dense_lr_multiplier": 1.0}}},
         "parameters": size,
         "train_bytes": 16e6,
         "wall_seconds": 1.0,
@@ -62,7 +62,7 @@ ROWS = [
 @pytest.fixture
 def folder(tmp_path):
     text = "".join(json.dumps(r) + "\n" for r in ROWS)
-    (tmp_path / "cells.jsonl").write_text(text)
+    (tmp_path / "runs.jsonl").write_text(text)
     return tmp_path
 
 
@@ -131,7 +131,7 @@ def test_markdown_and_page_hold_the_same_figures(folder, capsys):
 
 
 def test_a_second_search_has_a_figure_and_a_place_in_the_table(folder):
-    with (folder / "cells.jsonl").open("a") as file:
+    with (folder / "runs.jsonl").open("a") as file:
         for adam_rate, loss in ((0.007, 4.3), (0.06, 3.9)):
             searched = row("dense Muon", 0.02, 0, loss)
             searched["definition"]["adam_rate"] = adam_rate
@@ -140,7 +140,7 @@ def test_a_second_search_has_a_figure_and_a_place_in_the_table(folder):
     text = (folder / "report.md").read_text()
     assert "| dense Muon | 5 | 0.02 / 0.06 (1, at the edge) |" in text
     assert "(figures/tuning-of-others.png)" in text
-    muon, _ = summary.arms(metrics.read_rows(folder / "cells.jsonl"))
+    muon, _ = summary.arms(metrics.read_rows(folder / "runs.jsonl"))
     assert muon.tuning("tokens 0.4") == [(0.01, 4.5), (0.02, 4.0), (0.04, math.inf)]
     others = muon.tuning_of_others("tokens 0.4")
     assert others == [(0.007, 4.3), (0.02, 4.0), (0.06, 3.9)]
@@ -155,7 +155,7 @@ def test_differences_to_the_dense_arms_are_told(folder):
 
 def test_differences_to_the_first_arm_are_told_though_another_is_dense(tmp_path):
     rows = "".join(json.dumps(r) + "\n" for r in reversed(ROWS))
-    (tmp_path / "cells.jsonl").write_text(rows)
+    (tmp_path / "runs.jsonl").write_text(rows)
     text = report.write(tmp_path).read_text()
     for name in ("ours <&>", "dense Muon"):
         assert f"## Less the loss of {name}, seed by seed" in text
@@ -173,7 +173,7 @@ def test_several_lengths_show_how_a_gap_goes_on(folder):
 
 def test_a_diverged_arm_is_named_so(folder):
     text = json.dumps(row("worst", 1.0, 0, None)) + "\n"
-    with (folder / "cells.jsonl").open("a") as file:
+    with (folder / "runs.jsonl").open("a") as file:
         file.write(text)
     report.main([str(folder)])
     assert re.search(
@@ -184,7 +184,7 @@ def test_a_diverged_arm_is_named_so(folder):
 @pytest.mark.parametrize("rows", ["", '{"arm": "torn'])
 def test_a_folder_without_trials_ends_with_2(tmp_path, capfd, rows):
     if rows:
-        (tmp_path / "cells.jsonl").write_text(rows)
+        (tmp_path / "runs.jsonl").write_text(rows)
     with pytest.raises(SystemExit) as ended:
         report.main([str(tmp_path)])
     assert ended.value.code == 2

@@ -6,10 +6,10 @@ import pathlib
 
 import pytest
 
-from configs import ablation_retraction, compare_methods, rank_sweep
-from configs import scaling_laws as scaling_laws_config
-from experiments import grid, ledger, report, scaling_laws, summary
-from sct_jax import accounting, config, metrics
+from configs.studies import ablation_retraction, compare_methods, rank_sweep
+from configs.studies import scaling_laws as scaling_laws_config
+from experiments.studies import grid, report, scaling_laws, store, summary
+from sct_jax.training import accounting, config, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -37,7 +37,7 @@ FINISHED = {
 
 
 def _arms(folder):
-    return summary.arms(metrics.read_rows(RESULTS / folder / "cells.jsonl"))
+    return summary.arms(metrics.read_rows(RESULTS / folder / "runs.jsonl"))
 
 
 def _table(folder):
@@ -56,7 +56,7 @@ def _losses(folder, length):
 
 @pytest.mark.parametrize("name", FINISHED)
 def test_a_finished_comparison_lacks_no_trial(name):
-    comparison, rows = FINISHED[name](), ledger.Ledger(RESULTS / name).rows()
+    comparison, rows = FINISHED[name](), store.Store(RESULTS / name).rows()
     timed = "seconds" in comparison.protocols
     path = RESULTS / name / "seconds.json"
     seconds = json.loads(path.read_text()) if timed else None
@@ -66,7 +66,7 @@ def test_a_finished_comparison_lacks_no_trial(name):
 
 @pytest.mark.parametrize("folder", FINISHED)
 def test_a_report_is_that_of_its_rows(folder):
-    rows = metrics.read_rows(RESULTS / folder / "cells.jsonl")
+    rows = metrics.read_rows(RESULTS / folder / "runs.jsonl")
     text = (RESULTS / folder / "report.md").read_text()
     assert text.startswith(report.contents(folder, rows, _arms(folder)).as_markdown())
 
@@ -74,7 +74,7 @@ def test_a_report_is_that_of_its_rows(folder):
 def test_the_scaling_report_is_that_of_its_rows():
     folder = RESULTS / "scaling_laws"
     study = scaling_laws_config.get_config()
-    rows, num_missing = scaling_laws.rows_of(study, ledger.Ledger(folder))
+    rows, num_missing = scaling_laws.rows_of(study, store.Store(folder))
     assert num_missing == 0
     points = scaling_laws.points_of(rows)
     assert {kind: len(own) for kind, own in points.items()} == {

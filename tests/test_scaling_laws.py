@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import iso_flop, ledger, power_laws, scaling_laws
-from sct_jax import config, errors
+from experiments.studies import iso_flop, power_laws, scaling_laws, store
+from sct_jax import errors
+from sct_jax.training import config
 
 Run = power_laws.Run
 
@@ -180,7 +181,7 @@ def test_further_seeds_are_trained_at_the_best_rate_alone(study):
 
 
 def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
-    book = ledger.Ledger(tmp_path)
+    book = store.Store(tmp_path)
     lacking = lambda rows: [t for t in study.trials(rows) if t.key not in rows]
     while missing := lacking(book.rows()):  # seeds and rates beyond ends come later
         for trial in missing:
@@ -215,8 +216,8 @@ def test_what_was_trained_is_fitted_and_drawn(study, tmp_path, capsys):
         assert f"(figures/{name}.png)" in report
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000
     # Without its last row the report says what it lacks.
-    lines = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "cells.jsonl").write_text("".join(lines[:-2]))
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-2]))
     assert scaling_laws.main(words) == 0
     assert "Not finished: 1 trials" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "laws.json").read_text())["missing_trials"] == 1
@@ -267,5 +268,5 @@ def test_a_study_that_cannot_be_fitted_is_refused(study):
         (with_arm(rates=(0.2, 0.1)), "kinds.dense Muon.rates: not sorted"),
         (with_arm(method="self_guided"), "kinds.dense Muon.method: a guide's share"),
     ):
-        with pytest.raises(errors.ConfigError, match=message):
+        with pytest.raises(errors.UserError, match=message):
             dataclasses.replace(study, **fields).validate()

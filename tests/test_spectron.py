@@ -7,12 +7,12 @@ import optax
 import pytest
 import reference
 
-from sct_jax import optimizers, orthogonalize, spectral, transforms
+from sct_jax import linalg, optimizers, spectral, transforms
 
 EPS = float(np.finfo(np.float32).eps)
 NUM_STEPS = 10
 # The quintic multiplies the smallest singular values, and their rounding, by a^5.
-AMPLIFICATION = orthogonalize.QUINTIC[0] ** 5
+AMPLIFICATION = linalg.QUINTIC[0] ** 5
 
 
 def weight(seed=0, fan_in=14, fan_out=9, rank=3):
@@ -127,7 +127,7 @@ def test_zero_gradients_and_factors_give_finite_updates():
 
 def test_dense_leaves_get_adamw():
     params = {"w": weight(), "dense": jnp.ones((4, 3)), "norm": jnp.ones(3)}
-    tx = optimizers.spectron(0.05, weight_decay=0.1, dense_rate=0.5)
+    tx = optimizers.spectron(0.05, weight_decay=0.1, dense_lr_multiplier=0.5)
     other = optax.adamw(
         0.025,
         b1=0.9,

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from experiments import first_tokens, memory_table, step70b
-from sct_jax import accounting, config, errors, layerwise, model, spectral
+from sct_jax import errors, model, spectral
+from sct_jax.training import accounting, config, layerwise
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CONFIG = "configs/llama70b_r32.py"
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(capsys, monkeypatch
 
 def test_memory_that_is_enough_or_unknown_is_no_error(monkeypatch):
     step70b.check_memory({"total": 10}, available=10)
-    with pytest.raises(errors.ConfigError, match="memory"):
+    with pytest.raises(errors.UserError, match="memory"):
         step70b.check_memory({"total": 11}, available=10)
     monkeypatch.setattr(step70b, "available_memory", lambda: None)
     step70b.check_memory({"total": 10**18})
@@ -224,8 +225,8 @@ def test_the_formula_counts_what_a_block_keeps(dtype, cast):
 
     stack = layerwise.Stack(
         num_layers=2,
-        draw_ends=lambda key: {},
-        draw_layer=lambda key: {"w": jnp.ones((6, 6))},
+        init_ends=lambda key: {},
+        init_layer=lambda key: {"w": jnp.ones((6, 6))},
         enter=lambda ends, batch: batch.astype(dtype),
         block=block,
         leave=lambda ends, x, batch: jnp.sum(x.astype("float32")),

@@ -10,7 +10,7 @@ import reference
 from hypothesis import strategies
 
 from sct_jax import spectral, stiefel, transforms
-from sct_jax.transforms import clipping
+from sct_jax.transforms import _clipping
 
 EPS = float(np.finfo(np.float32).eps)
 ORTHONORMAL = 4e-6
@@ -261,7 +261,7 @@ def test_the_search_ends_at_all_of_a_step_or_near_the_bound(size, power):
     bound = jnp.float32(0.3)
     unit = jnp.asarray([1.0, 4.0])
     norm_at = lambda c: size * c**power
-    found = clipping.largest_admissible(
+    found = _clipping.largest_admissible(
         norm_at, unit, unit / 2, bound=bound, accepted=bound * 1.001
     )
     norms = norm_at(found)

@@ -122,14 +122,14 @@ def test_moments_are_tangent_where_they_are_used():
     np.testing.assert_allclose(mu.s, 0.9 * before.s, rtol=1e-6)
 
 
-# --- retract_losslessly ----------------------------------------------------------
+# --- retract_by_svd ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [(), (3,)])
 def test_nothing_of_the_step_is_lost(layers):
     w = weight(layers=layers)
     d = jax.tree.map(lambda x: 0.3 * x, noise(w, 1))
-    tx = transforms.retract_losslessly(optax.identity())
+    tx = transforms.retract_by_svd(optax.identity())
     updates, _ = tx.update({"w": d}, tx.init({"w": w}), {"w": w})
     new = optax.apply_updates(w, updates["w"])
     wanted = reference.dense(*jax.tree.map(lambda x, dx: x + dx, w, d))
@@ -147,7 +147,7 @@ def test_nothing_of_the_step_is_lost(layers):
 def test_the_factors_are_those_of_the_svd_with_signs_that_keep_u():
     w = weight()
     d = jax.tree.map(lambda x: 0.05 * x, noise(w, 2))
-    tx = transforms.retract_losslessly(optax.identity())
+    tx = transforms.retract_by_svd(optax.identity())
     updates, _ = tx.update(d, tx.init(w), w)
     new = optax.apply_updates(w, updates)
     for x, y in zip(new, reference.lossless(*w, *d), strict=True):
@@ -183,7 +183,7 @@ def test_first_moments_turn_with_the_basis(moments):
         d = jax.tree.map(jnp.zeros_like, start)
         d = d._replace(s=jnp.array([-0.9, 0.0, 0.5, 0.5]))
     inner = optax.chain(optax.scale_by_adam(b1=0.5), optax.scale(0.0), _add(d))
-    tx = transforms.retract_losslessly(inner, moments=moments)
+    tx = transforms.retract_by_svd(inner, moments=moments)
     updates, state = tx.update(gradient(start), tx.init(start), start)
     new = optax.apply_updates(start, updates)
     # The first moment is half the gradient; damping of 1 / s takes some of it.
@@ -212,7 +212,7 @@ def _add(d):
 
 def test_moments_of_masked_weights_and_other_leaves_stay():
     params = {"w": weight(), "dense": jnp.ones((3, 2))}
-    tx = transforms.retract_losslessly(
+    tx = transforms.retract_by_svd(
         optax.partition(
             {"a": optax.adam(0.1), "b": optax.adam(0.1)},
             {"w": "a", "dense": "b"},
@@ -228,7 +228,7 @@ def test_moments_of_masked_weights_and_other_leaves_stay():
 @pytest.mark.parametrize("moments", ["gradient", "whitened"])
 def test_every_product_of_the_lossless_retraction_is_of_the_highest_precision(moments):
     w = {"w": weight()}
-    tx = transforms.retract_losslessly(optax.scale_by_adam(), moments=moments)
+    tx = transforms.retract_by_svd(optax.scale_by_adam(), moments=moments)
     state = tx.init(w)
     precisions = reference.matmul_precisions(lambda d: tx.update(d, state, w), w)
     assert precisions
@@ -246,14 +246,14 @@ def test_every_product_of_a_tangent_projection_is_of_the_highest_precision(tx):
 
 def test_other_moments_are_refused():
     with pytest.raises(ValueError, match="unknown moments 'gradients'"):
-        transforms.retract_losslessly(optax.identity(), moments="gradients")
+        transforms.retract_by_svd(optax.identity(), moments="gradients")
 
 
 @pytest.mark.parametrize("size", [1e-3, 0.3, 30.0])
 def test_the_clip_bounds_the_lossless_step(size):
     w = weight(layers=(2,))
     bound = 0.05
-    tx = transforms.retract_losslessly(
+    tx = transforms.retract_by_svd(
         transforms.clip_by_composite_spectral_norm(bound, retraction="lossless")
     )
     d = jax.tree.map(lambda x: size * x, noise(w, 5))

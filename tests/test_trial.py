@@ -11,17 +11,10 @@ import optax
 import pytest
 from samples import SHAPE
 
-from experiments import baselines, trial
-from sct_jax import (
-    accounting,
-    config,
-    data,
-    errors,
-    model,
-    optimizers,
-    spectral,
-    train_step,
-)
+from experiments.studies import forward_variants, trial
+from sct_jax import data, errors, model, optimizers, spectral
+from sct_jax.training import accounting, config
+from sct_jax.training import step as step_lib
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +62,10 @@ def alone(item, corpus):
         matrix_mask=model.hidden_matrices,
     )
     params = model.init(jax.random.key(experiment.seed), experiment.model)
-    state = trial.train_state.TrainState(
+    state = trial.state_lib.TrainState(
         step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
     )
-    step = jax.jit(train_step.make_train_step(experiment.model, tx))
+    step = jax.jit(step_lib.make_train_step(experiment.model, tx))
     batches = data.train_batches(corpus, experiment.data, seed=experiment.seed)
     losses = []
     for _ in range(experiment.num_steps):
@@ -210,7 +203,7 @@ def test_a_step_is_timed_at_the_rate_of_its_trial(experiment, corpus, monkeypatc
     def watch(state, batch, diagnose):
         rates = state.opt_state.hyperparams
         seen.append(float(rates["learning_rate"]))
-        seen.append(float(rates["learning_rate"] * rates["dense_rate"]))
+        seen.append(float(rates["learning_rate"] * rates["dense_lr_multiplier"]))
         return program.step(state, batch, diagnose)
 
     watched = program._replace(step=watch, guided_step=watch)
@@ -247,7 +240,7 @@ def test_micro_batches_and_unstacked_layers_change_no_loss(branched, corpus):
     other.validate()
     with pytest.MonkeyPatch.context() as patch:
         seen = []
-        make_train_step = trial.train_step.make_train_step
+        make_train_step = trial.step_lib.make_train_step
 
         def watch(*args, num_microbatches, **keywords):
             seen.append(num_microbatches)
@@ -306,7 +299,7 @@ def test_ranks_change_within_a_trial(experiment, corpus):
 
 def test_the_start_of_sct_has_all_singular_values_1():
     params = model.init(jax.random.key(0), SHAPE)
-    started = baselines.METHODS["unit_spectrum"].prepare(params)
+    started = forward_variants.METHODS["unit_spectrum"].prepare(params)
     for name in SHAPE.spectral:
         old, new = params["layers"][name], started["layers"][name]
         assert np.all(new.s == 1)
@@ -321,25 +314,30 @@ def test_cola_puts_silu_between_the_factors():
     w, x = low_rank(), jax.random.normal(jax.random.key(1), (2, 4, 6))
     h = np.asarray(x) @ np.asarray(w.a)
     expected = (h / (1 + np.exp(-h))) @ np.asarray(w.b).T
-    np.testing.assert_allclose(baselines.cola_linear(x, w), expected, atol=1e-6)
+    np.testing.assert_allclose(forward_variants.cola_linear(x, w), expected, atol=1e-6)
     dense = jnp.ones((6, 5))
     np.testing.assert_allclose(
-        baselines.cola_linear(x, dense), x @ np.ones((6, 5)), atol=1e-5
+        forward_variants.cola_linear(x, dense), x @ np.ones((6, 5)), atol=1e-5
     )
 
 
 def test_the_guide_starts_as_the_dense_path_and_ends_as_the_factors():
     x = jax.random.normal(jax.random.key(1), (4, 6))
-    w = baselines.Guided(jnp.ones((6, 5)), low_rank())
-    shares = [float(baselines.guide_share(jnp.array(t), 10)) for t in (0, 5, 10, 99)]
+    w = forward_variants.Guided(jnp.ones((6, 5)), low_rank())
+    shares = [
+        float(forward_variants.guide_share(jnp.array(t), 10)) for t in (0, 5, 10, 99)
+    ]
     np.testing.assert_allclose(shares, [1, 0.5, 0, 0], atol=1e-6)
     mixed = [
-        baselines.guided_linear(jnp.array(share))(x, w) for share in (1.0, 0.5, 0.0)
+        forward_variants.guided_linear(jnp.array(share))(x, w)
+        for share in (1.0, 0.5, 0.0)
     ]
     np.testing.assert_allclose(mixed[0], x @ w.dense, atol=1e-5)
     np.testing.assert_allclose(mixed[2], x @ spectral.to_dense(w.factors), atol=1e-5)
     np.testing.assert_allclose(mixed[1], (mixed[0] + mixed[2]) / 2, atol=1e-5)
-    np.testing.assert_allclose(baselines.unguided_linear(x, w), mixed[2], atol=1e-5)
+    np.testing.assert_allclose(
+        forward_variants.unguided_linear(x, w), mixed[2], atol=1e-5
+    )
 
 
 def test_a_guide_starts_at_the_product_and_costs_its_flops(experiment, corpus):
@@ -437,5 +435,5 @@ def test_the_effective_rank_of_equal_values_is_their_number():
     ],
 )
 def test_what_cannot_be_trained_is_refused(experiment, fields, message):
-    with pytest.raises(errors.ConfigError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         make(experiment, **fields).validate()

@@ -13,11 +13,11 @@ from sct_jax import errors
 
 @contextlib.contextmanager
 def writing(root: str) -> Iterator[None]:
-    """An `OSError` inside the block leaves it as a ConfigError of `data.cache_dir`."""
+    """An `OSError` inside the block leaves it as a UserError of `data.cache_dir`."""
     try:
         yield
     except OSError as error:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.cache_dir: cannot write below {root!r} ({error}); "
             "name a folder that is writable and has room"
         ) from error
@@ -56,7 +56,7 @@ def folder(
         is_complete: whether a folder, which may not exist, can be used.
 
     Raises:
-        ConfigError: `path` cannot be written.
+        UserError: `path` cannot be written.
     """
     if is_complete(path):
         return

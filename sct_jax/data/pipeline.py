@@ -57,7 +57,7 @@ def prepare(
             tokens, what was skipped, and the hash.
 
     Raises:
-        ConfigError: naming the field that cannot be used.
+        UserError: naming the field that cannot be used.
     """
     config.validate()
     root = _cache_dir(config)
@@ -82,7 +82,7 @@ def prepare(
             log(f"data: encoding {total:,} bytes, once; kept in {folder}")
             tokens.build(partial, source, summary=summary, tokenizer=tokenizer)
             if _open(config, root).fingerprint != source.fingerprint:
-                raise errors.ConfigError(
+                raise errors.UserError(
                     f"data.source: files of {source.name!r} changed while they were "
                     "read; run again when they are at rest"
                 )
@@ -95,7 +95,7 @@ def prepare(
         cache.write_text(lookup, os.path.basename(folder))
         metadata = tokens.read_metadata(folder)
         if metadata is None:
-            raise errors.ConfigError(
+            raise errors.UserError(
                 f"data.cache_dir: {folder!r} was changed as soon as it was written"
             )
     tokenizer, splits = tokens.load(folder, metadata=metadata)
@@ -142,7 +142,7 @@ def _check_vocab_size(
     tokenizer: tokenizer_lib.Tokenizer, vocab_size: int, *, path: str
 ) -> None:
     if tokenizer.vocab_size > vocab_size:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.tokenizer: {path!r} has token ids up to {tokenizer.vocab_size - 1}, "
             f"beyond model.vocab_size {vocab_size}; raise that to at least "
             f"{tokenizer.vocab_size}"
@@ -201,11 +201,11 @@ def train_batches(
     seq_len) int32; see `eval_batches` for the last.
 
     Raises:
-        ConfigError: the training windows do not fill one batch; `process_count` does
+        UserError: the training windows do not fill one batch; `process_count` does
             not divide `data.batch_size`; the seed is not in [0, 2^32).
     """
     if not 0 <= seed < 1 << 32:
-        raise errors.ConfigError(f"seed: must be in [0, 2^32), not {seed}")
+        raise errors.UserError(f"seed: must be in [0, 2^32), not {seed}")
     rows = _rows_per_process(config, process_count)
     windows = _windows(corpus.train, config, split="training")
     dataset = (
@@ -240,7 +240,7 @@ def eval_batches(
     `data.cross_document_attention`.
 
     Raises:
-        ConfigError: the validation windows do not fill one batch; `process_count` does
+        UserError: the validation windows do not fill one batch; `process_count` does
             not divide `data.batch_size`.
     """
     rows = _rows_per_process(config, process_count)
@@ -257,7 +257,7 @@ def eval_batches(
 
 def _rows_per_process(config: settings.DataConfig, process_count: int) -> int:
     if config.batch_size % process_count:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.batch_size: {config.batch_size} cannot be divided among "
             f"{process_count} processes"
         )
@@ -269,7 +269,7 @@ def _windows(
 ) -> tokens.Windows:
     windows = tokens.Windows(split_tokens, config.seq_len)
     if len(windows) < config.batch_size:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.batch_size: {config.batch_size} sequences of data.seq_len "
             f"{config.seq_len} are more than the {len(windows)} that the {split} split "
             f"of {config.source!r} has ({len(split_tokens):,} tokens); lower either or "
@@ -285,7 +285,7 @@ def _batch(
     largest = int(window_rows.max())
     if largest >= corpus.tokenizer.vocab_size:
         # An embedding would clamp it silently.
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.cache_dir: the cached tokens hold id {largest}, beyond the "
             f"vocabulary of {corpus.tokenizer.vocab_size}: the file is damaged, "
             f"remove it ({getattr(corpus.train, 'filename', '')})"

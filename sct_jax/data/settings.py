@@ -40,18 +40,18 @@ class DataConfig:
         """Every field can be used, as far as that shows without reading any data.
 
         Raises:
-            ConfigError: one cannot.
+            UserError: one cannot.
         """
         for name in ("batch_size", "seq_len", "num_microbatches"):
             if getattr(self, name) < 1:
-                raise errors.ConfigError(
+                raise errors.UserError(
                     f"data.{name}: must be at least 1, not {getattr(self, name)}"
                 )
         if self.batch_size % self.num_microbatches:
-            raise errors.ConfigError(
+            raise errors.UserError(
                 f"data.num_microbatches: {self.num_microbatches} does not divide "
                 f"data.batch_size {self.batch_size}"
             )
         for name in ("source", "text_field", "tokenizer", "cache_dir"):
             if getattr(self, name) == "":
-                raise errors.ConfigError(f"data.{name}: must not be empty")
+                raise errors.UserError(f"data.{name}: must not be empty")

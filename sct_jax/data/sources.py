@@ -4,7 +4,7 @@ What happens to a document on its way in:
 - a UTF-8 byte order mark at its start is dropped; nothing else is changed: CRLF, NUL
   and the text of special tokens stay as they are;
 - one that is empty, is not valid UTF-8, or cannot be opened is skipped and counted;
-- JSON that does not parse, or lacks the text field, is a ConfigError that gives file,
+- JSON that does not parse, or lacks the text field, is a UserError that gives file,
   line and byte offset.
 """
 
@@ -86,7 +86,7 @@ def open_source(name: str, *, text_field: str, cache_dir: str) -> Source:
         cache_dir: where the standard library's ArrayRecord files are kept.
 
     Raises:
-        ConfigError: there is no such source, or it has no such field.
+        UserError: there is no such source, or it has no such field.
     """
     if name == "stdlib":
         return _open_stdlib(cache_dir)
@@ -145,7 +145,7 @@ def scan(source: Source) -> tuple[Source, Summary]:
     document are validation.
 
     Raises:
-        ConfigError: a split stays empty.
+        UserError: a split stays empty.
     """
     digest = hashlib.sha256()
     skipped: dict[str, dict[str, Any]] = {}
@@ -164,7 +164,7 @@ def scan(source: Source) -> tuple[Source, Summary]:
             source, summary = scan(dataclasses.replace(source, cut=True))
             return source, dataclasses.replace(summary, skipped=skipped)
         left_out = describe_skipped(skipped)
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: {source.name!r} holds too little text for a training and a "
             f"validation split{f' (skipped: {left_out})' if left_out else ''}"
         )
@@ -223,7 +223,7 @@ def _open_stdlib(cache_dir: str) -> Source:
     root = stdlib_root()
     files = stdlib_files(root)
     if not files:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: no .py file below {root!r}; this Python keeps its standard "
             "library elsewhere, so name text files instead"
         )
@@ -293,21 +293,21 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
             dataset, data_dir=os.environ.get("TFDS_DATA_DIR")
         )
     except tfds.core.DatasetNotFoundError as error:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: the TFDS dataset {dataset!r} is not prepared here; {how}"
         ) from error
     except ValueError as error:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: {name!r} does not name one TFDS dataset ({error})"
         ) from error
     if text_field not in builder.info.features:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.text_field: {name!r} has no field {text_field!r}, but "
             f"{', '.join(sorted(builder.info.features))}"
         )
     splits = builder.info.splits
     if "train" not in splits:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: {name!r} has no split 'train', but {', '.join(splits)}"
         )
     parts = {"train": "train", "validation": "validation"}
@@ -317,7 +317,7 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
     try:
         builder.as_data_source(split="train")
     except NotImplementedError as error:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: {name!r} is prepared in a format that cannot be read at "
             f"random ({builder.info.file_format}); remove {builder.data_path} and {how}"
         ) from error
@@ -326,7 +326,7 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
         for number, row in enumerate(_rows(builder, parts[split])):
             text = row[text_field]
             if not isinstance(text, bytes):
-                raise errors.ConfigError(
+                raise errors.UserError(
                     f"data.text_field: {text_field!r} of {name!r} is not text but "
                     f"{type(text).__name__}"
                 )
@@ -354,7 +354,7 @@ def _open_files(pattern: str, *, text_field: str) -> Source:
             if matches
             else "give 'stdlib', 'tfds:<name>', or a path or glob of text files"
         )
-        raise errors.ConfigError(f"data.source: no file matches {pattern!r}; {hint}")
+        raise errors.UserError(f"data.source: no file matches {pattern!r}; {hint}")
     errors.check(
         "data.source",
         not all(path.lower().endswith(_NO_TEXT) for path in paths),
@@ -413,13 +413,13 @@ def _json_text(line: bytes, text_field: str, *, at: str) -> bytes:
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.source: {at} is not valid JSON ({error}); mend or remove the line"
         ) from error
     value = entry.get(text_field) if isinstance(entry, dict) else None
     if not isinstance(value, str):
         has = ", ".join(map(repr, entry)) if isinstance(entry, dict) else "no fields"
-        raise errors.ConfigError(
+        raise errors.UserError(
             f"data.text_field: {at} has no text under {text_field!r}; it has {has}"
         )
     # JSON can escape half of a surrogate pair, which is not text: no UTF-8 holds it.

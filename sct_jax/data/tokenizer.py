@@ -96,7 +96,7 @@ class Tokenizer:
         normalizer and a space before the text: bytes per token count what is there.
 
         Raises:
-            ConfigError: naming `data.tokenizer`, if the file is missing, corrupt, not
+            UserError: naming `data.tokenizer`, if the file is missing, corrupt, not
                 byte-level, changes text, or has none of the usual document marks.
         """
         try:
@@ -107,11 +107,11 @@ class Tokenizer:
                 json.dumps(found | {"normalizer": None, "pre_tokenizer": split})
             )
         except Exception as error:  # The library raises nothing narrower.
-            raise errors.ConfigError(
+            raise errors.UserError(
                 f"data.tokenizer: {path!r} is not a readable tokenizer.json ({error})"
             ) from error
         if '"ByteLevel"' not in json.dumps(json.loads(backend.to_str())["decoder"]):
-            raise errors.ConfigError(
+            raise errors.UserError(
                 f"data.tokenizer: {path!r} is not byte-level, so losses per byte could "
                 "not be computed; use one like GPT-2's, Llama 3's or SmolLM2's"
             )
@@ -132,7 +132,7 @@ class Tokenizer:
         known = backend.get_vocab(with_added_tokens=True)
         mark = next((mark for mark in _DOCUMENT_MARKS if mark in known), None)
         if mark is None:
-            raise errors.ConfigError(
+            raise errors.UserError(
                 f"data.tokenizer: {path!r} has no token to mark documents by; add one "
                 f"of {', '.join(_DOCUMENT_MARKS)}"
             )
@@ -152,10 +152,10 @@ class Tokenizer:
         fewer tokens. 31 MB take about 6 seconds on 2 cores, whatever the size.
 
         Raises:
-            ConfigError: `vocab_size` leaves no room for 256 bytes and the mark.
+            UserError: `vocab_size` leaves no room for 256 bytes and the mark.
         """
         if vocab_size < _MIN_VOCAB_SIZE:
-            raise errors.ConfigError(
+            raise errors.UserError(
                 f"model.vocab_size: must be at least {_MIN_VOCAB_SIZE} (256 bytes and "
                 f"a document mark) to train a tokenizer, not {vocab_size}"
             )

@@ -6,45 +6,45 @@ leaf on unchanged, so that it can be chained, masked and partitioned freely; Ada
 two partitions.
 """
 
-from sct_jax.transforms.clipping import LOSSLESS, clip_by_composite_spectral_norm
-from sct_jax.transforms.common import CountState, ScalarOrSchedule
-from sct_jax.transforms.inactive import (
+from sct_jax.transforms._clipping import LOSSLESS, clip_by_composite_spectral_norm
+from sct_jax.transforms._common import CountState, ScalarOrSchedule
+from sct_jax.transforms._inactive import (
     ActiveColumns,
-    HoldInactiveState,
-    hold_inactive,
+    FreezeInactiveColumnsState,
+    freeze_inactive_columns,
 )
-from sct_jax.transforms.low_precision import (
+from sct_jax.transforms._low_precision import (
     round_stochastically,
     scale_by_adam,
     scale_by_low_precision_adam,
 )
-from sct_jax.transforms.retraction import project_to_tangent, retract_to_stiefel
-from sct_jax.transforms.scaling import limit_rotation, scale_components
-from sct_jax.transforms.spectron import PowerVectors, SpectronState, scale_by_spectron
-from sct_jax.transforms.stiefel_muon import (
-    GAUGES,
+from sct_jax.transforms._retraction import project_to_tangent, retract_to_stiefel
+from sct_jax.transforms._scaling import limit_rotation, scale_components
+from sct_jax.transforms._spectron import PowerVectors, SpectronState, scale_by_spectron
+from sct_jax.transforms._stiefel_muon import (
+    COORDINATES,
     SecondMoment,
     StiefelMuonState,
     scale_by_stiefel_muon,
 )
-from sct_jax.transforms.transport import retract_losslessly, transport_moments
+from sct_jax.transforms._transport import retract_by_svd, transport_moments
 
 __all__ = [
-    "GAUGES",
+    "COORDINATES",
     "LOSSLESS",
     "ActiveColumns",
     "CountState",
-    "HoldInactiveState",
+    "FreezeInactiveColumnsState",
     "PowerVectors",
     "ScalarOrSchedule",
     "SecondMoment",
     "SpectronState",
     "StiefelMuonState",
     "clip_by_composite_spectral_norm",
-    "hold_inactive",
+    "freeze_inactive_columns",
     "limit_rotation",
     "project_to_tangent",
-    "retract_losslessly",
+    "retract_by_svd",
     "retract_to_stiefel",
     "round_stochastically",
     "scale_by_adam",

@@ -1,0 +1,1 @@
+"""Configurations of comparisons, for `experiments.studies`."""

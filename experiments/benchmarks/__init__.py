@@ -1,0 +1,1 @@
+"""Benchmarks of the optimizer chains, and the timer that they share."""

@@ -1,0 +1,1 @@
+"""Comparisons of training methods: what is trained, stored, summarised and drawn."""

@@ -1,0 +1,478 @@
+"""Small dense linear algebra by matrix products alone.
+
+Everything here works on the last two axes, takes any leading axes, and multiplies at
+`HIGHEST` precision: the bf16 and TF32 defaults of accelerators ruin orthonormality.
+What loops and is called from outside of a jit too is a function compiled once.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+T = TypeVar("T")  # a pytree of arrays
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Muon's quintic: five steps bring singular values in (1e-3, 1] to about [.5, 1.5]."""
+
+CUBIC = (1.5, -0.5, 0.0)
+"""The convergent cubic: the fixed point is exactly 1."""
+
+MAX_STACKS = 4
+
+# Of quadratic convergence: a step from this error ends at rounding.
+_NEWTON_ENDS = 2e-4
+
+
+def matmul(x: Float[Array, "*#L n k"], y: Float[Array, "*#L k m"]) -> Array:
+    """Returns x @ y at full float32 precision."""
+    return jnp.matmul(x, y, precision=HIGHEST)
+
+
+def transpose(x: Float[Array, "*L n m"]) -> Float[Array, "*L m n"]:
+    """Swaps the last two axes."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def as_float32(x: Float[Array, "*L"]) -> Float[Array, "*L"]:
+    """Returns x, or its float32 copy where it is of lower precision."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def gram(
+    x: Float[Array, "*L n k"], y: Float[Array, "*L n m"] | None = None
+) -> Float[Array, "*L k m"]:
+    """Returns x.T @ y (y defaults to x), replicated over a mesh with Explicit axes.
+
+    Rows may be sharded: the contraction is then a sum over devices of k x m partial
+    products, and no factor is gathered.
+    """
+    y = x if y is None else y
+    sharding = jax.typeof(x).sharding
+    out_sharding = None
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        out_sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim))
+    return jnp.einsum(
+        "...nk,...nm->...km", x, y, precision=HIGHEST, out_sharding=out_sharding
+    )
+
+
+def frobenius_norm(x: Float[Array, "*L n m"]) -> Float[Array, "*L"]:
+    """Returns the square root of the sum of squares over the last two axes."""
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
+
+
+def safe_divisor(size: Float[Array, "*L"]) -> Float[Array, "*L"]:
+    """Returns size, and 1 where it is 0: as a divisor it leaves zeros alone."""
+    return jnp.where(size > 0, size, 1)
+
+
+def scale_by_max(x: Float[Array, "*L n m"]) -> Float[Array, "*L n m"]:
+    """Returns x over its largest entry: squares of huge entries would overflow."""
+    peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    return x / safe_divisor(peak)
+
+
+def map_batched(
+    fn: Callable[..., Any],
+    *operands: Sequence[Float[Array, "..."]],
+    fill: float,
+) -> list[Any]:
+    """Applies `fn` to every square matrix of the lists, in at most four batched calls.
+
+    The i-th matrices of all operands belong together and share one size. Matrices of
+    one size are stacked; where there are more than `MAX_STACKS` sizes, neighbours are
+    padded to a common one by a diagonal block of `fill`. Requires that `fn` keeps such
+    a block apart from the rest: then results equal the unpadded ones.
+
+    One batched call in the place of hundreds is one kernel on an accelerator, and
+    little to compile.
+
+    Args:
+      fn: from stacks (N, K, K), one per operand, to a pytree of (N, K, K), (N, K) or
+        (N,).
+      *operands: lists of arrays (*L, k, k).
+      fill: diagonal of the padding, 1 for a factorisation and 0 for a norm.
+
+    Returns:
+      One pytree of (*L, k, k), (*L, k) or (*L,) per matrix, in order.
+    """
+    first = operands[0]
+    if not first:
+        return []
+    sizes = sorted({m.shape[-1] for m in first})
+    per_stack = math.ceil(len(sizes) / MAX_STACKS)
+    results: list[Any] = [None] * len(first)
+    for start in range(0, len(sizes), per_stack):
+        members = sizes[start : start + per_stack]
+        indices = [i for i, m in enumerate(first) if m.shape[-1] in members]
+        stacks = [
+            jnp.concatenate([_pad(mats[i], members[-1], fill) for i in indices])
+            for mats in operands
+        ]
+        stacked, offset = fn(*stacks), 0
+        for i in indices:
+            layers, k = first[i].shape[:-2], first[i].shape[-1]
+            own = slice(offset, offset + math.prod(layers))
+            results[i] = jax.tree.map(lambda x: _cut(x, own, layers, k), stacked)  # noqa: B023
+            offset = own.stop
+    return results
+
+
+def _cut(stacked: Array, own: slice, layers: tuple[int, ...], k: int) -> Array:
+    x = stacked[(own, *[slice(k)] * (stacked.ndim - 1))]
+    return x.reshape(layers + x.shape[1:])
+
+
+def _pad(x: Float[Array, "*L k k"], size: int, fill: float) -> Float[Array, "N K K"]:
+    k = x.shape[-1]
+    x = x.reshape((-1, k, k))
+    if k == size:
+        return x
+    x = jnp.pad(x, ((0, 0), (0, size - k), (0, size - k)))
+    return x + jnp.diag(jnp.where(jnp.arange(size) < k, 0, fill)).astype(x.dtype)
+
+
+def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
+    """Returns L^-1 with g = L @ L.T; NaN where g is not positive definite.
+
+    No library factorisation: side by side on a CPU with few threads, as on several
+    devices of one host, those of jaxlib up to 0.11 deadlock, and on accelerators they
+    are slow. Near the identity, where optimizer steps leave a Gram matrix, by halves,
+
+        L^-1 = [M_1, 0; -M_2 C.T M_1, M_2],    C = M_1 g_12,    M_2 of g_22 - C.T C,
+
+    down to a few blocks, which Newton's iteration inverts. Where that does not converge
+    for the whole stack, by Gaussian elimination.
+    """
+    # Smaller blocks are no cheaper, and more of them take long to compile.
+    block = max(16, math.ceil(g.shape[-1] / 8))
+    m, error = _inverse_by_halves(g, block)
+    return jax.lax.cond(error < _NEWTON_ENDS, lambda g: m, eliminate, g)
+
+
+def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Array]:
+    """L^-1, and the largest error that a block met before its last step."""
+    k = g.shape[-1]
+    if k <= block:
+        return _inverse_by_newton(g)
+    half = k // 2
+    m_1, error_1 = _inverse_by_halves(g[:, :half, :half], block)
+    c = matmul(m_1, g[:, :half, half:])
+    rest = g[:, half:, half:] - matmul(transpose(c), c)
+    m_2, error_2 = _inverse_by_halves(rest, block)
+    corner = -matmul(matmul(m_2, transpose(c)), m_1)
+    upper = jnp.pad(m_1, ((0, 0), (0, 0), (0, k - half)))
+    lower = jnp.concatenate([corner, m_2], axis=-1)
+    m = jnp.concatenate([upper, lower], axis=-2)
+    # A NaN of either half must stay one.
+    return m, jnp.where(error_1 >= error_2, error_1, error_2 + 0 * error_1)
+
+
+def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
+    """L^-1 by an iteration on the lower triangle, of quadratic convergence.
+
+    E = M g M.T - I,    M <- M - (strict lower triangle of E + half its diagonal) M.
+    """
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    half_lower = jnp.tril(jnp.ones_like(eye), -1) + 0.5 * eye
+
+    def improve(carry):
+        m, _, step = carry
+        e = matmul(matmul(m, g), transpose(m)) - eye
+        error = jnp.max(frobenius_norm(e))
+        return m - matmul(half_lower * e, m), error, step + 1
+
+    def unfinished(carry):
+        _, error, step = carry
+        # Growth ends it too.
+        return (error >= _NEWTON_ENDS) & (error < 2.0) & (step < 10)
+
+    e = g - eye
+    start = (eye - half_lower * e, jnp.max(frobenius_norm(e)), jnp.array(0))
+    m, error, _ = jax.lax.while_loop(unfinished, improve, start)
+    return m, error
+
+
+def eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
+    """Returns what `inverse_cholesky` does, for g that is far from the identity.
+
+    By elimination of [g, I], a column at a time: slow, and little to compile.
+    """
+    k = g.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(k, dtype=g.dtype), g.shape)
+
+    def clear(j, rows):
+        pivot_row = jax.lax.dynamic_index_in_dim(rows, j, axis=1)
+        column = jax.lax.dynamic_index_in_dim(rows, j, axis=2)
+        pivot = jax.lax.dynamic_index_in_dim(pivot_row, j, axis=2)
+        below = (jnp.arange(k) > j)[None, :, None]
+        return rows - jnp.where(below, column / pivot, 0) * pivot_row
+
+    rows = jax.lax.fori_loop(0, k, clear, jnp.concatenate([g, eye], axis=-1))
+    pivots = jnp.diagonal(rows[..., :k], axis1=-2, axis2=-1)
+    # The square root of what is not positive must be NaN, of zero too.
+    scale = jnp.where(pivots > 0, jax.lax.rsqrt(jnp.abs(pivots)), jnp.nan)
+    return rows[..., k:] * scale[..., None]
+
+
+@functools.partial(jax.jit, static_argnames="max_steps")
+def inverse_sqrt(
+    g: Float[Array, "N k k"], *, max_steps: int = 60
+) -> Float[Array, "N k k"]:
+    """Returns g^(-1/2) of symmetric positive definite g; NaN where it is not definite.
+
+    By the convergent cubic of Newton and Schulz, Z <- Z (3 I - Z g Z) / 2.
+    The error falls quadratically: with e = ||z g z - I||_F the next step has at most
+    3/4 e^2. So the loop ends at e < 1e-3, well above rounding, and one step follows.
+    """
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    # Eigenvalues below 3 converge; an absolute row sum bounds the largest one.
+    scale = jnp.maximum(jnp.max(jnp.sum(jnp.abs(g), -1), -1) / 1.5, 1.0)
+    scale = scale[:, None, None]
+    g = g / scale
+
+    def improve(z):
+        # From g itself, never from the last residual: rounding must not build up.
+        residual = matmul(transpose(z), matmul(g, z))
+        return matmul(z, CUBIC[0] * eye + CUBIC[1] * residual), residual
+
+    def unfinished(carry):
+        _, residual, step = carry
+        # A NaN compares as False: a lost matrix does not stop its neighbours.
+        open_ones = frobenius_norm(residual - eye) >= 1e-3
+        return jnp.any(open_ones) & (step < max_steps)
+
+    z, residual = improve(jnp.broadcast_to(eye, g.shape))
+    z, residual, _ = jax.lax.while_loop(
+        unfinished,
+        lambda carry: (*improve(carry[0]), carry[2] + 1),
+        (z, residual, jnp.array(0)),
+    )
+    converged = frobenius_norm(residual - eye)[:, None, None] < 1e-3
+    return jnp.where(converged, z / jnp.sqrt(scale), jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnames="max_sweeps")
+def jacobi_svd(
+    m: Float[Array, "N k k"], *, max_sweeps: int = 12
+) -> tuple[Float[Array, "N k k"], Float[Array, "N k"], Float[Array, "N k k"]]:
+    """Returns p, s, z with m = p diag(s) z.T and orthogonal p and z.
+
+    s has either sign and any order: where m is nearly diagonal, p and z are near the
+    identity, and few sweeps are needed. Kogbetliantz' two-sided Jacobi method, k / 2
+    rotations at a time in the order of a tournament; 12 k^3 FLOPs a sweep. Library
+    decompositions, side by side on a CPU with few threads, deadlock in jaxlib up to
+    0.11.
+
+    References:
+      Brent, Luk, Van Loan, Computation of the singular value decomposition using
+      mesh-connected processors, J. VLSI Comput. Syst. 1, 1985
+    """
+    k = m.shape[-1]
+    if k == 1:
+        one = jnp.ones_like(m)
+        return one, m[..., 0], one
+    # The matrix of an odd size gets a row and a column of zeros, which never mix in.
+    m = jnp.pad(m, ((0, 0), (0, k % 2), (0, k % 2)))
+    size = m.shape[-1]
+    half = size // 2
+    order = [0, half, *range(1, half - 1), *range(half + 1, size), half - 1]
+    order = jnp.array(order if half > 1 else [0, 1])
+    eye = jnp.eye(size, dtype=m.dtype)
+
+    def rotate_columns(x, angle):
+        """Column pairs (i, i + half) turned by an angle each."""
+        c, s = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+        left, right = x[..., :half], x[..., half:]
+        turned = jnp.concatenate([c * left + s * right, c * right - s * left], axis=-1)
+        return turned[..., order]
+
+    def one_round(_, carry):
+        m, p, z = carry
+        diagonal = lambda x: jnp.diagonal(x, axis1=-2, axis2=-1)
+        a, b = diagonal(m[:, :half, :half]), diagonal(m[:, :half, half:])
+        c, d = diagonal(m[:, half:, :half]), diagonal(m[:, half:, half:])
+        both = jnp.arctan2(c + b, a - d)
+        apart = jnp.arctan2(c - b, a + d)
+        left, right = (apart + both) / 2, (both - apart) / 2
+        # Of all angles that make both off-diagonal entries zero, the smallest: modulo
+        # pi the signs of s change, modulo pi / 2 together their order.
+        left = left - jnp.pi * jnp.round(left / jnp.pi)
+        swap = jnp.where(jnp.abs(left) > jnp.pi / 4, jnp.sign(left) * jnp.pi / 2, 0)
+        left, right = left - swap, right - swap
+        right = right - jnp.pi * jnp.round(right / jnp.pi)
+        m = rotate_columns(transpose(rotate_columns(transpose(m), left)), right)
+        return m, rotate_columns(p, left), rotate_columns(z, right)
+
+    def off_diagonal(m):
+        return frobenius_norm(m * (1 - eye)) / safe_divisor(frobenius_norm(m))
+
+    def unfinished(carry):
+        m, _, _, sweeps = carry
+        # A matrix with a NaN is finished, and ends no other's sweeps.
+        left = jnp.any(off_diagonal(m) > 2 * jnp.finfo(m.dtype).eps)
+        return left & (sweeps < max_sweeps)
+
+    def sweep(carry):
+        m, p, z, sweeps = carry
+        # After all rounds of a tournament everybody is in the first place again.
+        m, p, z = jax.lax.fori_loop(0, size - 1, one_round, (m, p, z))
+        return m, p, z, sweeps + 1
+
+    # As varied over the axes of a shard_map as m is.
+    start = jnp.where(m == m, eye, eye)
+    m, p, z, _ = jax.lax.while_loop(unfinished, sweep, (m, start, start, jnp.array(0)))
+    s = jnp.diagonal(m, axis1=-2, axis2=-1)
+    return p[:, :k, :k], s[:, :k], z[:, :k, :k]
+
+
+def newton_schulz(
+    x: T,
+    *,
+    steps: int = 5,
+    coefficients: tuple[float, float, float] = QUINTIC,
+) -> T:
+    """Returns an approximation of msign(x) = x (x.T x)^(-1/2), the nearest isometry.
+
+    One step is X <- X (a I + b G + c G^2) with G = X.T X. The polynomials commute, so
+    all steps run on the small Gram matrix and x is multiplied once: for n >> m this
+    costs 4 n m^2 FLOPs in place of 4 n m^2 per step, and the small products of a whole
+    tree are a few batched calls.
+
+    `Deviation:` from the reference implementations, which iterate on x itself in bf16.
+
+    Args:
+      x: pytree of arrays (*L, n, m).
+      steps: of the iteration.
+      coefficients: (a, b, c), `QUINTIC` or `CUBIC`.
+
+    References:
+      Jordan et al., Muon: an optimizer for hidden layers, 2024,
+      https://kellerjordan.github.io/posts/muon
+    """
+    leaves, treedef = jax.tree.flatten(x)
+    wide = [leaf.shape[-2] < leaf.shape[-1] for leaf in leaves]
+    talls = []
+    for leaf, is_wide in zip(leaves, wide, strict=True):
+        tall = scale_by_max(as_float32(transpose(leaf) if is_wide else leaf))
+        talls.append(tall / safe_divisor(frobenius_norm(tall)[..., None, None]))
+    products = map_batched(
+        lambda g: _polynomial(g, steps, coefficients),
+        [gram(tall) for tall in talls],
+        fill=0.0,
+    )
+    results = []
+    for leaf, tall, product, is_wide in zip(leaves, talls, products, wide, strict=True):
+        result = matmul(tall, product)
+        results.append((transpose(result) if is_wide else result).astype(leaf.dtype))
+    return jax.tree.unflatten(treedef, results)
+
+
+def _polynomial(
+    g: Float[Array, "N k k"], steps: int, coefficients: tuple[float, float, float]
+) -> Float[Array, "N k k"]:
+    """The product of all steps of the iteration that starts at x with x.T x = g."""
+    a, b, c = coefficients
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    product = jnp.broadcast_to(eye, g.shape)
+    for step in range(steps):
+        p = a * eye + b * g
+        if c:
+            p = p + c * matmul(g, g)
+        product = matmul(product, p) if step else p
+        if step + 1 < steps:
+            g = matmul(matmul(p, g), p)
+    return product
+
+
+def power_iteration(
+    x: Float[Array, "*L n m"], vector: Float[Array, "*L m"], *, steps: int = 1
+) -> tuple[Float[Array, "*L"], Float[Array, "*L m"]]:
+    """Returns a lower estimate of ||x||_2 and the improved right singular vector.
+
+    Warm-started over a training run from the vector of the last step, one step is
+    enough to follow a slowly changing x. A zero x gives 0, and leaves the vector as it
+    is, for the steps to come; so does a NaN.
+    """
+
+    def normalise(y, otherwise):
+        norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
+        return jnp.where(norm > 0, y / safe_divisor(norm), otherwise)
+
+    vector = normalise(vector, vector)
+    for _ in range(steps):
+        left = matmul(x, vector[..., None])
+        vector = normalise(gram(x, left)[..., 0], vector)
+    norm = jnp.linalg.norm(matmul(x, vector[..., None])[..., 0], axis=-1)
+    return norm, vector
+
+
+@functools.partial(jax.jit, static_argnames="squarings")
+def spectral_radius_bound(
+    m: Float[Array, "N k k"],
+    *,
+    squarings: int,
+    threshold: Float[Array, " N"] | None = None,
+) -> Float[Array, " N"]:
+    """Returns ||m^p||_F^(1/p) with p = 2**squarings, never below the spectral radius.
+
+    For symmetric m it is at most k^(1/2p) times the radius (Gelfand's formula): 1 %
+    above at 8 squarings, 5e-6 at 20, for k = 256. Matrix products alone, batched.
+
+    Args:
+      m: real matrices; with a threshold, products of two positive semidefinite ones,
+        whose traces bound the radius from below: trace(m^2p) <= k radius^2p.
+      squarings: at most so many.
+      threshold: fewer are done once every radius is known to a tenth, and known to
+        lie on one side of its threshold: the result is then on that side too.
+    """
+    tiny = jnp.finfo(m.dtype).tiny
+    k = m.shape[-1]
+    # Of sum(m * m.T) for ||m||_F = 1.
+    rounding = 16 * k * jnp.finfo(m.dtype).eps
+
+    def normalise(m):
+        peak = jnp.max(jnp.abs(m), axis=(-2, -1))
+        m = m / safe_divisor(peak)[:, None, None]
+        norm = frobenius_norm(m)
+        return m / safe_divisor(norm)[:, None, None], peak, norm
+
+    def log(peak, norm):
+        return jnp.log(jnp.maximum(peak, tiny)) + jnp.log(jnp.maximum(norm, tiny))
+
+    def square(carry):
+        m, total, weight, steps, settled = carry
+        m, peak, norm = normalise(matmul(m, m))
+        weight = weight / 2
+        # Frozen once settled: the result owes nothing to the rest of the stack.
+        total = jnp.where(settled, total, total + weight * log(peak, norm))
+        return m, total, weight, steps + 1, settled | settles(m, total, weight)
+
+    def settles(m, total, weight):
+        if threshold is None:
+            return jnp.zeros(total.shape, bool)
+        trace = jnp.sum(m * transpose(m), axis=(-2, -1)) - rounding
+        # Without a usable trace the ratio is far below any tolerance.
+        log_ratio = 0.5 * weight * jnp.log(jnp.maximum(trace, tiny) / k)
+        upper, lower = jnp.exp(total), jnp.exp(total + log_ratio)
+        decided = (upper <= threshold) | (lower > threshold)
+        # A NaN is as settled as it will ever be.
+        return (decided & (log_ratio > -math.log(1.1))) | zero | jnp.isnan(total)
+
+    m, peak, norm = normalise(m)
+    zero = peak == 0
+    total, one = log(peak, norm), jnp.ones([], m.dtype)
+    _, total, *_ = jax.lax.while_loop(
+        lambda carry: ~jnp.all(carry[-1]) & (carry[-2] < squarings),
+        square,
+        (m, total, one, jnp.array(0), settles(m, total, one)),
+    )
+    return jnp.where(zero, 0, jnp.exp(total))

@@ -1,0 +1,1 @@
+"""The training framework: configuration, trainer, loop, checkpoints and metrics."""

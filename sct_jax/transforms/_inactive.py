@@ -1,0 +1,66 @@
+"""Columns that a weight holds in store but does not use."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool
+
+from sct_jax import spectral
+from sct_jax.transforms import _common
+
+
+class ActiveColumns(NamedTuple):
+    """Which singular triples of a weight count; s is 0 in the others."""
+
+    active: Bool[Array, "*layers R"]
+
+
+class FreezeInactiveColumnsState(NamedTuple):
+    """`ActiveColumns` per SpectralFactors, a `MaskedNode` for every other leaf."""
+
+    columns: Any
+
+
+def freeze_inactive_columns() -> optax.GradientTransformationExtraArgs:
+    """Holds s at zero, and u and v in place, in the columns that its state marks.
+
+    Stacked layers share one stored rank; a layer that needs less has columns that are
+    not active. All are active at first: `rank.resize` sets the marks. After the
+    learning rate, before the clip and the retraction.
+
+    Returns:
+      A transformation that needs `params`.
+    """
+
+    def init_fn(params):
+        return FreezeInactiveColumnsState(
+            _common.per_weight(
+                lambda w: ActiveColumns(jnp.ones(w.s.shape, bool)),
+                params,
+                _common.is_whole_spectral,
+            )
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = _common.require(params, "freeze_inactive_columns")
+
+        def hold(d, p, columns):
+            if not _common.is_whole_spectral(d):
+                return d
+            active = columns.active
+            wide = active[..., None, :]
+            return spectral.SpectralFactors(
+                jnp.where(wide, d.u, 0),
+                jnp.where(active, d.s, -p.s.astype(d.s.dtype)),
+                jnp.where(wide, d.v, 0),
+            )
+
+        updates = jax.tree.map(
+            hold, updates, params, state.columns, is_leaf=_common.is_weight
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,144 @@
+"""Adam with moments in bfloat16, rounded at random so that small changes are kept."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType
+from jaxtyping import Array, Float, Int
+
+from sct_jax.transforms import _common
+
+
+def scale_by_low_precision_adam(
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's direction, with both moments stored in bfloat16: 4 bytes per parameter.
+
+    .. math::
+      m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
+      \Delta = \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
+
+    in float32, the result in the type of the parameters; what is stored is m and v
+    rounded stochastically, so that the stored moment is right on average. To the
+    nearest number, a v that has nothing added would stay for ever: with b2 = .999 it
+    falls by 1/1000 a step, and neighbouring bfloat16 numbers are 1/256 to 1/128 apart.
+
+    The state is `optax.ScaleByAdamState`. All leaves are treated alike.
+
+    References:
+      Kingma, Ba, Adam: a method for stochastic optimization, arXiv 1412.6980, 2014
+      Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, 2020
+    """
+
+    def init_fn(params):
+        zeros = lambda: jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params
+        )
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(), zeros())
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        like = updates if params is None else params
+        count = jnp.asarray(optax.safe_increment(state.count))
+        mean = lambda old, new, decay: (
+            decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
+        )
+        mu = jax.tree.map(lambda m, g: mean(m, g, b1), state.mu, updates)
+        nu = jax.tree.map(
+            lambda v, g: mean(v, jnp.square(g.astype(jnp.float32)), b2),
+            state.nu,
+            updates,
+        )
+        seen_1, seen_2 = (_common.share_seen(b, count) for b in (b1, b2))
+        directions = jax.tree.map(
+            lambda m, v, p: ((m / seen_1) / (jnp.sqrt(v / seen_2) + eps)).astype(
+                p.dtype
+            ),
+            mu,
+            nu,
+            like,
+        )
+        mu, nu = (
+            jax.tree.map(lambda x, salt=salt: round_stochastically(x, salt), moment)
+            for moment, salt in ((mu, 2 * count), (nu, 2 * count + 1))
+        )
+        return directions, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def scale_by_adam(
+    b1: float | jax.Array,
+    b2: float | jax.Array,
+    eps: float | jax.Array,
+    *,
+    moment_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Adam by optax, or for bfloat16 `scale_by_low_precision_adam`.
+
+    Float32 moments are that for leaves of less precision too: a second moment in
+    bfloat16 to the nearest number, as optax has it for those, never falls.
+
+    Raises:
+      ValueError: for another type of the moments.
+    """
+    dtype = jnp.dtype(moment_dtype)
+    if dtype == jnp.bfloat16:
+        return scale_by_low_precision_adam(b1, b2, eps)
+    if dtype != jnp.float32:
+        raise ValueError(f"moments are float32 or bfloat16, not {dtype.name}")
+    tx = optax.scale_by_adam(b1, b2, eps)
+
+    def init_fn(params):
+        return tx.init(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        like = updates if params is None else params
+        directions, state = tx.update(
+            jax.tree.map(lambda g: g.astype(dtype), updates), state
+        )
+        return jax.tree.map(lambda d, p: d.astype(p.dtype), directions, like), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@jax.jit
+def round_stochastically(
+    x: Float[Array, "*N"], salt: Int[Array, ""]
+) -> Float[Array, "*N"]:
+    """Returns x in bfloat16: one of its two neighbours, the nearer one more often.
+
+    Up with the probability of what is cut off, over all values of `salt`. The random
+    bits are a hash of x, of its place in the last two axes, and of salt, so equal
+    arguments give equal results, whatever the sharding; and so do matrices, whatever
+    layers they are stacked with. Infinities and NaN stay.
+
+    Args:
+      x: float32.
+      salt: another one at each step.
+
+    References:
+      Wellons, Prospecting for hash functions, 2018, https://nullprogram.com/blog/2018
+      (the mixing constants)
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = bits + salt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    # Over a mesh with Explicit axes every device would count the places of all.
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    # Equal numbers at different places are rounded apart; layers need not be.
+    for axis, odd in zip(range(x.ndim)[-2:], (0x85EBCA6B, 0xC2B2AE35), strict=False):
+        place = jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis, out_sharding=sharding if explicit else None
+        )
+        noise = noise + place * jnp.uint32(odd)
+    noise = (noise ^ (noise >> 16)) * jnp.uint32(0x21F0AAAD)
+    noise = (noise ^ (noise >> 15)) * jnp.uint32(0x735A2D97)
+    noise = (noise ^ (noise >> 15)) & jnp.uint32(0xFFFF)
+    # Adding to the bits of a NaN could carry into its sign.
+    upper = jnp.where(jnp.isfinite(x), bits + noise, bits) >> 16
+    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)

@@ -1,0 +1,151 @@
+"""Muon for SpectralFactors: orthogonalised momentum on u and v, Adam on s."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from sct_jax import linalg, spectral
+from sct_jax.transforms import _common, _transport
+
+COORDINATES = ("factors", "svd")
+
+
+class SecondMoment(NamedTuple):
+    """Of the singular values alone; u and v have none."""
+
+    s: Float[Array, "*layers R"]
+
+
+class StiefelMuonState(NamedTuple):
+    """State of `scale_by_stiefel_muon`; a `MaskedNode` outside SpectralFactors.
+
+    Attributes:
+      count: number of updates seen.
+      mu: mean of the gradients, SpectralFactors per weight; in the "svd" coordinates those of
+        u and v are divided by s.
+      nu: mean of the squared gradients of s, `SecondMoment` per weight.
+    """
+
+    count: Int[Array, ""]
+    mu: optax.Updates
+    nu: Any
+
+
+def scale_by_stiefel_muon(
+    b1: float | jax.Array = 0.95,
+    *,
+    nesterov: bool = True,
+    newton_schulz_steps: int = 5,
+    s_b1: float | jax.Array = 0.9,
+    s_b2: float | jax.Array = 0.95,
+    eps: float | jax.Array = 1e-8,
+    coordinates: str = "factors",
+    shares: tuple[float, float, float] = (0.4, 0.2, 0.4),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Orthogonalises the momentum of u and v, and scales that of s by Adam.
+
+    With msign by Newton-Schulz and M the mean of gradients, in the coordinates "factors"
+
+    .. math::
+      \Delta u = \mathrm{msign}(M_u), \qquad \Delta v = \mathrm{msign}(M_v), \qquad
+      \Delta s = \mathrm{Adam}(G_s)
+
+    so that a learning rate eta turns every column by about eta. In the coordinates "svd" M is
+    the mean of G_u / s = G_W v, and shares (a_u, a_s, a_v) of one step of W are
+
+    .. math::
+      \Delta u = a_u\,\mathrm{msign}(M_u)\,\mathrm{diag}(1/s), \qquad
+      |\Delta s| \le a_s, \qquad \Delta v = a_v\,\mathrm{msign}(M_v)\,\mathrm{diag}(1/s)
+
+    with 1/s damped: before the retraction a rate eta changes W by at most eta (a_u +
+    a_s + a_v) to first order, times the overshoot of Newton-Schulz. Pair it with
+    `limit_rotation`, with `retract_by_svd`, which keeps s descending, and with the
+    clip, which bounds what the retraction adds.
+
+    The update rule is our own; see the references for its parts.
+
+    Args:
+      b1: decay of the mean of the gradients of u and v.
+      nesterov: orthogonalise b1 M + (1 - b1) G in the place of M.
+      newton_schulz_steps: steps of Muon's quintic; to `optax.inject_hyperparams` one of
+        the `static_args`.
+      s_b1: decay of the first moment of s.
+      s_b2: decay of the second moment of s.
+      eps: added to the root of the second moment of s.
+      coordinates: "factors" or "svd".
+      shares: (a_u, a_s, a_v), for the coordinates "svd".
+
+    Returns:
+      A transformation that needs `params`. Leaves other than SpectralFactors pass.
+
+    Raises:
+      ValueError: for another coordinates.
+
+    References:
+      Jordan et al., Muon: an optimizer for hidden layers, 2024,
+      https://kellerjordan.github.io/posts/muon
+      Spectron, arXiv 2602.12429, 2026 (the bound on W)
+    """
+    if coordinates not in COORDINATES:
+        raise ValueError(
+            f"unknown coordinates {coordinates!r}: choose one of {', '.join(COORDINATES)}"
+        )
+    a_u, a_s, a_v = shares
+
+    def init_fn(params):
+        per_weight = lambda fn: _common.per_weight(
+            fn, params, _common.is_whole_spectral
+        )
+        return StiefelMuonState(
+            count=jnp.zeros([], jnp.int32),
+            mu=per_weight(lambda w: jax.tree.map(jnp.zeros_like, w)),
+            # In bfloat16 to the nearest number it would never fall.
+            nu=per_weight(
+                lambda w: SecondMoment(jnp.zeros_like(w.s, dtype=jnp.float32))
+            ),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        params = _common.require(params, "scale_by_stiefel_muon")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=_common.is_weight)
+        chosen = [i for i, g in enumerate(leaves) if _common.is_whole_spectral(g)]
+        weights, means, squares = (
+            treedef.flatten_up_to(tree) for tree in (params, state.mu, state.nu)
+        )
+
+        mean, directions = _common.running_mean, []
+        for i in chosen:
+            g, m = leaves[i], means[i]
+            if coordinates == "svd":
+                inverse = _transport.damped_inverse(weights[i].s)[..., None, :]
+                g = g._replace(u=g.u * inverse, v=g.v * inverse)
+            u, v = mean(m.u, g.u, b1), mean(m.v, g.v, b1)
+            means[i] = spectral.SpectralFactors(u, mean(m.s, g.s, s_b1), v)
+            square = jnp.square(g.s.astype(jnp.float32))
+            squares[i] = SecondMoment(mean(squares[i].s, square, s_b2))
+            if nesterov:
+                u, v = mean(u, g.u, b1), mean(v, g.v, b1)
+            directions.append((u, v))
+        directions = linalg.newton_schulz(directions, steps=newton_schulz_steps)
+        seen_1, seen_2 = (_common.share_seen(b, count) for b in (s_b1, s_b2))
+        for i, (u, v) in zip(chosen, directions, strict=True):
+            mean_s = means[i].s / seen_1
+            root = jnp.sqrt(squares[i].s / seen_2)
+            s = mean_s / (root + eps)
+            if coordinates == "svd":
+                inverse = _transport.damped_inverse(weights[i].s)[..., None, :]
+                s = a_s * jnp.clip(s, -1, 1)
+                u, v = a_u * u * inverse, a_v * v * inverse
+            update = spectral.SpectralFactors(u, s, v)
+            leaves[i] = jax.tree.map(lambda x, p: x.astype(p.dtype), update, weights[i])
+        unflatten = lambda values: jax.tree.unflatten(treedef, values)
+        return unflatten(leaves), StiefelMuonState(
+            count, unflatten(means), unflatten(squares)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,127 @@
+"""The benchmark runs and reports; no figure of it is asserted."""
+
+import json
+
+import pytest
+
+from experiments.benchmarks import optimizers as bench_optimizers
+from sct_jax import model
+
+TINY = bench_optimizers.FactorSet(
+    title="tiny",
+    shape=model.ModelConfig(
+        d_model=16,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        rank=3,
+        spectral=("q", "down"),
+    ),
+    speedup=5.0,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(bench_optimizers, "SETS", {"tiny": TINY})
+    monkeypatch.setattr(bench_optimizers, "MEASURED_TOKENS", 8)
+
+
+def test_the_table_and_the_file_hold_the_same_figures(tiny, tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert bench_optimizers.main(["--rounds=1", f"--json={path}"]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(path.read_text())["tiny"]["figures"]
+    assert len(figures) == 14
+    for figure in figures:
+        assert figure["value"] > 0
+        assert figure["verdict"] in ("pass", "short", "-")
+        assert f"{figure['value']:.3g}" in printed
+
+
+def test_every_figure_is_the_ratio_it_is_named_after(monkeypatch):
+    seconds = {
+        "cholesky_qr": 2.0,
+        "qr": 14.0,
+        "polar": 3.0,
+        "products": 1.5,
+        "adamw": 4.0,
+        "sct": 6.0,
+        "active": 8.0,
+        "undecided": 6.6,
+        "gradient": 9.0,
+        "transport": 12.0,
+        "lossless": 60.0,
+        "backward": 5.0,
+        "spectron": 3.5,
+    }
+    # Stiefel Muon takes part with SCT, Muon with Spectron, under one name.
+    monkeypatch.setattr(
+        bench_optimizers,
+        "_take_turns",
+        lambda functions, rounds: {
+            name: 15.0
+            if name == "muon" and "sct" in functions
+            else seconds.get(name, 7)
+            for name in functions
+        },
+    )
+    found = [
+        (figure.name.split(":")[0].split("/")[0].strip(), round(figure.value, 6))
+        for figure in bench_optimizers.measure(TINY, rounds=1)
+    ]
+    tokens, length = 8192, 512
+    step = 5.0 * tokens / length
+    # Of q, o, k, v (16 x 16), gate, up, down (16 x 24), q and down have rank 3.
+    rank, factor_entries = 3, 2 * 3 * (16 + 16 + 16 + 24)
+    matrices = 3 * 16 * 16 + 2 * 16 * 24 + factor_entries // 2
+    per_token = 2 * 2 * (matrices + length * 16)  # attention: 2 products, half of L
+    flops, retraction = 3 * tokens * per_token, 4 * rank * factor_entries
+    assert found == [
+        ("retraction", 7.0),
+        ("retraction", 0.75),
+        ("retraction", 1.5),
+        ("SCT chain", round(6 / 5.5, 6)),
+        ("SCT chain, clip active", round(8 / 8.5, 6)),
+        ("SCT chain, clip decided by its cheap bound", 1.1),
+        ("SCT chain", 1.5),
+        ("SCT chain", round(6 / (6 + step), 6)),
+        ("the same by FLOPs", round(retraction / (flops + retraction), 6)),
+        ("with the gradient's tangent projection", 1.5),
+        ("with transported moments", 2.0),
+        ("with the lossless retraction", 10.0),
+        ("Stiefel Muon", 2.5),
+        ("Spectron chain", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "verdict"),
+    [
+        ((1.0, {"at_least": 1.0}), ">= 1", "pass"),
+        ((0.9, {"at_least": 1.0}), ">= 1", "short"),
+        ((1.0, {"at_most": 1.0}), "<= 1", "pass"),
+        ((1.1, {"at_most": 1.0}), "<= 1", "short"),
+        ((1.1, {}), "", "-"),
+    ],
+)
+def test_a_figure_is_on_one_side_of_its_target(value, target, verdict):
+    figure = bench_optimizers.Figure(name="x", value=value[0], **value[1])
+    assert (figure.target, figure.verdict) == (target, verdict)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--sets=smollm2-135", "did you mean 'smollm2-135m'"),
+        ("--rounds=0", "--rounds"),
+        ("--round=3", "did you mean '--rounds'"),
+        ("--config.seed=3", "--config"),
+    ],
+)
+def test_bad_flags_are_refused(capsys, flag, message):
+    with pytest.raises(SystemExit) as caught:
+        bench_optimizers.main([flag])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

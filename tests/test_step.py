@@ -1,0 +1,318 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sct_jax import model, optimizers, spectral
+from sct_jax.training import state as state_lib
+from sct_jax.training import step as step_lib
+
+EPS = float(np.finfo(np.float32).eps)
+SMALL = model.ModelConfig(
+    d_model=32,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=64,
+    rank=4,
+    spectral=model.BLOCK_MATRICES,
+)
+DENSE = dataclasses.replace(SMALL, spectral=())
+BATCH, LENGTH = 8, 16
+BOUND = 0.05
+
+
+def draw_params(config=SMALL):
+    """Parameters of the shapes of `model.init`, which takes seconds to compile."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        name = getattr(path[-1], "name", None)
+        if name in ("u", "v"):
+            value = np.linalg.qr(rng.normal(size=x.shape)).Q
+        elif name == "s" or x.ndim < 2 or str(path[-1].key).endswith("_norm"):
+            value = np.ones(x.shape)
+        else:
+            value = rng.normal(size=x.shape) / np.sqrt(x.shape[-2])
+        return jnp.asarray(value, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def draw_state(tx, config=SMALL):
+    params = draw_params(config)
+    return state_lib.TrainState(
+        step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
+    )
+
+
+def draw_batch(seed=0, batch=BATCH):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(SMALL.vocab_size, size=(batch, LENGTH + 1), dtype=np.int32)
+    segments = np.cumsum(tokens[:, :-1] == 0, axis=1, dtype=np.int32)
+    arrays = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments,
+    }
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def dense(w) -> np.ndarray:
+    u, s, v = (np.asarray(x, np.float64) for x in w)
+    return (u * s[..., None, :]) @ np.swapaxes(v, -1, -2)
+
+
+def factors(params):
+    return [
+        w
+        for w in jax.tree.leaves(params, is_leaf=spectral.is_factors)
+        if spectral.is_factors(w)
+    ]
+
+
+class Counted:
+    """A train step that counts how often it is traced."""
+
+    def __init__(self, step):
+        self.traces = 0
+
+        def traced(*arguments):
+            self.traces += 1
+            return step(*arguments)
+
+        self.call = jax.jit(traced, donate_argnums=0)
+
+    def __call__(self, *arguments):
+        return self.call(*arguments)
+
+
+@pytest.fixture(scope="module")
+def sct():
+    """The whole chain, and its compiled step; eps keeps Adam's first step smooth."""
+    config = optimizers.OptimizerConfig(
+        peak_learning_rate=0.03,
+        schedule="constant",
+        max_update_norm=BOUND,
+        weight_decay=0.1,
+        grad_clip=0.5,
+        eps=1e-2,
+        singular_value_lr_multiplier=2.0,
+    )
+    tx = config.build(100, decay_mask=model.decay_mask)
+    return tx, Counted(step_lib.make_train_step(SMALL, tx))
+
+
+def test_loss_is_the_mean_negative_log_likelihood():
+    params, batch = draw_params(), draw_batch()
+    loss = step_lib.loss_fn(params, batch, SMALL)
+    logits = model.forward(
+        params, batch["inputs"], SMALL, segment_ids=batch["segment_ids"]
+    )
+    logits = np.asarray(logits, np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    chosen = np.take_along_axis(logits, np.asarray(batch["targets"])[..., None], -1)
+    expected = (log_z - chosen[..., 0]).mean()
+    assert abs(loss - expected) < 8 * EPS * np.abs(logits).max()
+    evaluate = step_lib.make_eval_step(SMALL)
+    assert abs(evaluate(params, batch) - expected) < 8 * EPS * np.abs(logits).max()
+    shared = step_lib.make_eval_step(SMALL, num_microbatches=2)
+    assert abs(shared(params, batch) - expected) < 8 * EPS * np.abs(logits).max()
+    # Of one share at a time is what is computed.
+    text = str(jax.make_jaxpr(shared)(params, batch))
+    rows, length = batch["inputs"].shape
+    assert f"[{rows // 2},{length},{SMALL.vocab_size}]" in text
+    assert f"[{rows},{length},{SMALL.vocab_size}]" not in text
+
+
+def test_documents_do_not_see_each_other():
+    params, batch = draw_params(), draw_batch()
+    apart = step_lib.loss_fn(params, batch, SMALL)
+    del batch["segment_ids"]
+    assert abs(step_lib.loss_fn(params, batch, SMALL) - apart) > 1e-4
+
+
+def test_a_step_is_the_update_of_its_gradient(sct):
+    tx, step = sct
+    state, batch = draw_state(tx), draw_batch()
+    loss, grads = jax.jit(jax.value_and_grad(step_lib.loss_fn), static_argnums=2)(
+        state.params, batch, SMALL
+    )
+    updates, opt_state = jax.jit(tx.update)(grads, state.opt_state, state.params)
+    expected = jax.device_get(optax.apply_updates(state.params, updates))
+    new, metrics = step(state, batch, jnp.array(True))
+    assert int(new.step) == 1
+    # Two compilations of one computation: gradients differ by rounding, and Adam with
+    # eps = 1e-2 turns a change of g into at most a change of rate x g / eps.
+    size = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    tolerance = 0.06 * 64 * EPS * size / 1e-2 + 8 * EPS
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance),
+        new.params,
+        expected,
+    )
+    for moment in ("mu", "nu"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7),
+            optax.tree.get(new.opt_state, moment),
+            optax.tree.get(opt_state, moment),
+        )
+    assert metrics["loss"] == pytest.approx(float(loss), rel=8 * EPS)
+    squares = sum(
+        np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)
+    )
+    # Before clipping: the chain bounds it at 0.5.
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(squares), rel=64 * EPS)
+    assert np.sqrt(squares) > 0.5
+
+
+def test_diagnostics_are_those_of_the_applied_update(sct):
+    tx, step = sct
+    old = jax.device_get(draw_params())
+    new, metrics = step(draw_state(tx), draw_batch(), jnp.array(True))
+    pairs = list(zip(factors(old), factors(new.params), strict=True))
+    assert len(pairs) == 7
+    norms = [
+        np.linalg.norm(dense(b) - dense(a), ord=2, axis=(-2, -1)) for a, b in pairs
+    ]
+    # `spectral.composite_update_norm` promises 1e-5 relative, eps max|s| absolute.
+    expected = np.max(norms)
+    difference = abs(float(metrics["composite_update_norm"]) - expected)
+    assert difference < 2e-5 * expected + 2 * EPS
+    assert 0.5 * BOUND < expected <= BOUND * 1.01 + 16 * EPS * 2
+    worst = 0.0
+    for _, w in pairs:
+        for x in (w.u, w.v):
+            x = np.asarray(x, np.float64)
+            gram = np.swapaxes(x, -1, -2) @ x
+            worst = max(worst, np.abs(gram - np.eye(gram.shape[-1])).max())
+    # Computed in float32: its own rounding comes on top.
+    assert abs(float(metrics["orthonormality_error"]) - worst) < 8 * EPS
+    assert worst < 1e-5
+
+
+def test_diagnostics_only_where_asked_and_one_compilation(sct):
+    tx, step = sct
+    state = draw_state(tx)
+    losses = []
+    for number in range(12):
+        asked = number % 3 == 0
+        state, metrics = step(state, draw_batch(), jnp.array(asked))
+        assert set(metrics) == {
+            "loss",
+            "grad_norm",
+            "orthonormality_error",
+            "composite_update_norm",
+        }
+        assert (metrics["composite_update_norm"] > 0) == asked
+        assert (metrics["orthonormality_error"] > 0) == asked
+        if asked:
+            assert metrics["orthonormality_error"] < 1e-5
+            assert metrics["composite_update_norm"] <= BOUND * 1.01 + 32 * EPS
+        losses.append(float(metrics["loss"]))
+    assert step.traces == 1
+    assert int(state.step) == 12
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_state_is_donated(sct):
+    tx, step = sct
+    state = draw_state(tx)
+    new, _ = step(state, draw_batch(), jnp.array(False))
+    big = [x for x in jax.tree.leaves((state.params, state.opt_state)) if x.ndim]
+    assert all(x.is_deleted() for x in big)
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new))
+
+
+def test_a_dense_model_has_no_factor_diagnostics():
+    tx = optax.sgd(0.1)
+    step = jax.eval_shape(
+        step_lib.make_train_step(DENSE, tx),
+        draw_state(tx, DENSE),
+        draw_batch(),
+        jnp.array(True),
+    )
+    assert set(step[1]) == {"loss", "grad_norm"}
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+def test_micro_batches_give_the_gradient_of_the_batch(num_microbatches):
+    tx = optax.sgd(1.0)  # The update is the gradient.
+    batch = draw_batch()
+
+    def one_step(number):
+        step = jax.jit(step_lib.make_train_step(DENSE, tx, num_microbatches=number))
+        new, metrics = step(draw_state(tx, DENSE), batch, jnp.array(False))
+        return new.params, metrics
+
+    params, metrics = one_step(num_microbatches)
+    whole_params, whole_metrics = one_step(1)
+    jax.tree.map(
+        # p - g: the rounding of p, at most 4, and of sums over the tokens of a batch.
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=4 * EPS, atol=16 * EPS),
+        params,
+        whole_params,
+    )
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, draw_params(DENSE))
+    assert min(jax.tree.leaves(moved)) > 1e-3
+    for name in ("loss", "grad_norm"):
+        assert metrics[name] == pytest.approx(float(whole_metrics[name]), rel=16 * EPS)
+
+
+def test_bfloat16_compute_updates_float32_parameters():
+    config = dataclasses.replace(SMALL, compute_dtype="bfloat16", remat="dots")
+    tx = optimizers.OptimizerConfig(max_update_norm=0.1).build(10)
+    new, metrics = jax.eval_shape(
+        step_lib.make_train_step(config, tx),
+        draw_state(tx),
+        draw_batch(),
+        jnp.array(True),
+    )
+    assert {x.dtype for x in jax.tree.leaves(new.params)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(metrics)} == {jnp.dtype("float32")}
+
+
+def shapes(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (out.aval.shape for out in eqn.outvars)
+        for part in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(part, "eqns"):
+                yield from shapes(getattr(part, "jaxpr", part))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("scan_layers", [True, False], ids=["stacked", "apart"])
+def test_no_step_ever_builds_a_dense_weight(scan_layers, remat):
+    # Sizes that nothing else shares: not tokens, ranks, heads or each other.
+    config = model.ModelConfig(
+        d_model=60,
+        d_ff=104,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        vocab_size=97,
+        rank=7,
+        spectral=(*model.BLOCK_MATRICES, "embedding", "head"),
+        tie_embeddings=False,
+        scan_layers=scan_layers,
+        remat=remat,
+    )
+    tx = optimizers.OptimizerConfig(
+        max_update_norm=0.1, weight_decay=0.1, grad_clip=1.0
+    ).build(10, decay_mask=model.decay_mask)
+    step = step_lib.make_train_step(config, tx, num_microbatches=2)
+    ids = jax.ShapeDtypeStruct((6, 13), jnp.int32)
+    batch = {"inputs": ids, "targets": ids, "segment_ids": ids}
+    jaxpr = jax.make_jaxpr(step)(state_lib.abstract(config, tx), batch, jnp.array(True))
+    built = set(shapes(jaxpr.jaxpr))
+    assert (3, 13, 60) in built and (3, 13, 7) in built  # the walk reaches the blocks
+    for fan_in, fan_out in config.matrix_shapes().values():
+        for pair in ((fan_in, fan_out), (fan_out, fan_in)):
+            assert not [shape for shape in built if shape[-2:] == pair]
