@@ -1,1 +1,1 @@
-"""Configurations of runs: files with `get_config(variant=...)`."""
+"""Run configurations: each file has a `get_config(variant=...)`."""

@@ -1,1 +1,1 @@
-"""Programs that use the library: `python -m experiments.<name>`."""
+"""Programs built on the library: `python -m experiments.<name>`."""

@@ -1,11 +1,11 @@
-"""Prints what training takes in memory: per matrix, and for whole models.
+"""Prints the memory that training takes: per matrix, and for whole models.
 
 python -m experiments.memory_table
 python -m experiments.memory_table --rank=64 --json=memory.json
 
-Bytes are weight, gradient and Adam's two moments in float32, computed from shapes; in
-the column "measured" a step of Adam was taken on one matrix, and the arrays that it
-needs were counted on the device. Activations are not included.
+Bytes are those of the weight, the gradient and Adam's two moments in float32, computed
+from shapes. For the columns "measured", one step of Adam runs on one matrix, and its
+arrays on the device are counted. Activations are not included.
 """
 
 import json
@@ -22,9 +22,9 @@ import rich.table
 
 from configs import llama70b_r32, smollm_r128
 from sct_jax import optimizers, spectral
-from sct_jax.training import accounting, command_line, layerwise
+from sct_jax.training import accounting, layerwise, overrides
 
-# The MLP matrices of the paper's table.
+# MLP matrices in the table of the SCT paper.
 MATRICES = {
     "SmolLM2-135M": (576, 1536),
     "SmolLM2-1.7B": (2048, 8192),
@@ -32,18 +32,18 @@ MATRICES = {
     "Qwen-27B": (4096, 17408),
     "LLaMA-70B": (8192, 28672),
 }
-MEASURED_BYTES = 2_000_000_000  # larger ones are computed alone
+MAX_MEASURED_BYTES = 2_000_000_000  # larger matrices are computed only
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = command_line.FlagParser(__doc__ or "")
+    parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument("--rank", type=int, default=32, help="rank of the matrices")
-    parser.add_argument("--json", help="file for the same figures")
+    parser.add_argument("--json", help="also write the figures to this file")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     smallest = min(min(shape) for shape in MATRICES.values())
     if not 1 <= flags.rank <= smallest:
-        command_line.fail(f"--rank: {flags.rank} is not in 1..{smallest}")
+        overrides.fail(f"--rank: {flags.rank} is not in 1..{smallest}")
     figures = {"matrices": matrices(flags.rank), "models": models()}
     console = rich.console.Console()
     console.print(_table(f"one MLP matrix at rank {flags.rank}", figures["matrices"]))
@@ -54,17 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def matrices(rank: int) -> dict[str, dict[str, float | None]]:
-    """Returns bytes per matrix: dense and spectral, computed and measured."""
+    """Returns the bytes per matrix: dense and spectral, computed and measured."""
     rows = {}
     for name, (fan_in, fan_out) in MATRICES.items():
         dense = accounting.matrix_bytes(fan_in, fan_out, None)
         low_rank = accounting.matrix_bytes(fan_in, fan_out, rank)
+        measured = dense <= MAX_MEASURED_BYTES
         rows[f"{name}, {fan_in} x {fan_out}"] = {
             "dense": dense,
             "dense, measured": (
-                measured_bytes(fan_in, fan_out, None)
-                if dense <= MEASURED_BYTES
-                else None
+                measured_bytes(fan_in, fan_out, None) if measured else None
             ),
             "spectral": low_rank,
             "spectral, measured": measured_bytes(fan_in, fan_out, rank),
@@ -74,7 +73,7 @@ def matrices(rank: int) -> dict[str, dict[str, float | None]]:
 
 
 def measured_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
-    """Returns the bytes on the device after a gradient and a step on one matrix."""
+    """Returns the bytes on the device after one training step of one matrix."""
     if rank is None:
         w, tx = jnp.zeros((fan_in, fan_out)), optax.adamw(1e-3)
     else:
@@ -94,27 +93,26 @@ def measured_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
 
 
 def models() -> dict[str, dict[str, float]]:
-    """Returns bytes of whole models, dense and spectral, with both kinds of step."""
+    """Returns the bytes of whole models: dense, spectral, and with a layerwise step."""
     rows = {}
-    shapes = {
+    experiments = {
         f"SmolLM2-{variant.upper()}, MLP at R 128": smollm_r128.get_config(variant)
         for variant in ("135m", "360m", "1.7b")
     } | {"Llama-3-70B, all at R 32": llama70b_r32.get_config()}
-    for name, experiment in shapes.items():
+    tx = optimizers.sct(1e-3)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    batch = {"inputs": ids, "targets": ids}
+    for name, experiment in experiments.items():
         shape = experiment.model
-        tx = optimizers.sct(1e-3)
         dense = accounting.parameters(accounting.dense_config(shape))
-        batch: dict[str, Any] = {
-            key: jax.ShapeDtypeStruct((1, 8), jnp.int32)
-            for key in ("inputs", "targets")
-        }
-        walked = accounting.layerwise_bytes(layerwise.stack_of(shape), tx, batch)
+        stack = layerwise.stack_of(shape)
+        layer_by_layer = accounting.layerwise_bytes(stack, tx, batch)["total"]
         rows[name] = {
             "parameters": accounting.parameters(shape),
             "dense": 16 * dense,
             "spectral": accounting.step_bytes(shape, tx)["total"],
-            "layerwise, 8 tokens": walked["total"],
-            "ratio": 16 * dense / walked["total"],
+            "layerwise, 8 tokens": layer_by_layer,
+            "ratio": 16 * dense / layer_by_layer,
         }
     return rows
 

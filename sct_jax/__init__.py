@@ -1,10 +1,12 @@
-"""Pre-training of language models whose weights are low rank for good, in JAX.
+"""Pre-training of language models with permanently low-rank weights, in JAX.
 
-The light layers: factors, geometry, transformations, chains and the model. They load
-neither data nor checkpoint libraries.
+This package imports the light layers: factors, manifold geometry, gradient
+transformations, optimizers and the model. Import `sct_jax.data` and `sct_jax.training`
+explicitly; they load the data and checkpoint libraries.
 """
 
 from sct_jax import (
+    errors,
     linalg,
     losses,
     model,
@@ -20,6 +22,7 @@ from sct_jax.spectral import LowRankFactors, SpectralFactors
 __all__ = [
     "LowRankFactors",
     "SpectralFactors",
+    "errors",
     "linalg",
     "losses",
     "model",

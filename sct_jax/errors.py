@@ -1,4 +1,4 @@
-"""The one exception that means that the user, not the code, must change something."""
+"""The error that asks the user, not a developer, to change something."""
 
 import difflib
 import operator
@@ -7,9 +7,11 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """What was asked for cannot be done; the message names the field and the mend.
+    """The user must change something.
 
-    Entry points print the message without a traceback and exit with code 2.
+    For example a configuration, a flag, a damaged file or a missing package. The
+    message names it and says what to do. Entry points print the message without a
+    traceback and exit with code 2.
     """
 
 
@@ -20,7 +22,7 @@ def check(field: str, holds: bool, message: str) -> None:
 
 
 def check_choice(field: str, value: str | None, choices: Sequence[str | None]) -> None:
-    """Raises UserError unless `value` is one of `choices`; names the nearest."""
+    """Raises UserError unless `value` is one of `choices`; suggests the closest one."""
     names = [str(choice) for choice in choices]
     check(
         field,
@@ -39,16 +41,16 @@ def check_bounds(
     most: int | None = None,
     below: int | None = None,
 ) -> None:
-    """Raises UserError for a field of `config` outside of what is given; None passes.
+    """Raises UserError for a field of `config` that is out of bounds; None passes.
 
     Args:
-      prefix: what stands before the name of a field in messages, "optimizer." say.
-      config: holds the fields.
-      *fields: names of numbers.
-      least: allowed, as nothing less is.
-      above: not allowed, nor anything less.
-      most: allowed, as nothing more is.
-      below: not allowed, nor anything more.
+      prefix: prepended to field names in messages, for example "optimizer.".
+      config: object with the fields.
+      *fields: names of numeric fields.
+      least: inclusive lower bound.
+      above: exclusive lower bound.
+      most: inclusive upper bound.
+      below: exclusive upper bound.
     """
     bounds = [
         (limit, sign, holds)
@@ -76,7 +78,7 @@ def nearest(name: str, choices: Sequence[str]) -> str:
 
 
 def closest(name: str, choices: Sequence[str], *, cutoff: float = 0.5) -> str | None:
-    """Returns the choice most like `name`, None where none is."""
+    """Returns the choice most similar to `name`, or None if none is similar."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
     return close[0] if close else None
 

@@ -1,7 +1,7 @@
-"""Spectral layers for Flax: the drop-in for `nn.Dense`, and that for `nnx.Linear`.
+"""Spectral layers for Flax: replacements for `nn.Dense` and `nnx.Linear`.
 
-Thin over `spectral`: the kernel is one `SpectralFactors` among the parameters, so that
-every chain of `optimizers` trains it as it stands; in NNX through `for_nnx`.
+The kernel is one `SpectralFactors` among the parameters, so every chain in `optimizers`
+can train it. With NNX, wrap the chain in `for_nnx`.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ class SpectralDense(linen.Module):
       features: fan_out.
       rank: R, at most min(fan_in, fan_out).
       use_bias: whether to add a bias.
-      dtype: of the computation; None: that of the input.
+      dtype: dtype of the computation. Defaults to the dtype of the input.
       scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
 
     Example:
@@ -42,7 +42,11 @@ class SpectralDense(linen.Module):
 
     @linen.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """Returns the output; raises ValueError for a rank that is too large."""
+        """Returns the output of the layer.
+
+        Raises:
+          ValueError: if the rank exceeds min(fan_in, fan_out).
+        """
         kernel = self.param(
             "kernel",
             lambda key: spectral.init(
@@ -63,12 +67,12 @@ class SpectralLinear(nnx.Module):
       out_features: fan_out.
       rank: R, at most min(fan_in, fan_out).
       use_bias: whether to add a bias.
-      dtype: of the computation; None: that of the input.
+      dtype: dtype of the computation. Defaults to the dtype of the input.
       scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
-      rngs: its `params` stream is drawn from once.
+      rngs: random keys; uses one key of the `params` stream.
 
     Raises:
-      ValueError: for a rank that is too large.
+      ValueError: if the rank exceeds min(fan_in, fan_out).
 
     Example:
       >>> from flax import nnx
@@ -98,7 +102,7 @@ class SpectralLinear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """Returns the layer's output."""
+        """Returns the output of the layer."""
         bias = None if self.bias is None else self.bias.get_value()
         return _apply(x, self.kernel.get_value(), bias, self.dtype)
 
@@ -106,15 +110,15 @@ class SpectralLinear(nnx.Module):
 def for_nnx(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns tx as `nnx.Optimizer` can hold it, for models with factor tuples.
+    """Makes a transformation usable in `nnx.Optimizer` for models with factor tuples.
 
-    `nnx.Optimizer` (Flax 0.12) initialises tx with variables and updates it with their
-    values. A moment is then one variable with a whole factor tuple in it, in whose
-    place the first update leaves an `nnx.State`. Initialised with values, the optimizer
-    has a variable for each of u, s and v.
+    `nnx.Optimizer` (Flax 0.12) initialises tx from variables but updates it with their
+    values. A moment would then start as one variable that holds a factor tuple, and the
+    first update would replace it by an `nnx.State`. The returned transformation
+    initialises from values, so u, s and v have one variable each.
 
     Args:
-      tx: any transformation.
+      tx: any gradient transformation.
 
     Example:
       >>> from flax import nnx

@@ -1,8 +1,9 @@
-"""Small dense linear algebra by matrix products alone.
+"""Small dense linear algebra, built from matrix products.
 
-Everything here works on the last two axes, takes any leading axes, and multiplies at
-`HIGHEST` precision: the bf16 and TF32 defaults of accelerators ruin orthonormality.
-What loops and is called from outside of a jit too is a function compiled once.
+Functions act on the last two axes and accept any leading axes, unless their signature
+says (N, k, k). Products use `HIGHEST` precision: the bfloat16 and TF32 defaults of
+accelerators destroy orthonormality. Functions with loops are jitted, so that eager
+callers compile them once.
 """
 
 import functools
@@ -20,19 +21,20 @@ T = TypeVar("T")  # a pytree of arrays
 HIGHEST = jax.lax.Precision.HIGHEST
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Muon's quintic: five steps bring singular values in (1e-3, 1] to about [.5, 1.5]."""
+"""Muon's quintic: five steps map singular values in (1e-3, 1] to about [.5, 1.5]."""
 
 CUBIC = (1.5, -0.5, 0.0)
-"""The convergent cubic: the fixed point is exactly 1."""
+"""The convergent cubic: its fixed point is exactly 1."""
 
 MAX_STACKS = 4
+"""Maximum number of batched calls in `map_batched`."""
 
-# Of quadratic convergence: a step from this error ends at rounding.
+# Convergence is quadratic: from this error, one step reaches rounding.
 _NEWTON_ENDS = 2e-4
 
 
 def matmul(x: Float[Array, "*#L n k"], y: Float[Array, "*#L k m"]) -> Array:
-    """Returns x @ y at full float32 precision."""
+    """Returns x @ y in full float32 precision."""
     return jnp.matmul(x, y, precision=HIGHEST)
 
 
@@ -42,17 +44,17 @@ def transpose(x: Float[Array, "*L n m"]) -> Float[Array, "*L m n"]:
 
 
 def as_float32(x: Float[Array, "*L"]) -> Float[Array, "*L"]:
-    """Returns x, or its float32 copy where it is of lower precision."""
+    """Casts arrays of lower precision to float32; returns others unchanged."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def gram(
     x: Float[Array, "*L n k"], y: Float[Array, "*L n m"] | None = None
 ) -> Float[Array, "*L k m"]:
-    """Returns x.T @ y (y defaults to x), replicated over a mesh with Explicit axes.
+    """Returns x.T @ y, where y defaults to x.
 
-    Rows may be sharded: the contraction is then a sum over devices of k x m partial
-    products, and no factor is gathered.
+    Rows may be sharded. Devices then sum k x m partial products, and no factor is
+    gathered. On a mesh with Explicit axes the result is replicated.
     """
     y = x if y is None else y
     sharding = jax.typeof(x).sharding
@@ -70,12 +72,12 @@ def frobenius_norm(x: Float[Array, "*L n m"]) -> Float[Array, "*L"]:
 
 
 def safe_divisor(size: Float[Array, "*L"]) -> Float[Array, "*L"]:
-    """Returns size, and 1 where it is 0: as a divisor it leaves zeros alone."""
+    """Replaces zeros by ones; a division by the result keeps zeros."""
     return jnp.where(size > 0, size, 1)
 
 
 def scale_by_max(x: Float[Array, "*L n m"]) -> Float[Array, "*L n m"]:
-    """Returns x over its largest entry: squares of huge entries would overflow."""
+    """Divides each matrix by its largest absolute entry, so that squares are finite."""
     peak = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     return x / safe_divisor(peak)
 
@@ -85,24 +87,23 @@ def map_batched(
     *operands: Sequence[Float[Array, "..."]],
     fill: float,
 ) -> list[Any]:
-    """Applies `fn` to every square matrix of the lists, in at most four batched calls.
+    """Applies `fn` to lists of square matrices in at most `MAX_STACKS` batched calls.
 
-    The i-th matrices of all operands belong together and share one size. Matrices of
-    one size are stacked; where there are more than `MAX_STACKS` sizes, neighbours are
-    padded to a common one by a diagonal block of `fill`. Requires that `fn` keeps such
-    a block apart from the rest: then results equal the unpadded ones.
+    Matrices of equal size are stacked. If there are more than `MAX_STACKS` sizes,
+    similar sizes are padded to the largest of them, with `fill` on the diagonal. A
+    batched call replaces hundreds of small kernels and compiles quickly.
 
-    One batched call in the place of hundreds is one kernel on an accelerator, and
-    little to compile.
+    Requires that `fn` does not mix the padding with the rest of the matrix. Results
+    then equal the unpadded ones.
 
     Args:
-      fn: from stacks (N, K, K), one per operand, to a pytree of (N, K, K), (N, K) or
-        (N,).
-      *operands: lists of arrays (*L, k, k).
-      fill: diagonal of the padding, 1 for a factorisation and 0 for a norm.
+      fn: maps stacks (N, K, K), one per operand, to a pytree of arrays (N, K, K),
+        (N, K) or (N,).
+      *operands: lists of arrays (*L, k, k); their i-th matrices have equal shapes.
+      fill: diagonal of the padding: 1 for factorisations, 0 for norms.
 
     Returns:
-      One pytree of (*L, k, k), (*L, k) or (*L,) per matrix, in order.
+      One pytree of arrays (*L, k, k), (*L, k) or (*L,) per matrix, in order.
     """
     first = operands[0]
     if not first:
@@ -143,23 +144,27 @@ def _pad(x: Float[Array, "*L k k"], size: int, fill: float) -> Float[Array, "N K
 def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
     """Returns L^-1 with g = L @ L.T; NaN where g is not positive definite.
 
-    No library factorisation: side by side on a CPU with few threads, as on several
-    devices of one host, those of jaxlib up to 0.11 deadlock, and on accelerators they
-    are slow. Near the identity, where optimizer steps leave a Gram matrix, by halves,
+    Gram matrices are near the identity after an optimizer step. There the inverse
+    follows by recursive halving,
 
-        L^-1 = [M_1, 0; -M_2 C.T M_1, M_2],    C = M_1 g_12,    M_2 of g_22 - C.T C,
+        L^-1 = [M_1, 0; -M_2 C.T M_1, M_2],
 
-    down to a few blocks, which Newton's iteration inverts. Where that does not converge
-    for the whole stack, by Gaussian elimination.
+    with C = M_1 g_12, where M_1 and M_2 are the inverse factors of g_11 and of
+    g_22 - C.T C. Newton's iteration inverts the smallest blocks. If it does not
+    converge for the whole stack, `eliminate` takes over.
+
+    Library factorisations are slow on accelerators. In jaxlib up to 0.11 they also
+    deadlock when several run concurrently on a CPU with few threads, for example on
+    several devices of one host.
     """
-    # Smaller blocks are no cheaper, and more of them take long to compile.
+    # Smaller blocks are not cheaper, and more blocks take long to compile.
     block = max(16, math.ceil(g.shape[-1] / 8))
     m, error = _inverse_by_halves(g, block)
     return jax.lax.cond(error < _NEWTON_ENDS, lambda g: m, eliminate, g)
 
 
 def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Array]:
-    """L^-1, and the largest error that a block met before its last step."""
+    """Returns L^-1 and the largest error of any block before its last step."""
     k = g.shape[-1]
     if k <= block:
         return _inverse_by_newton(g)
@@ -172,14 +177,14 @@ def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Arr
     upper = jnp.pad(m_1, ((0, 0), (0, 0), (0, k - half)))
     lower = jnp.concatenate([corner, m_2], axis=-1)
     m = jnp.concatenate([upper, lower], axis=-2)
-    # A NaN of either half must stay one.
+    # A NaN from either half must propagate.
     return m, jnp.where(error_1 >= error_2, error_1, error_2 + 0 * error_1)
 
 
 def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
-    """L^-1 by an iteration on the lower triangle, of quadratic convergence.
+    """Returns L^-1 and the error before the last step; converges quadratically.
 
-    E = M g M.T - I,    M <- M - (strict lower triangle of E + half its diagonal) M.
+    With E = M g M.T - I, one step is M <- M - (tril(E, -1) + diag(E) / 2) M.
     """
     eye = jnp.eye(g.shape[-1], dtype=g.dtype)
     half_lower = jnp.tril(jnp.ones_like(eye), -1) + 0.5 * eye
@@ -192,7 +197,7 @@ def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
 
     def unfinished(carry):
         _, error, step = carry
-        # Growth ends it too.
+        # Growth of the error ends the loop too.
         return (error >= _NEWTON_ENDS) & (error < 2.0) & (step < 10)
 
     e = g - eye
@@ -202,9 +207,9 @@ def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
 
 
 def eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
-    """Returns what `inverse_cholesky` does, for g that is far from the identity.
+    """Returns L^-1 like `inverse_cholesky`, for g far from the identity.
 
-    By elimination of [g, I], a column at a time: slow, and little to compile.
+    Gaussian elimination of [g, I], column by column: slow to run, quick to compile.
     """
     k = g.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(k, dtype=g.dtype), g.shape)
@@ -218,7 +223,7 @@ def eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
 
     rows = jax.lax.fori_loop(0, k, clear, jnp.concatenate([g, eye], axis=-1))
     pivots = jnp.diagonal(rows[..., :k], axis1=-2, axis2=-1)
-    # The square root of what is not positive must be NaN, of zero too.
+    # Pivots that are not positive give NaN, including zero.
     scale = jnp.where(pivots > 0, jax.lax.rsqrt(jnp.abs(pivots)), jnp.nan)
     return rows[..., k:] * scale[..., None]
 
@@ -227,26 +232,26 @@ def eliminate(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
 def inverse_sqrt(
     g: Float[Array, "N k k"], *, max_steps: int = 60
 ) -> Float[Array, "N k k"]:
-    """Returns g^(-1/2) of symmetric positive definite g; NaN where it is not definite.
+    """Returns g^(-1/2) for symmetric g; NaN where g is not positive definite.
 
-    By the convergent cubic of Newton and Schulz, Z <- Z (3 I - Z g Z) / 2.
-    The error falls quadratically: with e = ||z g z - I||_F the next step has at most
-    3/4 e^2. So the loop ends at e < 1e-3, well above rounding, and one step follows.
+    Newton-Schulz iteration with the convergent cubic, Z <- Z (3 I - Z g Z) / 2. The
+    error e = ||Z g Z - I||_F converges quadratically: one step leaves at most 3/4 e^2.
+    So the loop ends at e < 1e-3, well above rounding, and one more step follows.
     """
     eye = jnp.eye(g.shape[-1], dtype=g.dtype)
-    # Eigenvalues below 3 converge; an absolute row sum bounds the largest one.
+    # Eigenvalues below 3 converge; the absolute row sums bound the largest one.
     scale = jnp.maximum(jnp.max(jnp.sum(jnp.abs(g), -1), -1) / 1.5, 1.0)
     scale = scale[:, None, None]
     g = g / scale
 
     def improve(z):
-        # From g itself, never from the last residual: rounding must not build up.
+        # Recomputed from g in each step, so that rounding does not accumulate.
         residual = matmul(transpose(z), matmul(g, z))
         return matmul(z, CUBIC[0] * eye + CUBIC[1] * residual), residual
 
     def unfinished(carry):
         _, residual, step = carry
-        # A NaN compares as False: a lost matrix does not stop its neighbours.
+        # NaN compares as False: a failed matrix does not keep the loop running.
         open_ones = frobenius_norm(residual - eye) >= 1e-3
         return jnp.any(open_ones) & (step < max_steps)
 
@@ -266,11 +271,13 @@ def jacobi_svd(
 ) -> tuple[Float[Array, "N k k"], Float[Array, "N k"], Float[Array, "N k k"]]:
     """Returns p, s, z with m = p diag(s) z.T and orthogonal p and z.
 
-    s has either sign and any order: where m is nearly diagonal, p and z are near the
-    identity, and few sweeps are needed. Kogbetliantz' two-sided Jacobi method, k / 2
-    rotations at a time in the order of a tournament; 12 k^3 FLOPs a sweep. Library
-    decompositions, side by side on a CPU with few threads, deadlock in jaxlib up to
-    0.11.
+    Kogbetliantz' two-sided Jacobi method. Each round applies k / 2 disjoint rotations
+    in tournament order; a sweep costs 12 k^3 FLOPs. The values s may be negative and
+    unsorted. For nearly diagonal m, p and z are near the identity and few sweeps
+    suffice.
+
+    Library decompositions deadlock in jaxlib up to 0.11 when several run concurrently
+    on a CPU with few threads.
 
     References:
       Brent, Luk, Van Loan, Computation of the singular value decomposition using
@@ -280,7 +287,7 @@ def jacobi_svd(
     if k == 1:
         one = jnp.ones_like(m)
         return one, m[..., 0], one
-    # The matrix of an odd size gets a row and a column of zeros, which never mix in.
+    # Odd sizes get a row and a column of zeros, which never mix with the others.
     m = jnp.pad(m, ((0, 0), (0, k % 2), (0, k % 2)))
     size = m.shape[-1]
     half = size // 2
@@ -289,7 +296,7 @@ def jacobi_svd(
     eye = jnp.eye(size, dtype=m.dtype)
 
     def rotate_columns(x, angle):
-        """Column pairs (i, i + half) turned by an angle each."""
+        """Rotates each column pair (i, i + half) by its own angle."""
         c, s = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
         left, right = x[..., :half], x[..., half:]
         turned = jnp.concatenate([c * left + s * right, c * right - s * left], axis=-1)
@@ -303,8 +310,8 @@ def jacobi_svd(
         both = jnp.arctan2(c + b, a - d)
         apart = jnp.arctan2(c - b, a + d)
         left, right = (apart + both) / 2, (both - apart) / 2
-        # Of all angles that make both off-diagonal entries zero, the smallest: modulo
-        # pi the signs of s change, modulo pi / 2 together their order.
+        # Choose the smallest angles that zero both off-diagonal entries. A shift of
+        # one angle by pi flips signs in s; a shift of both by pi / 2 permutes s.
         left = left - jnp.pi * jnp.round(left / jnp.pi)
         swap = jnp.where(jnp.abs(left) > jnp.pi / 4, jnp.sign(left) * jnp.pi / 2, 0)
         left, right = left - swap, right - swap
@@ -317,17 +324,17 @@ def jacobi_svd(
 
     def unfinished(carry):
         m, _, _, sweeps = carry
-        # A matrix with a NaN is finished, and ends no other's sweeps.
+        # NaN compares as False: a matrix with a NaN does not affect the others.
         left = jnp.any(off_diagonal(m) > 2 * jnp.finfo(m.dtype).eps)
         return left & (sweeps < max_sweeps)
 
     def sweep(carry):
         m, p, z, sweeps = carry
-        # After all rounds of a tournament everybody is in the first place again.
+        # A full tournament restores the original order.
         m, p, z = jax.lax.fori_loop(0, size - 1, one_round, (m, p, z))
         return m, p, z, sweeps + 1
 
-    # As varied over the axes of a shard_map as m is.
+    # Inside shard_map, start must vary over the same axes as m.
     start = jnp.where(m == m, eye, eye)
     m, p, z, _ = jax.lax.while_loop(unfinished, sweep, (m, start, start, jnp.array(0)))
     s = jnp.diagonal(m, axis1=-2, axis2=-1)
@@ -340,19 +347,19 @@ def newton_schulz(
     steps: int = 5,
     coefficients: tuple[float, float, float] = QUINTIC,
 ) -> T:
-    """Returns an approximation of msign(x) = x (x.T x)^(-1/2), the nearest isometry.
+    """Approximates msign(x) = x (x.T x)^(-1/2), the nearest isometry to x.
 
     One step is X <- X (a I + b G + c G^2) with G = X.T X. The polynomials commute, so
-    all steps run on the small Gram matrix and x is multiplied once: for n >> m this
-    costs 4 n m^2 FLOPs in place of 4 n m^2 per step, and the small products of a whole
-    tree are a few batched calls.
+    all steps run on the small Gram matrix, and x is multiplied once. For n >> m this
+    costs 4 n m^2 FLOPs in total, where the iteration on x costs 4 n m^2 per step. The
+    small products of a whole tree are a few batched calls.
 
-    `Deviation:` from the reference implementations, which iterate on x itself in bf16.
+    `Deviation:` reference implementations iterate on x itself, in bfloat16.
 
     Args:
       x: pytree of arrays (*L, n, m).
-      steps: of the iteration.
-      coefficients: (a, b, c), `QUINTIC` or `CUBIC`.
+      steps: number of iterations.
+      coefficients: (a, b, c), for example `QUINTIC` or `CUBIC`.
 
     References:
       Jordan et al., Muon: an optimizer for hidden layers, 2024,
@@ -379,7 +386,7 @@ def newton_schulz(
 def _polynomial(
     g: Float[Array, "N k k"], steps: int, coefficients: tuple[float, float, float]
 ) -> Float[Array, "N k k"]:
-    """The product of all steps of the iteration that starts at x with x.T x = g."""
+    """Returns the polynomial P with x P the last iterate, for x.T x = g."""
     a, b, c = coefficients
     eye = jnp.eye(g.shape[-1], dtype=g.dtype)
     product = jnp.broadcast_to(eye, g.shape)
@@ -396,11 +403,11 @@ def _polynomial(
 def power_iteration(
     x: Float[Array, "*L n m"], vector: Float[Array, "*L m"], *, steps: int = 1
 ) -> tuple[Float[Array, "*L"], Float[Array, "*L m"]]:
-    """Returns a lower estimate of ||x||_2 and the improved right singular vector.
+    """Returns a lower bound of ||x||_2 and an improved right singular vector.
 
-    Warm-started over a training run from the vector of the last step, one step is
-    enough to follow a slowly changing x. A zero x gives 0, and leaves the vector as it
-    is, for the steps to come; so does a NaN.
+    During training, warm-start from the vector of the previous update: one step then
+    tracks a slowly changing x. If x is zero or contains NaN, the direction of the
+    vector is kept for later updates. A zero x gives a norm of 0.
     """
 
     def normalise(y, otherwise):
@@ -422,21 +429,22 @@ def spectral_radius_bound(
     squarings: int,
     threshold: Float[Array, " N"] | None = None,
 ) -> Float[Array, " N"]:
-    """Returns ||m^p||_F^(1/p) with p = 2**squarings, never below the spectral radius.
+    """Returns ||m^p||_F^(1/p) with p = 2**squarings, at least the spectral radius.
 
-    For symmetric m it is at most k^(1/2p) times the radius (Gelfand's formula): 1 %
-    above at 8 squarings, 5e-6 at 20, for k = 256. Matrix products alone, batched.
+    For symmetric m the bound is at most k^(1/2p) times the radius (Gelfand's formula).
+    For k = 256 it is 1 % too large after 8 squarings, and 5e-6 after 20.
 
     Args:
-      m: real matrices; with a threshold, products of two positive semidefinite ones,
-        whose traces bound the radius from below: trace(m^2p) <= k radius^2p.
-      squarings: at most so many.
-      threshold: fewer are done once every radius is known to a tenth, and known to
-        lie on one side of its threshold: the result is then on that side too.
+      m: real matrices. With a threshold, each must be a product of two positive
+        semidefinite matrices. Their traces bound the radius from below:
+        trace(m^2p) <= k radius^2p.
+      squarings: maximum number of squarings.
+      threshold: optional early stop. The loop ends once every radius is known to a
+        tenth and every bound is on the same side of its threshold as the radius.
     """
     tiny = jnp.finfo(m.dtype).tiny
     k = m.shape[-1]
-    # Of sum(m * m.T) for ||m||_F = 1.
+    # Rounding error of sum(m * m.T) for ||m||_F = 1.
     rounding = 16 * k * jnp.finfo(m.dtype).eps
 
     def normalise(m):
@@ -452,7 +460,7 @@ def spectral_radius_bound(
         m, total, weight, steps, settled = carry
         m, peak, norm = normalise(matmul(m, m))
         weight = weight / 2
-        # Frozen once settled: the result owes nothing to the rest of the stack.
+        # Frozen once settled, so that results do not depend on the rest of the stack.
         total = jnp.where(settled, total, total + weight * log(peak, norm))
         return m, total, weight, steps + 1, settled | settles(m, total, weight)
 
@@ -460,11 +468,11 @@ def spectral_radius_bound(
         if threshold is None:
             return jnp.zeros(total.shape, bool)
         trace = jnp.sum(m * transpose(m), axis=(-2, -1)) - rounding
-        # Without a usable trace the ratio is far below any tolerance.
+        # A trace lost in rounding makes the ratio tiny, which never settles.
         log_ratio = 0.5 * weight * jnp.log(jnp.maximum(trace, tiny) / k)
         upper, lower = jnp.exp(total), jnp.exp(total + log_ratio)
         decided = (upper <= threshold) | (lower > threshold)
-        # A NaN is as settled as it will ever be.
+        # NaN never settles otherwise.
         return (decided & (log_ratio > -math.log(1.1))) | zero | jnp.isnan(total)
 
     m, peak, norm = normalise(m)

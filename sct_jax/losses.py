@@ -14,13 +14,13 @@ def next_token_cross_entropy(
 ) -> Scalar:
     """Returns the mean negative log-likelihood of the targets, in nats per token.
 
-    Computed in float32. An all-zero mask gives 0.
+    The loss is computed in float32. An all-zero mask gives 0.
 
     Args:
       logits: unnormalised scores.
-      targets: the token that follows each position.
-      mask: weight of each position, 1 everywhere if None.
-      z_loss: weight of the mean of log(Z)^2, which keeps the logits from drifting.
+      targets: token after each position.
+      mask: weight of each position. Defaults to 1 everywhere.
+      z_loss: weight of the mean of log(Z)^2, which keeps logits from drifting.
 
     References:
       Chowdhery et al., PaLM, arXiv 2204.02311, 2022, section 5 (z-loss)

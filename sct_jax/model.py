@@ -1,11 +1,11 @@
-"""The decoder-only transformer (SmolLM2 / Llama) as pure functions of plain pytrees.
+"""A decoder-only transformer (SmolLM2 / Llama) as pure functions of plain pytrees.
 
 Axes, here and everywhere: B batch, L query length, M key length, D d_model, F d_ff,
 H heads, G kv heads, K head_dim, V vocab, R rank, I fan_in, O fan_out.
 
-Parameters: {"embedding": (V, D), "layers": ..., "final_norm": (D,), "head": (D, V)},
-where `layers` is one block with stacked leaves (*, num_layers first) or a tuple of
-blocks, "head" is absent when tied, and any matrix may be a factor tuple.
+Parameters: {"embedding": (V, D), "layers": ..., "final_norm": (D,), "head": (D, V)}.
+"layers" is one block whose leaves are stacked along a first axis of size num_layers,
+or a tuple of blocks. Any matrix may be a factor tuple. Tied models have no "head".
 """
 
 import dataclasses
@@ -21,7 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from sct_jax import errors, spectral
 
 Params = dict[str, Any]
-Linear = Callable[[Array, spectral.Weight], Array]
+Linear = Callable[[Array, spectral.Weight], Array]  # x (..., I), W to x @ W (..., O)
+
+LAYERS = "layers"
+"""Key of the layers in the parameters, and in every state that mirrors them."""
 
 BLOCK_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 MATRICES = (*BLOCK_MATRICES, "embedding", "head")
@@ -32,7 +35,7 @@ REMAT = ("none", "dots", "full")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixRanks:
-    """Rank of single matrices, in the place of `model.rank`."""
+    """Ranks of individual matrices; they override `model.rank`."""
 
     q: int | None = None
     k: int | None = None
@@ -47,7 +50,7 @@ class MatrixRanks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixRankRatios:
-    """Rank of single matrices as a share of fan_in, clamped to 1..min(I, O)."""
+    """Ranks of individual matrices as fractions of fan_in, clamped to 1..min(I, O)."""
 
     q: float | None = None
     k: float | None = None
@@ -62,29 +65,29 @@ class MatrixRankRatios:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the model.
+    """Architecture of the model.
 
     Attributes:
       d_model: D, width of the residual stream.
       d_ff: F, width of the SwiGLU.
       num_layers: number of blocks.
-      num_heads: H, query heads.
-      num_kv_heads: G, key and value heads; divides num_heads.
+      num_heads: H, number of query heads.
+      num_kv_heads: G, number of key and value heads; divides num_heads.
       vocab_size: V.
-      rank: R of every spectral matrix that `ranks` and `rank_ratios` leave out.
-      spectral: names of the matrices that are factors, of `MATRICES`.
-      factors: of what kind the factors are, "spectral" (u, s, v) or "low_rank" (a, b).
-      ranks: ranks of single matrices.
-      rank_ratios: ranks of single matrices as shares of their fan_in.
+      rank: R of the factorised matrices. `ranks` and `rank_ratios` override it.
+      spectral: names of the factorised matrices, from `MATRICES`.
+      factors: kind of the factors: "spectral" (u, s, v) or "low_rank" (a, b).
+      ranks: ranks of individual matrices.
+      rank_ratios: ranks of individual matrices as fractions of fan_in.
       tie_embeddings: whether the head is the transposed embedding.
       rope_theta: base of the rotary embedding.
       norm_eps: epsilon of RMSNorm.
-      qk_norm: whether queries and keys are normalised over head_dim before the rotary
-        embedding, each with a scale of its own (Qwen3): attention scores are then
-        bounded whatever the singular values of q and k.
-      rescale_init: whether s is stretched to the Frobenius norm of the dense init.
-      compute_dtype: of activations and of the cast parameters.
-      scan_layers: whether layers are stacked and scanned, or a tuple and unrolled.
+      qk_norm: whether to normalise queries and keys over head_dim before the rotary
+        embedding, with separate scales (Qwen3). Attention scores are then bounded for
+        all singular values of q and k.
+      rescale_init: whether to scale s to the Frobenius norm of the dense init.
+      compute_dtype: dtype of activations, and of parameters in matrix products.
+      scan_layers: True scans over stacked layers; False unrolls a tuple of layers.
       remat: what the backward pass recomputes: "none", "dots" (all but the results of
         matrix products) or "full" (each block from its input).
     """
@@ -111,11 +114,11 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """K."""
+        """K, size of a head."""
         return self.d_model // self.num_heads
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
-        """Returns (fan_in, fan_out) of every matrix; "head" only where untied."""
+        """Returns (fan_in, fan_out) of every matrix; tied models have no "head"."""
         d, f, g = self.d_model, self.d_ff, self.num_kv_heads * self.head_dim
         shapes = {
             "q": (d, d),
@@ -132,7 +135,7 @@ class ModelConfig:
         )
 
     def matrix_rank(self, name: str) -> int | None:
-        """Returns the rank of a matrix, None where it is dense."""
+        """Returns the rank of a matrix, or None if it is dense."""
         if name not in self.spectral:
             return None
         explicit = getattr(self.ranks, name)
@@ -143,7 +146,7 @@ class ModelConfig:
         return self.rank if explicit is None else explicit
 
     def clamped_ratios(self) -> list[str]:
-        """Returns a sentence for every rank ratio that min(I, O) cuts short."""
+        """Returns a sentence for every rank ratio that was clamped to 1..min(I, O)."""
         notes = []
         for name in self.spectral:
             ratio, shape = getattr(self.rank_ratios, name), self.matrix_shapes()[name]
@@ -153,19 +156,19 @@ class ModelConfig:
                 if wanted != rank:
                     notes.append(
                         f"model.rank_ratios.{name}: {ratio} of fan_in {shape[0]} is "
-                        f"rank {wanted}, clamped to {rank}"
+                        f"rank {wanted}; clamped to {rank}"
                     )
         return notes
 
     def validate(self) -> None:
-        """Raises UserError, naming the field, for a shape that is no model."""
+        """Raises UserError naming the first invalid field."""
         sizes = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads")
         errors.check_bounds("model.", self, *sizes, least=1)
         errors.check_bounds("model.", self, "vocab_size", least=2)
         errors.check(
             "model.num_heads",
             self.d_model % self.num_heads == 0,
-            f"{self.num_heads} heads do not divide model.d_model = {self.d_model}",
+            f"{self.num_heads} must divide model.d_model = {self.d_model}",
         )
         errors.check(
             "model.num_heads",
@@ -175,8 +178,7 @@ class ModelConfig:
         errors.check(
             "model.num_kv_heads",
             self.num_heads % self.num_kv_heads == 0,
-            f"{self.num_kv_heads} kv heads do not divide model.num_heads = "
-            f"{self.num_heads}",
+            f"{self.num_kv_heads} must divide model.num_heads = {self.num_heads}",
         )
         errors.check_bounds("model.", self, "rope_theta", "norm_eps", above=0)
         errors.check_choice("model.factors", self.factors, FACTORS)
@@ -189,12 +191,13 @@ class ModelConfig:
         errors.check(
             "model.spectral",
             "head" not in self.spectral or not self.tie_embeddings,
-            "'head' is the embedding while model.tie_embeddings is true",
+            "remove 'head': it is the transposed embedding, since "
+            "model.tie_embeddings is true",
         )
         errors.check(
             "model.spectral",
             len(set(self.spectral)) == len(self.spectral),
-            "a matrix is named twice",
+            f"{self.spectral} lists a matrix twice",
         )
         for name in MATRICES:
             self._validate_rank(name)
@@ -207,9 +210,10 @@ class ModelConfig:
             for field, value in (("ranks", explicit), ("rank_ratios", ratio))
             if value is not None
         ]
-        errors.check(given[-1] if given else "", len(given) < 2, "give one of the two")
+        message = f"conflicts with {given[0]}: set only one of them" if given else ""
+        errors.check(given[-1] if given else "", len(given) < 2, message)
         if name not in self.spectral:
-            message = f"{name!r} is not in model.spectral"
+            message = f"has no effect: add {name!r} to model.spectral, or unset it"
             errors.check(given[0] if given else "", not given, message)
             return
         if ratio is not None:
@@ -219,20 +223,20 @@ class ModelConfig:
         errors.check(
             given[0] if given else "model.rank",
             rank is not None and 1 <= rank <= min(shape),
-            f"rank {rank} of matrix {name!r} is not in 1..{min(shape)}, its shape is "
+            f"rank {rank} of matrix {name!r} must be in 1..{min(shape)}, for shape "
             f"{shape[0]} x {shape[1]}",
         )
 
 
 def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Returns random parameters in float32, factors on the Stiefel manifold.
+    """Returns random float32 parameters with orthonormal factors.
 
-    Matrices are N(0, 1 / fan_in), or its spectrum (`spectral.init`); o and down are
-    divided by sqrt(2 num_layers), the embedding is N(0, 1 / d_model). The tuple and the
-    stacked layout hold the same numbers.
+    Dense matrices are N(0, 1 / fan_in); factors follow its spectrum (`spectral.init`).
+    o and down are divided by sqrt(2 num_layers). The embedding is N(0, 1 / d_model).
+    Both layouts of the layers get the same numbers.
     """
     params = init_ends(key, config) | {
-        "layers": jax.vmap(lambda key: init_block(key, config))(
+        LAYERS: jax.vmap(lambda key: init_block(key, config))(
             layer_keys(key, config.num_layers)
         )
     }
@@ -241,14 +245,14 @@ def init(key: PRNGKeyArray, config: ModelConfig) -> Params:
 
 
 def layer_keys(key: PRNGKeyArray, num_layers: int) -> Key[Array, " N"]:
-    """Returns the keys of all layers, (num_layers,), from the key of a model."""
+    """Returns one key per layer from the key of a model."""
     return jax.random.split(jax.random.fold_in(key, 2), num_layers)
 
 
 def init_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
-    """Returns what stands outside the layers, before `on_manifold`."""
+    """Returns embedding, final norm and head, before `orthonormalize`."""
     ends: Params = {
-        # Rows are read one at a time, so the scale that counts is that of a row.
+        # Lookup reads single rows, so the scale of a row matters.
         "embedding": _init_matrix(
             jax.random.fold_in(key, 0),
             config,
@@ -263,7 +267,7 @@ def init_ends(key: PRNGKeyArray, config: ModelConfig) -> Params:
 
 
 def orthonormalize(params: Params, config: ModelConfig) -> Params:
-    """Returns drawn parameters with orthonormal factors, as the kind it asks for."""
+    """Retracts sampled factors, and converts them to the kind `config.factors`."""
     params = spectral.retract(params)
     if config.factors == "low_rank":
         params = jax.tree.map(
@@ -277,7 +281,7 @@ def orthonormalize(params: Params, config: ModelConfig) -> Params:
 def init_block(
     key: PRNGKeyArray, config: ModelConfig, *, layers: tuple[int, ...] = ()
 ) -> Params:
-    """Returns the parameters of one block, or a stack, before `on_manifold`."""
+    """Returns the parameters of one block, or of a stack, before `orthonormalize`."""
     block: Params = {
         "attention_norm": jnp.ones((*layers, config.d_model), jnp.float32),
         "mlp_norm": jnp.ones((*layers, config.d_model), jnp.float32),
@@ -307,27 +311,27 @@ def _init_matrix(key, config, name, *, layers=(), scale=1.0):
         layers=layers,
         scale=scale,
         rescale=config.rescale_init,
-        on_manifold=False,
+        orthonormal=False,
     )
 
 
 def unstack_layers(tree: Any) -> Any:
-    """Returns the tree with every stacked "layers" entry as a tuple of blocks.
+    """Converts every stacked "layers" entry of a tree to a tuple of blocks.
 
-    Works on parameters and on any state that mirrors them (Adam's moments).
+    Works on parameters and on any state that mirrors them, such as Adam's moments.
     """
 
     def unstack(node):
-        if not has_layers(node) or isinstance(node["layers"], tuple):
+        if not has_layers(node) or isinstance(node[LAYERS], tuple):
             return node
-        leaves, treedef = jax.tree.flatten(node["layers"])
-        if not leaves:  # all of it is masked
+        leaves, treedef = jax.tree.flatten(node[LAYERS])
+        if not leaves:  # a mask removed all layers
             return node
         blocks = tuple(
             jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves])
             for i in range(leaves[0].shape[0])
         )
-        return node | {"layers": blocks}
+        return node | {LAYERS: blocks}
 
     return jax.tree.map(unstack, tree, is_leaf=has_layers)
 
@@ -335,21 +339,21 @@ def unstack_layers(tree: Any) -> Any:
 def stack_layers(
     tree: Any, *, stack_arrays: Callable[[Sequence[Array]], Array] = jnp.stack
 ) -> Any:
-    """Returns the tree with every "layers" tuple stacked: undoes `unstack_layers`.
+    """Stacks every "layers" tuple of a tree; inverse of `unstack_layers`.
 
     Args:
-      tree: a state, or a part of one.
-      stack_arrays: what makes one array of those of all layers.
+      tree: parameters, or a state that mirrors them.
+      stack_arrays: stacks the arrays of all layers along a new first axis.
 
     Raises:
-      ValueError: where the layers differ in shape (ranks of their own).
+      ValueError: if shapes differ between layers, for example by rank.
     """
 
     def stack(node):
-        if not has_layers(node) or not isinstance(node["layers"], tuple):
+        if not has_layers(node) or not isinstance(node[LAYERS], tuple):
             return node
         return node | {
-            "layers": jax.tree.map(lambda *xs: stack_arrays(xs), *node["layers"])
+            LAYERS: jax.tree.map(lambda *xs: stack_arrays(xs), *node[LAYERS])
         }
 
     return jax.tree.map(stack, tree, is_leaf=has_layers)
@@ -357,16 +361,16 @@ def stack_layers(
 
 def has_layers(node: Any) -> bool:
     """Returns whether a node of a state mirrors the parameters of a model."""
-    return isinstance(node, dict) and "layers" in node
+    return isinstance(node, dict) and LAYERS in node
 
 
 def decay_mask(params: Params) -> Any:
-    """Returns which leaves weight decay acts on: s, a, b and dense matrices.
+    """Returns a mask of the leaves with weight decay: s, a, b and dense matrices.
 
-    By name, as a stacked norm scale has two axes like a matrix.
+    Selects by name, because a stacked norm scale has two axes like a matrix.
     """
 
-    # In a block v is a matrix by dict key, in a factor tuple a field by attribute.
+    # "v" is a matrix as a dictionary key, but a factor as an attribute.
     def decays(path, _):
         if isinstance(path[-1], jax.tree_util.GetAttrKey):
             return path[-1].name not in ("u", "v")
@@ -376,11 +380,11 @@ def decay_mask(params: Params) -> Any:
 
 
 def hidden_matrices(params: Params) -> Any:
-    """Returns which leaves are matrices of a layer: what Muon orthogonalises."""
+    """Returns a mask of the matrices inside layers, which Muon orthogonalises."""
 
     def hidden(path, _):
         keys = [str(getattr(key, "key", "")) for key in path]
-        return "layers" in keys and not keys[-1].endswith("_norm")
+        return LAYERS in keys and not keys[-1].endswith("_norm")
 
     return jax.tree_util.tree_map_with_path(hidden, params)
 
@@ -396,27 +400,28 @@ def forward(
     """Returns the logits of the next token at every position, in float32.
 
     Args:
-      params: as from `init`, in either layout.
+      params: parameters from `init`, in either layout.
       tokens_BL: token ids.
-      config: shape of the model.
-      segment_ids: document of each position; attention does not cross documents.
-      linear: what multiplies by the matrices of a layer, see `block`.
+      config: architecture of the model.
+      segment_ids: document id of each position. Attention does not cross documents.
+      linear: multiplies by every matrix of the layers, and by the head. The embedding
+        lookup does not use it.
     """
     x_BLD = embed(params, tokens_BL, config)
     rope, mask = positions(tokens_BL, config, segment_ids)
     apply = _rematerialised(
         functools.partial(block, config=config, linear=linear), config.remat
     )
-    if isinstance(params["layers"], tuple):
-        for layer in params["layers"]:
+    if isinstance(params[LAYERS], tuple):
+        for layer in params[LAYERS]:
             x_BLD = apply(layer, x_BLD, rope, mask)
     else:
         x_BLD, _ = jax.lax.scan(
             lambda x, layer: (apply(layer, x, rope, mask), None),
             x_BLD,
-            params["layers"],
+            params[LAYERS],
         )
-    return logits(params, x_BLD, config)
+    return logits(params, x_BLD, config, linear=linear)
 
 
 def embed(
@@ -434,23 +439,27 @@ def positions(
 ) -> tuple[
     tuple[Float[Array, "L K2"], Float[Array, "L K2"]], Bool[Array, "B 1 L M"] | None
 ]:
-    """Returns what every layer needs of the positions: rotary table, and mask."""
+    """Returns the rotary table, and the mask of document boundaries, for all layers."""
     mask = None if segment_ids is None else _same_segment(segment_ids)
     return rotary_table(tokens_BL.shape[1], config), mask
 
 
 def logits(
-    params: Params, x_BLD: Float[Array, "B L D"], config: ModelConfig
+    params: Params,
+    x_BLD: Float[Array, "B L D"],
+    config: ModelConfig,
+    *,
+    linear: Linear = spectral.linear,
 ) -> Float[Array, "B L V"]:
-    """Returns the head's scores of the final residual stream, in float32.
+    """Returns float32 logits from the residual stream after the last layer.
 
-    They are computed in the compute dtype: in bfloat16 they have its 8 bits.
+    The product with the head uses the compute dtype, so bfloat16 logits have 8 bits.
     """
     x_BLD = rms_norm(x_BLD, params["final_norm"], config.norm_eps)
     head = params.get("head")
     if head is None:
         head = spectral.transpose(params["embedding"])
-    return spectral.linear(x_BLD, head).astype(jnp.float32)
+    return linear(x_BLD, head).astype(jnp.float32)
 
 
 def block(
@@ -464,7 +473,7 @@ def block(
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after one layer: causal attention, then SwiGLU.
 
-    `linear` is what multiplies by the seven matrices, in the order of their use.
+    `linear` multiplies by the seven matrices, in the order q, k, v, o, gate, up, down.
     """
     batch, length, _ = x_BLD.shape
     heads = lambda y, n: y.reshape(batch, length, n, config.head_dim)
@@ -490,7 +499,7 @@ def block(
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """Returns x over its root mean square, times scale; float32 inside."""
+    """Returns x / rms(x) * scale in the dtype of x, computed in float32."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
@@ -499,7 +508,7 @@ def rms_norm(
 def rotary_table(
     length: int, config: ModelConfig
 ) -> tuple[Float[Array, "L K2"], Float[Array, "L K2"]]:
-    """Returns cosines and sines of position times frequency.
+    """Returns cosine and sine of every position times every frequency.
 
     References:
       Su et al., RoFormer, arXiv 2104.09864, 2021, eq. 15
@@ -514,7 +523,7 @@ def rotate(
     x_BLHK: Float[Array, "B L H K"],
     rope: tuple[Float[Array, "L K2"], Float[Array, "L K2"]],
 ) -> Float[Array, "B L H K"]:
-    """Returns x with each pair (x_i, x_{i + K/2}) turned, as in Llama checkpoints."""
+    """Rotates each pair (x_i, x_{i + K/2}), the pairing of Llama checkpoints."""
     cos, sin = (table[None, :, None, :] for table in rope)
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]

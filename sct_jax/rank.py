@@ -1,13 +1,12 @@
-"""Ranks that change during training, by spectral energy.
+"""Adaptive rank: ranks that change during training, based on spectral energy.
 
-TSVD (arXiv 2605.28573, 2026) chooses the rank of each layer by the share of its
-spectral energy. `Deviation:` how often, with what floor, hysteresis and rounding, and
-how the optimizer state follows, is our own design; the paper's is not public in a form
-that we could read.
+TSVD (arXiv 2605.28573, 2026) chooses the rank of each layer by its spectral energy.
+`Deviation:` interval, floor, hysteresis, rounding and the treatment of the optimizer
+state are our own design, since we had no access to the paper's.
 
 A weight stores R columns for all its layers, and each layer uses the first `active` of
-them: what it does not use has s = 0, held there by `transforms.freeze_inactive_columns`. Weights
-are named by their path in the parameters, as "layers/q" or "layers/3/q".
+them. In the other columns s = 0, which `transforms.freeze_inactive_columns` maintains.
+Weights are named by their path in the parameters, such as "layers/q" or "layers/3/q".
 """
 
 import dataclasses
@@ -25,36 +24,35 @@ from sct_jax import errors, linalg, sharding, spectral, stiefel, transforms
 
 T = TypeVar("T")  # any pytree
 
-ActiveRanks = Mapping[str, np.ndarray]  # name -> columns in use, (*layers,)
+ActiveRanks = Mapping[str, np.ndarray]  # name -> active columns, (*layers,)
 
-# Nodes whose leaves all have the columns of a weight as their last axis.
-_OF_COLUMNS = (
+# The last axis of all leaves in these nodes is the columns of a weight.
+_COLUMN_NODES = (
     spectral.SpectralFactors,
     transforms.SecondMoment,
     transforms.ActiveColumns,
 )
-# The field that optax, and the chains here, keep second moments in.
-_SECOND_MOMENT = "nu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveRankConfig:
-    """When and how far ranks change.
+    """When and by how much ranks change.
 
     Attributes:
-      energy: tau, the share of sum(s^2) that the rank of a layer must hold; None: ranks
-        stay as they are.
-      every: steps between decisions.
-      warmup_steps: no decision up to here; early on every spectrum is flat, and says
-        nothing.
-      floor: no layer uses fewer columns.
-      max_rank: none stores more; None: min(fan_in, fan_out).
-      multiple: stored ranks are rounded up to it, so that shapes rarely change.
-      headroom: share of the columns found necessary that is kept beside them; a
-        layer that uses up its headroom grows.
-      hysteresis: a layer shrinks only by more than this share of its columns.
-      budget_neutral: move rank between weights under the parameters of the start, at
-        the largest common tau that fits them, in the place of `energy`.
+      energy: tau, the fraction of sum(s^2) that the rank of a layer must reach. If
+        None, ranks are constant.
+      every: number of steps between decisions.
+      warmup_steps: number of steps before the first decision. Early spectra are flat
+        and carry no information.
+      floor: minimum number of active columns per layer.
+      max_rank: maximum stored rank. Defaults to min(fan_in, fan_out).
+      multiple: stored ranks are rounded up to a multiple of this, so that shapes rarely
+        change.
+      headroom: spare columns, as a fraction of the necessary columns. A layer grows
+        when it needs its spare columns.
+      hysteresis: a layer shrinks only by more than this fraction of its columns.
+      budget_neutral: whether to move rank between weights at the initial number of
+        parameters. The largest common tau within this budget then replaces `energy`.
     """
 
     energy: float | None = None
@@ -68,35 +66,35 @@ class AdaptiveRankConfig:
     budget_neutral: bool = False
 
     def validate(self) -> None:
-        """Raises UserError, naming the field."""
-        check = functools.partial(errors.check_bounds, "rank.", self)
+        """Raises UserError naming the first invalid field."""
+        check = functools.partial(errors.check_bounds, "adaptive_rank.", self)
         check("energy", above=0, most=1)
         check("every", "floor", "multiple", least=1)
         check("warmup_steps", "headroom", least=0)
         check("hysteresis", least=0, below=1)
         errors.check(
-            "rank.max_rank",
+            "adaptive_rank.max_rank",
             self.max_rank is None or self.max_rank >= self.floor,
-            f"{self.max_rank} is below rank.floor = {self.floor}",
+            f"{self.max_rank} must be >= adaptive_rank.floor = {self.floor}",
         )
         errors.check(
-            "rank.budget_neutral",
+            "adaptive_rank.budget_neutral",
             not self.budget_neutral or self.energy is not None,
-            "needs rank.energy, which says that ranks change at all",
+            "set adaptive_rank.energy too, which turns adaptive rank on",
         )
 
-    def without_effect(self) -> list[str]:
-        """Returns a sentence for every field that is set, but in vain."""
+    def unused_fields(self) -> list[str]:
+        """Returns a sentence for every field that is set but has no effect."""
         if self.energy is not None:
             return []
         return [
-            f"rank.{field.name}: has no effect without rank.energy"
+            f"adaptive_rank.{field.name}: has no effect without adaptive_rank.energy"
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != field.default
         ]
 
     def decides_at(self, step: int) -> bool:
-        """Returns whether ranks are decided after `step` updates."""
+        """Returns whether to decide on ranks after `step` updates."""
         return (
             self.energy is not None
             and step > self.warmup_steps
@@ -104,13 +102,13 @@ class AdaptiveRankConfig:
         )
 
 
-class Weight(NamedTuple):
-    """What a decision needs to know of one weight.
+class WeightInfo(NamedTuple):
+    """Shape and spectrum of one weight, the input of a decision.
 
     Attributes:
       fans: (fan_in, fan_out).
-      s: singular values, unsorted, 0 where a column is not in use.
-      active: columns in use, per layer.
+      s: singular values, unsorted; 0 in inactive columns.
+      active: number of active columns per layer.
     """
 
     fans: tuple[int, int]
@@ -119,23 +117,31 @@ class Weight(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Stored columns."""
+        """Number of stored columns."""
         return self.s.shape[-1]
 
     def parameters(self, rank: int) -> int:
-        """Returns how many numbers it stores at a rank."""
+        """Returns the number of parameters at a given rank."""
         return math.prod(self.s.shape[:-1]) * rank * (sum(self.fans) + 1)
 
 
-def weights(params: Any, opt_state: Any) -> dict[str, Weight]:
-    """Returns every SpectralFactors of a model by name, singular values on the host."""
+def weights(params: Any, opt_state: Any) -> dict[str, WeightInfo]:
+    """Returns every SpectralFactors by name, with singular values on the host.
+
+    Args:
+      params: the parameters.
+      opt_state: state of a chain with `transforms.freeze_inactive_columns`.
+
+    Raises:
+      UserError: if the state has no active columns for a weight.
+    """
     named = _named(params, spectral.is_spectral)
     marks, found = _marks(opt_state, tuple(named)), {}
     for name, w in named.items():
         _check_marked(name, marks)
         s, active = np.asarray(w.s), np.asarray(marks[name])
         fans = (w.u.shape[-2], w.v.shape[-2])
-        found[name] = Weight(fans, s, active.sum(-1))
+        found[name] = WeightInfo(fans, s, active.sum(-1))
     return found
 
 
@@ -147,30 +153,31 @@ def stored_ranks(params: Any) -> dict[str, int]:
 
 
 def num_parameters(params: Any) -> int:
-    """Returns how many numbers all SpectralFactors hold; abstract arrays will do."""
+    """Returns the number of parameters in all SpectralFactors, abstract or not."""
     factors = _named(params, spectral.is_spectral)
     return sum(math.prod(x.shape) for x in jax.tree.leaves(factors))
 
 
 def decide(
-    found: Mapping[str, Weight],
+    found: Mapping[str, WeightInfo],
     config: AdaptiveRankConfig,
     *,
     budget: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Returns how many columns each layer of each weight should use.
+    """Returns the number of columns that each layer of each weight should use.
 
-    With k the least number of largest s^2 that hold the share tau of their sum, a layer
-    wants k (1 + headroom) columns. Without `budget_neutral` tau is `energy`; with it,
-    the largest for which the rounded ranks fit into `budget` parameters.
+    Let k be the smallest number of columns whose s^2 reach the fraction tau of their
+    sum. A layer then asks for k (1 + headroom) columns. By default tau is `energy`.
+    With `budget_neutral`, tau is the largest value for which the rounded ranks fit into
+    `budget` parameters.
 
     Args:
-      found: from `weights`.
+      found: result of `weights`.
       config: the rule.
-      budget: parameters in all SpectralFactors, for `budget_neutral`.
+      budget: number of parameters in all SpectralFactors, for `budget_neutral`.
 
     Raises:
-      ValueError: where `budget_neutral` has no budget.
+      ValueError: if `budget_neutral` is set without a budget.
     """
 
     def at(energy: float) -> dict[str, np.ndarray]:
@@ -194,16 +201,16 @@ def decide(
         middle = (low + high) / 2
         low, high = (middle, high) if cost(at(middle)) <= budget else (low, middle)
     chosen = at(low)
-    # Floors alone may be more than the budget; then nothing can move.
+    # If the floors alone exceed the budget, no rank can move.
     return chosen if cost(chosen) <= budget else {n: w.active for n, w in found.items()}
 
 
 class Change(NamedTuple):
-    """A decision that differs from what is in use.
+    """New ranks, the input of `resize`.
 
     Attributes:
-      active: columns to use, per weight and layer.
-      ranks: columns to store, per weight.
+      active: number of active columns per weight and layer.
+      ranks: stored rank per weight.
     """
 
     active: dict[str, np.ndarray]
@@ -217,7 +224,7 @@ def next_change(
     *,
     budget: int | None = None,
 ) -> Change | None:
-    """Returns what `resize` should do now; None where all stays as it is.
+    """Returns the change that `resize` should make now, or None for no change.
 
     See `decide` for the rule and its errors.
     """
@@ -229,8 +236,8 @@ def next_change(
     return Change(active, ranks)
 
 
-def stored_rank(w: Weight, active: np.ndarray, config: AdaptiveRankConfig) -> int:
-    """Returns the rank to store for so many columns in use: the largest, rounded up."""
+def stored_rank(w: WeightInfo, active: np.ndarray, config: AdaptiveRankConfig) -> int:
+    """Returns the stored rank: the largest of `active`, rounded up to `multiple`."""
     rounded = math.ceil(int(np.max(active)) / config.multiple) * config.multiple
     return min(rounded, _limit(w, config))
 
@@ -243,29 +250,30 @@ def resize(
     ranks: Mapping[str, int],
     key: PRNGKeyArray,
 ) -> tuple[T, Any]:
-    """Returns params and optimizer state with other ranks, changed together.
+    """Returns params and optimizer state with new ranks.
 
-    Columns are sorted by |s|. A layer that shrinks keeps its largest ones: W loses what
-    the Eckart-Young theorem says, no more. One that grows keeps W, exactly: its new
-    columns are random, orthogonal to the old ones, with s = 0. Moments of columns that
-    go are dropped. Of new ones the first moments are zero and the second ones the mean
-    of the other columns'; one that was stored, but not in use, keeps its own: Adam's
-    count is that of all columns, so that from zero its first steps would be up to six
-    times too long.
+    Columns are sorted by |s|. A layer that shrinks keeps the largest ones, so the error
+    in W is the smallest possible (Eckart-Young theorem). A layer that grows keeps W
+    exactly: new columns are random and orthogonal to the old ones, with s = 0.
+
+    Moments of removed columns are dropped. New columns start with zero first moments.
+    Their second moments are the mean over the other columns, because Adam's step count
+    is shared by all columns: from zero, their first steps would be up to six times too
+    long. Columns that were stored but inactive keep their second moments.
 
     Meant for jit, with `ranks` static.
 
     Args:
       params: the parameters.
       opt_state: state of a chain with `transforms.freeze_inactive_columns`.
-      active: columns in use, per weight and layer; names as from `weights`. Weights
-        that are not named stay as they are.
-      ranks: stored rank per weight, of the same names.
-      key: for the new columns.
+      active: number of active columns per weight and layer, with names from `weights`.
+        Other weights do not change.
+      ranks: stored rank per weight, with the same names.
+      key: random key for the new columns.
 
     Raises:
-      UserError: naming the weight, for one that params do not have, a rank that it
-        cannot have, or a state that does not mark its columns.
+      UserError: if a weight is missing in params, a rank is not possible, or the state
+        has no active columns for a weight; names the weight.
     """
     _check_ranks(params, opt_state, active, ranks)
     changed = {
@@ -308,7 +316,7 @@ def resize(
             return transforms.ActiveColumns(used)
         wide = used[..., None, :]
 
-        second = any(getattr(key, "name", "") == _SECOND_MOMENT for key in path)
+        second = transforms.is_second_moment(path)
 
         def moment(x: Array) -> Array:
             of_rows = x.ndim > used.ndim
@@ -327,7 +335,7 @@ def resize(
 
 
 def with_ranks(tree: T, ranks: Mapping[str, int]) -> T:
-    """Returns a tree of abstract arrays with the last axis of its columns as named."""
+    """Returns a tree of abstract arrays with the given stored ranks."""
 
     def change(name: str, node: Any, path: Any) -> Any:
         del path
@@ -338,8 +346,8 @@ def with_ranks(tree: T, ranks: Mapping[str, int]) -> T:
     return _map_columns(tree, tuple(ranks), change)
 
 
-def _wanted(w: Weight, energy: float, config: AdaptiveRankConfig) -> np.ndarray:
-    """Columns that each layer should use at this tau."""
+def _wanted(w: WeightInfo, energy: float, config: AdaptiveRankConfig) -> np.ndarray:
+    """Returns the number of columns that each layer should use at this tau."""
     necessary = np.asarray(spectral.energy_rank(jnp.asarray(w.s), energy))
     wanted = np.ceil(necessary * (1 + config.headroom)).astype(int)
     limit = _limit(w, config)
@@ -349,14 +357,19 @@ def _wanted(w: Weight, energy: float, config: AdaptiveRankConfig) -> np.ndarray:
     return np.where(stays, w.active, wanted)
 
 
-def _limit(w: Weight, config: AdaptiveRankConfig) -> int:
+def _limit(w: WeightInfo, config: AdaptiveRankConfig) -> int:
     return min(*w.fans, config.max_rank or max(w.fans))
 
 
 def _complements(
     key: PRNGKeyArray, wanted: Mapping[str, tuple[tuple[Array, Array], int]]
 ) -> dict[str, tuple[Array, Array]]:
-    """So many orthonormal columns, random but orthogonal to u and v, by name."""
+    """Returns new orthonormal columns by name, random and orthogonal to u and v.
+
+    Args:
+      key: random key.
+      wanted: ((u, v), number of new columns) by name.
+    """
     points = {
         name: jax.tree.map(linalg.as_float32, pair)
         for name, (pair, _) in wanted.items()
@@ -376,7 +389,7 @@ def _complements(
         apart = jax.tree.map(lambda x, y: spectral.split_along(x, y)[1], points, new)
         return stiefel.cholesky_qr_retraction(apart)
 
-    # The second time removes what rounding left.
+    # The second pass removes rounding errors of the first.
     return jax.lax.fori_loop(0, 2, improve, new) if new else {}
 
 
@@ -386,8 +399,8 @@ def _named(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
 
 
 def _weight_at(path: str, names: tuple[str, ...]) -> str | None:
-    """The weight that a path of the parameters, or of a mirror of them, means."""
-    # Attributes and keys alike: what is the root of params is within a state.
+    """Returns the name of the weight at a path of the parameters, or of a mirror."""
+    # Treat attributes like keys: the root of params is an inner node of a state.
     below = "/" + path.replace(".", "/")
     found = [
         name
@@ -398,7 +411,7 @@ def _weight_at(path: str, names: tuple[str, ...]) -> str | None:
 
 
 def _marks(opt_state: Any, names: tuple[str, ...]) -> dict[str | None, Array]:
-    """Which columns are in use, by weight, as the state of the chain has it."""
+    """Returns the mask of active columns of every weight from an optimizer state."""
     is_marks = lambda x: isinstance(x, transforms.ActiveColumns)
     return {
         _weight_at(path, names): columns.active
@@ -410,8 +423,8 @@ def _check_marked(name: str, marks: Container[str | None]) -> None:
     errors.check(
         "optimizer.name",
         name in marks,
-        f"the state marks no columns of {name or 'the weight'}: its chain must be "
-        "optimizers.tsvd, or have transforms.freeze_inactive_columns",
+        f"the state has no active columns for {name or 'the weight'}: use "
+        "optimizers.tsvd, or a chain with transforms.freeze_inactive_columns",
     )
 
 
@@ -421,24 +434,24 @@ def _check_ranks(
     active: Mapping[str, Any],
     ranks: Mapping[str, int],
 ) -> None:
-    """Raises UserError for what `resize` cannot do."""
+    """Raises UserError if `resize` cannot make this change."""
     named = _named(params, spectral.is_spectral)
     marks = _marks(opt_state, tuple(named))
     for name in {**active, **ranks}:
         errors.check_choice("ranks", name, tuple(named))
-        errors.check("ranks", name in active, f"{name} has no number of active columns")
-        errors.check("ranks", name in ranks, f"{name} has no stored rank")
+        errors.check("ranks", name in active, f"{name} is missing in `active`")
+        errors.check("ranks", name in ranks, f"{name} is missing in `ranks`")
         most = min(named[name].u.shape[-2], named[name].v.shape[-2])
         errors.check(
             f"ranks.{name}",
             1 <= ranks[name] <= most,
-            f"{ranks[name]} of at most {most}",
+            f"{ranks[name]} must be in 1..{most}",
         )
         _check_marked(name, marks)
 
 
 def _mean_of_positive(x: Float[Array, "*rows R"]) -> Float[Array, "*rows 1"]:
-    """The mean of the positive numbers of each row; 0 where there are none."""
+    """Returns the mean over the positive entries of each row, 0 if there are none."""
     count = jnp.sum(x > 0, axis=-1, keepdims=True)
     return jnp.sum(x, axis=-1, keepdims=True) / jnp.maximum(count, 1)
 
@@ -446,14 +459,14 @@ def _mean_of_positive(x: Float[Array, "*rows R"]) -> Float[Array, "*rows 1"]:
 def _map_columns(
     tree: T, names: tuple[str, ...], fn: Callable[[str, Any, Any], Any]
 ) -> T:
-    """The tree with fn(name, node, path) for every node that has a weight's columns."""
+    """Replaces every node with columns of a weight by fn(name, node, path)."""
 
     def change(path, node):
-        if not isinstance(node, _OF_COLUMNS):
+        if not isinstance(node, _COLUMN_NODES):
             return node
         name = _weight_at(sharding.path_name(path), names)
         return node if name is None else fn(name, node, path)
 
     return jax.tree_util.tree_map_with_path(
-        change, tree, is_leaf=lambda x: isinstance(x, _OF_COLUMNS)
+        change, tree, is_leaf=lambda x: isinstance(x, _COLUMN_NODES)
     )

@@ -1,4 +1,4 @@
-"""Where every array lives: the device mesh and the one table of sharding rules."""
+"""The device mesh, and the table of sharding rules for every array of a state."""
 
 import dataclasses
 import math
@@ -13,14 +13,16 @@ from sct_jax import errors
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# First match wins; a name is matched from a "/" to the end of a leaf's path, so one
-# rule serves a parameter, its gradient and its moments. Axes are those of one layer:
-# stacked layers get a leading None. Rows of factors are sharded, columns (the rank)
-# never are, so a Gram matrix is a sum over devices of small products and no factor is
-# gathered for it. What there is one of per column is replicated.
-# The low-rank bottleneck R is all that crosses `tensor` between v and the next u.
-_IN = r"(q|k|v|gate|up|head)"  # D to heads, F or V
-_OUT = r"(o|down|embedding)"  # back to D
+# The first match wins. A pattern matches the end of a leaf's path, from a "/" on, so
+# one rule covers a parameter, its gradient and its moments. Specs are for one layer:
+# stacked layers get a leading None.
+#
+# Rows of factors are sharded, columns (the rank) never are. So a Gram matrix is a sum
+# of small products over devices, and no factor is gathered. Arrays with one entry per
+# column are replicated. Between v and the next u, only the low-rank bottleneck R
+# crosses `tensor`.
+_IN = r"(q|k|v|gate|up|head)"  # from D to heads, F or V
+_OUT = r"(o|down|embedding)"  # from heads, F or V to D
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"{_IN}\.(u|a)", PartitionSpec("fsdp", None)),
     (rf"{_IN}\.(v|b)", PartitionSpec(("tensor", "fsdp"), None)),
@@ -35,12 +37,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1 for all that remain.
+    """Number of devices along each mesh axis; one may be -1, for all remaining devices.
 
     Attributes:
-      data: replicas of the parameters, each with its share of the batch.
-      fsdp: shards of parameters and optimizer state, and of the batch.
-      tensor: shards of heads, d_ff and vocabulary.
+      data: replicas of the parameters; shards the batch.
+      fsdp: shards parameters, optimizer state and the batch.
+      tensor: shards heads, d_ff and vocabulary.
     """
 
     data: int = -1
@@ -48,7 +50,7 @@ class MeshConfig:
     tensor: int = 1
 
     def validate(self) -> None:
-        """Raises UserError, naming the field, for sizes that make no mesh."""
+        """Raises UserError naming the first invalid field."""
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             errors.check(
@@ -59,10 +61,10 @@ class MeshConfig:
         )
 
     def build(self, num_devices: int | None = None) -> Mesh:
-        """Returns the mesh over all devices, with Auto axes.
+        """Returns a mesh over all devices, or the first `num_devices`, with Auto axes.
 
         Raises:
-          UserError: where the sizes do not multiply to the number of devices.
+          UserError: if the product of the sizes is not the number of devices.
         """
         devices = jax.device_count() if num_devices is None else num_devices
         sizes = dataclasses.asdict(self)
@@ -72,7 +74,8 @@ class MeshConfig:
         errors.check(
             "mesh",
             math.prod(sizes.values()) == devices,
-            f"{product} does not multiply to the {devices} devices at hand",
+            f"{product} does not match {devices} devices: the sizes must multiply to "
+            f"{devices}",
         )
         return jax.make_mesh(
             tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
@@ -80,7 +83,7 @@ class MeshConfig:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns a readable path: "/" before a key or index, "." before an attribute."""
+    """Formats a key path: "/" before keys and indices, "." before attributes."""
     parts = []
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
@@ -93,12 +96,16 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
-    """Returns the spec that the rule table gives to a leaf.
+    """Returns the spec of a leaf from the first rule that matches.
 
-    Scalars are replicated. Leading axes beyond the rule's are layers, not sharded.
+    Scalars are replicated. Additional leading axes are layers, which are not sharded.
+
+    Args:
+      name: path of the leaf, from `path_name`.
+      shape: shape of the leaf.
 
     Raises:
-      ValueError: for a leaf that no rule covers.
+      ValueError: if no rule covers the leaf.
     """
     if not shape:
         return PartitionSpec()
@@ -114,8 +121,8 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the sharding of every leaf of a tree of arrays or abstract arrays.
 
     Raises:
-      UserError: where an axis is not divisible by its mesh axes; names the leaf.
-      ValueError: for a leaf that no rule covers.
+      UserError: if an axis is not divisible by its mesh axes; names the leaf.
+      ValueError: if no rule covers a leaf.
     """
 
     def one(path, leaf):
@@ -135,7 +142,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def abstract(tree: Any, tree_shardings: Any) -> Any:
-    """Returns ShapeDtypeStructs that carry the shardings, for a restore."""
+    """Returns ShapeDtypeStructs with the given shardings, as a restore needs them."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree,

@@ -1,8 +1,8 @@
-"""Factorised weights: W = u diag(s) v.T and W = a b.T, never built in training.
+"""Factorised weights W = u diag(s) v.T and W = a b.T; training never forms W.
 
 A weight maps fan_in I to fan_out O: y = x @ W. Leading axes of every factor are layers.
-A factor tuple is one node of the parameter tree, so that a transformation sees u, s and
-v of a weight together:
+A factor tuple is one node of the parameter tree. Gradient transformations see all
+factors of a weight together with
 
     jax.tree.map(f, params, updates, is_leaf=spectral.is_factors)
 """
@@ -24,7 +24,7 @@ T = TypeVar("T")  # any pytree
 class SpectralFactors(NamedTuple):
     """W = u @ diag(s) @ v.T with orthonormal columns in u and v.
 
-    s is neither sorted nor positive by itself once training has begun.
+    Training neither sorts s nor keeps it positive.
 
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, section 3
@@ -36,7 +36,7 @@ class SpectralFactors(NamedTuple):
 
 
 class LowRankFactors(NamedTuple):
-    """W = a @ b.T with free factors, as Spectron trains them.
+    """W = a @ b.T with unconstrained factors, as in Spectron.
 
     References:
       Spectron, arXiv 2602.12429, 2026, section 3
@@ -50,7 +50,7 @@ Weight = Array | SpectralFactors | LowRankFactors
 
 
 def is_factors(x: Any) -> TypeGuard[SpectralFactors | LowRankFactors]:
-    """Returns whether x is a factor tuple; meant as `is_leaf` of `jax.tree.map`."""
+    """Returns whether x is a factor tuple. Use as `is_leaf` in `jax.tree.map`."""
     return isinstance(x, SpectralFactors | LowRankFactors)
 
 
@@ -59,20 +59,22 @@ def is_spectral(x: Any) -> TypeGuard[SpectralFactors]:
     return isinstance(x, SpectralFactors)
 
 
-def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
+def linear(
+    x: Float[Array, "... I"], w: Weight, *, flatten_rows: bool = False
+) -> Float[Array, "... O"]:
     """Returns x @ W in the dtype of x, at 2 R (I + O) FLOPs per row for factors.
 
-    The factors stay in their own dtype (float32 master copies) and are cast here.
+    The factors keep their own dtype (float32 master copies) and are cast here.
 
     Args:
       x: activations; their dtype is the compute dtype.
       w: a dense array (I, O) or factors without layer axes.
+      flatten_rows: whether to multiply x as a matrix with a single axis of rows. Set
+        this on one device: for gradients over several axes of rows, XLA on CPU
+        transposes the activations. Leave it unset if rows may be sharded: joining
+        sharded axes moves activations between devices.
     """
-    rows = x
-    if jax.device_count() == 1:
-        # One axis of rows: for gradients over two, XLA on CPU transposes activations.
-        # Not where axes may be sharded: to join a sharded one moves the activations.
-        rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]) if flatten_rows else x
     if is_factors(w):
         y = expand(contract(rows, w), w)
     else:
@@ -83,21 +85,21 @@ def linear(x: Float[Array, "... I"], w: Weight) -> Float[Array, "... O"]:
 def contract(
     x: Float[Array, "*N I"], w: SpectralFactors | LowRankFactors
 ) -> Float[Array, "*N R"]:
-    """Returns x @ u, or x @ a: the low-rank bottleneck, all that `expand` needs."""
+    """Returns the low-rank bottleneck x @ u or x @ a, the input of `expand`."""
     return x @ w[0].astype(x.dtype)
 
 
 def expand(
     h: Float[Array, "*N R"], w: SpectralFactors | LowRankFactors
 ) -> Float[Array, "*N O"]:
-    """Returns what `linear` does from its bottleneck h: h diag(s) v.T, or h b.T."""
+    """Returns h diag(s) v.T or h b.T: `linear` is `expand(contract(x, w), w)`."""
     if isinstance(w, SpectralFactors):
         h = h * w.s.astype(h.dtype)
     return h @ w[-1].astype(h.dtype).T
 
 
 def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
-    """Returns the rows `ids` of W (I, O), in the dtype of w, at 2 R O FLOPs a row."""
+    """Returns the rows `ids` of W (I, O) in the dtype of w, at 2 R O FLOPs per row."""
     if isinstance(w, SpectralFactors):
         return (w.u[ids] * w.s) @ w.v.T
     if isinstance(w, LowRankFactors):
@@ -106,7 +108,7 @@ def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
 
 
 def transpose(w: Weight) -> Weight:
-    """Returns the factors of W.T; nothing is computed for factors."""
+    """Returns W.T; factors are swapped without any computation."""
     if isinstance(w, SpectralFactors):
         return SpectralFactors(w.v, w.s, w.u)
     if isinstance(w, LowRankFactors):
@@ -115,7 +117,7 @@ def transpose(w: Weight) -> Weight:
 
 
 def to_dense(w: Weight) -> Float[Array, "*layers I O"]:
-    """Builds W. For tests, analysis and export; never called in training."""
+    """Returns W as a dense array, for tests, analysis and export."""
     if isinstance(w, SpectralFactors):
         return linalg.matmul(w.u * w.s[..., None, :], linalg.transpose(w.v))
     if isinstance(w, LowRankFactors):
@@ -124,7 +126,7 @@ def to_dense(w: Weight) -> Float[Array, "*layers I O"]:
 
 
 def to_low_rank(w: SpectralFactors) -> LowRankFactors:
-    """Returns a = u sqrt|s|, b = v sign(s) sqrt|s| with the same product.
+    """Returns a = u sqrt|s| and b = v sign(s) sqrt|s|, which have the same product.
 
     References:
       Spectron, arXiv 2602.12429, 2026 (initialisation)
@@ -136,9 +138,10 @@ def to_low_rank(w: SpectralFactors) -> LowRankFactors:
 def energy_rank(
     s: Float[Array, "*layers R"], energy: float | Float[Array, ""]
 ) -> Int[Array, "*layers"]:
-    """Returns the smallest k whose k largest s^2 hold `energy` of the sum of s^2.
+    """Returns the smallest k such that the k largest s^2 reach `energy` of their sum.
 
-    s may be unsorted and of either sign; an all-zero s needs rank 1. Works under jit.
+    Values may be unsorted and of either sign. If all are zero, the result is 1. Works
+    under jit.
 
     References:
       TSVD, arXiv 2605.28573, 2026 (energy criterion)
@@ -147,7 +150,7 @@ def energy_rank(
     peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
     squares = -jnp.sort(-jnp.square(s / linalg.safe_divisor(peak)), axis=-1)
     reached = jnp.cumsum(squares, axis=-1)
-    # The last partial sum is the total by construction, so that energy = 1 is reached.
+    # Using the last partial sum as the total ensures that energy = 1 is reached.
     enough = reached >= energy * reached[..., -1:]
     return jnp.argmax(enough, axis=-1) + 1
 
@@ -160,27 +163,29 @@ def from_dense(
 ) -> SpectralFactors:
     """Returns the best rank-R approximation of w in Frobenius norm, s descending.
 
+    The rank is full by default.
+
     Args:
-      w: dense weight or a stack of them.
+      w: dense weight or a stack of dense weights.
       rank: number of singular values to keep.
-      energy: in place of `rank`, the share of the sum of s^2 to keep, in (0, 1]; a
-        stack keeps the largest rank that any of its layers needs. Not under jit. With
-        neither argument nothing is dropped.
+      energy: alternative to `rank`: fraction of the sum of s^2 to keep, in (0, 1]. All
+        layers of a stack get the largest rank that any of them needs. Does not work
+        under jit.
 
     Raises:
-      ValueError: for both arguments, a rank outside 1..min(I, O), or an energy outside
-        (0, 1].
+      ValueError: if both `rank` and `energy` are given, for a rank outside
+        1..min(I, O), or for an energy outside (0, 1].
 
     References:
       Eckart, Young, The approximation of one matrix by another of lower rank, 1936
     """
     if rank is not None and energy is not None:
-        raise ValueError("give rank or energy, not both")
+        raise ValueError("rank and energy exclude each other: give only one")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy is a share in (0, 1], got {energy}")
+        raise ValueError(f"energy must be in (0, 1], got {energy}")
     full = min(w.shape[-2:])
     if rank is not None and not 1 <= rank <= full:
-        raise ValueError(f"rank {rank} is not in 1..{full} for shape {w.shape}")
+        raise ValueError(f"rank must be in 1..{full} for shape {w.shape}, got {rank}")
     u, s, vt = jnp.linalg.svd(linalg.as_float32(w), full_matrices=False)
     if energy is not None:
         rank = int(jnp.max(energy_rank(s, energy)))
@@ -200,36 +205,37 @@ def init(
     layers: Sequence[int] = (),
     scale: float = 1.0,
     rescale: bool = False,
-    on_manifold: bool = True,
+    orthonormal: bool = True,
 ) -> SpectralFactors:
-    """Returns factors spread as the top-R SVD of a Gaussian init N(0, scale^2 / I).
+    """Initialises factors like the top-R SVD of a Gaussian matrix N(0, scale^2 / I).
 
-    The singular vectors of a Gaussian matrix are uniform, and independent of its
-    singular values, so u and v are drawn from the Haar distribution and s stands at the
-    quantiles of the Marchenko-Pastur law: nothing dense is drawn or decomposed.
+    The singular vectors of a Gaussian matrix are uniform and independent of its
+    singular values. So u and v are samples from the Haar distribution, and s are
+    quantiles of the Marchenko-Pastur law. Nothing dense is sampled or decomposed.
 
-    `Deviation:` the SCT reference starts from s = 1, which is 8-16 times too small for
-    SmolLM2-1.7B and loses R (R - 1) / 2 directions of the tangent space. Values at
-    quantiles leave out the fluctuation of a draw, O(1 / min(I, O)).
+    `Deviation:` the SCT reference starts from s = 1. For SmolLM2-1.7B that is 8-16
+    times too small, and equal values lose R (R - 1) / 2 directions of the tangent
+    space. Quantiles omit the fluctuation of a sample, O(1 / min(I, O)).
 
     Args:
       key: random key.
       fan_in: I.
       fan_out: O.
       rank: R.
-      dtype: of the factors.
-      layers: leading axes, drawn independently.
-      scale: multiplies the standard deviation 1 / sqrt(I) of the dense init.
-      rescale: whether to stretch s so that W has the Frobenius norm of the dense init.
-      on_manifold: False leaves u and v Gaussian, for `retract` to take the weights of a
-        whole model at once.
+      dtype: dtype of the factors.
+      layers: leading axes; layers are independent.
+      scale: multiplies the standard deviation 1 / sqrt(I) of the dense matrix.
+      rescale: whether to scale s so that W has the Frobenius norm of the dense matrix.
+      orthonormal: whether to retract u and v. If False they are Gaussian, and one
+        `retract` can later batch the weights of a whole model.
 
     Raises:
       ValueError: for a rank outside 1..min(fan_in, fan_out).
     """
     if not 1 <= rank <= min(fan_in, fan_out):
         raise ValueError(
-            f"rank {rank} is not in 1..{min(fan_in, fan_out)} for ({fan_in}, {fan_out})"
+            f"rank must be in 1..{min(fan_in, fan_out)} for shape "
+            f"({fan_in}, {fan_out}), got {rank}"
         )
     layers = tuple(layers)
     key_u, key_v = jax.random.split(key)
@@ -241,13 +247,17 @@ def init(
         jnp.broadcast_to(jnp.asarray(s, dtype), (*layers, rank)),
         jax.random.normal(key_v, (*layers, fan_out, rank), dtype),
     )
-    return retract(drawn) if on_manifold else drawn
+    return retract(drawn) if orthonormal else drawn
 
 
 def retract(tree: T, *, method: str = "cholesky_qr") -> T:
-    """Returns the tree with every u and v of SpectralFactors on the Stiefel manifold.
+    """Retracts u and v of all SpectralFactors in a tree to the Stiefel manifold.
 
-    All factors of the tree share the batched factorisations of `stiefel.retract`.
+    All factors share the batched factorisations of `stiefel.retract`.
+
+    Args:
+      tree: any pytree; other leaves do not change.
+      method: as in `stiefel.retract`.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_factors)
     factors = {i: (w.u, w.v) for i, w in enumerate(leaves) if is_spectral(w)}
@@ -257,16 +267,16 @@ def retract(tree: T, *, method: str = "cholesky_qr") -> T:
 
 
 def _gaussian_singular_values(fan_in: int, fan_out: int) -> np.ndarray:
-    """Singular values of a Gaussian matrix at their quantiles, descending.
+    """Returns quantiles of the singular values of a Gaussian matrix, descending.
 
-    Eigenvalues of G G.T / n for G (m, n), m <= n, follow the Marchenko-Pastur law with
-    ratio m / n, on [(1 - r)^2, (1 + r)^2] with r = sqrt(m / n).
+    For Gaussian G (m, n) with m <= n, the eigenvalues of G G.T / n follow the
+    Marchenko-Pastur law on [(1 - r)^2, (1 + r)^2] with r = sqrt(m / n).
     """
     m, n = sorted((fan_in, fan_out))
     ratio = m / n
     low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
-    # x = middle - radius cos(t) removes the square-root edges of the density, and the
-    # one at zero of a square matrix.
+    # Substituting x = middle - radius cos(t) removes the square-root edges of the
+    # density, and for a square matrix also its singularity at zero.
     t = np.linspace(0, np.pi, 8193)
     t = (t[1:] + t[:-1]) / 2
     x = (low + high) / 2 - (high - low) / 2 * np.cos(t)
@@ -276,22 +286,25 @@ def _gaussian_singular_values(fan_in: int, fan_out: int) -> np.ndarray:
 
 
 def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
-    """Returns ||W' - W||_2 per layer, at O((I + O) R^2) FLOPs, nothing dense.
+    """Returns ||W' - W||_2 per layer at O((I + O) R^2) FLOPs, without forming W.
 
-    SpectralFactors: with P = u.T u' and E = u' - u P (likewise for v),
+    For SpectralFactors, with P = u.T u' and E = u' - u P (likewise for v), the identity
 
         W' - W = [u, E_u] (C_u diag(s') C_v.T - diag(s) (+) 0) [v, E_v].T,  C = [P; I],
 
-    an identity for any factors. The subtraction happens in a 2R x 2R matrix, so the
-    result is exact to about 1e-5 relative plus eps max|s| absolute, for co-rotating u
-    and v too. Where `old` is off the manifold, lazily retracted by |u.T u - I| = d, add
-    sqrt(eps) d^2 max|s|.
+    holds for any factors. The subtraction happens in a 2R x 2R matrix. The error is
+    therefore about 1e-5 relative plus eps max|s| absolute, even if u and v co-rotate.
+    Under lazy retraction, where |u.T u - I| = d for `old`, add sqrt(eps) d^2 max|s|.
 
-    LowRankFactors: W' - W = [a' - a, a] [b', b' - b].T, exact in real arithmetic, with
-    a floor of about sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
+    For LowRankFactors, W' - W = [a' - a, a] [b', b' - b].T. The absolute error is about
+    sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
+
+    Args:
+      old: factors of W.
+      new: factors of W', of the same kind.
 
     Raises:
-      TypeError: for factors of different kinds, or arrays.
+      TypeError: for dense arrays, or factors of different kinds.
     """
     return _norms([(old, new)])[0]
 
@@ -299,8 +312,8 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
 def max_composite_update_norm(old: Any, new: Any) -> Float[Array, ""]:
     """Returns the largest ||W' - W||_2 over all factorised weights of two trees.
 
-    Other leaves do not count. The small products of all weights share their batched
-    work. 0 for a tree without factors.
+    Other leaves are ignored; without factors the result is 0. The weights share batched
+    products.
     """
     olds, treedef = jax.tree.flatten(old, is_leaf=is_factors)
     news = treedef.flatten_up_to(new)
@@ -309,7 +322,7 @@ def max_composite_update_norm(old: Any, new: Any) -> Float[Array, ""]:
 
 
 def orthonormality_error(tree: Any) -> Float[Array, ""]:
-    """Returns the largest max |x.T x - I| over every u and v of a tree; 0 for none."""
+    """Returns max |x.T x - I| over all u and v of a tree, 0 if there are none."""
     factors = [w for w in jax.tree.leaves(tree, is_leaf=is_factors) if is_spectral(w)]
     errors = [stiefel.orthonormality_error(x) for w in factors for x in (w.u, w.v)]
     return jnp.max(jnp.stack([jnp.zeros([]), *errors]))
@@ -325,7 +338,7 @@ def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
 
 
 def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
-    """A 2R x 2R matrix whose spectral radius is ||W' - W||_2^2."""
+    """Returns a 2R x 2R matrix with spectral radius ||W' - W||_2^2."""
     old, new = jax.tree.map(linalg.as_float32, (old, new))
     if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
         p_u, e_u = _split_twice(old.u, new.u)
@@ -343,7 +356,7 @@ def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
         d_a, d_b = new.a - old.a, new.b - old.b
         left = jnp.concatenate([d_a, old.a], axis=-1)
         right = jnp.concatenate([new.b, d_b], axis=-1)
-        # Columns of one rank-one term are balanced; their product is what counts.
+        # Balance both columns of each rank-one term; their product does not change.
         size_l = jnp.linalg.norm(left, axis=-2, keepdims=True)
         size_r = jnp.linalg.norm(right, axis=-2, keepdims=True)
         vanishes = (size_l == 0) | (size_r == 0)
@@ -360,7 +373,7 @@ def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
 def _split_twice(
     x: Float[Array, "*L n R"], y: Float[Array, "*L n R"]
 ) -> tuple[Float[Array, "*L R R"], Float[Array, "*L n R"]]:
-    """`split_along` for an x that is not quite orthonormal, as gradients leave it."""
+    """Repeats `split_along`, for x that a lazy retraction left nearly orthonormal."""
     p, e = split_along(x, y)
     more, e = split_along(x, e)
     return p + more, e
@@ -369,7 +382,7 @@ def _split_twice(
 def split_along(
     x: Float[Array, "*L n R"], y: Float[Array, "*L n C"]
 ) -> tuple[Float[Array, "*L R C"], Float[Array, "*L n C"]]:
-    """Returns p and e with y = x p + e; x.T e = 0 for orthonormal x."""
+    """Returns p and e with y = x p + e, where x.T e = 0 for orthonormal x."""
     p = linalg.gram(x, y)
     return p, y - linalg.matmul(x, p)
 
@@ -389,8 +402,8 @@ def small_space_difference(
       c_v: coefficients of v' along v.
       old_s: s.
       new_s: s'.
-      t_u: coefficients of u' along E_u, the identity if None.
-      t_v: coefficients of v' along E_v, the identity if None.
+      t_u: coefficients of u' along E_u. Defaults to the identity.
+      t_v: coefficients of v' along E_v. Defaults to the identity.
     """
     rank = old_s.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(rank, dtype=c_u.dtype), c_u.shape)
@@ -406,9 +419,14 @@ def small_space_product(
     g_u: Float[Array, "*L R R"],
     g_v: Float[Array, "*L R R"],
 ) -> Float[Array, "*L R2 R2"]:
-    """Returns a matrix whose spectral radius is ||[u, E_u] K [v, E_v].T||_2^2.
+    """Returns a matrix with spectral radius ||[u, E_u] K [v, E_v].T||_2^2.
 
-    It is G_u K G_v K.T with G = I (+) E.T E, for Gram matrices g = E.T E.
+    The matrix is G_u K G_v K.T with G = I (+) g.
+
+    Args:
+      k: K, from `small_space_difference`.
+      g_u: E_u.T @ E_u.
+      g_v: E_v.T @ E_v.
     """
     rank = g_u.shape[-1]
 

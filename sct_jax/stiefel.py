@@ -1,9 +1,8 @@
 """Geometry of the Stiefel manifold St(n, R): matrices with orthonormal columns.
 
-A point is x of shape (*L, n, R) with x.T @ x = I in its last two axes, n >= R. Wherever
-an argument is called a pytree, all its arrays are treated together: their Gram matrices
-are stacked over the whole model, so that the small factorisations of hundreds of
-factors are at most four batched calls.
+A point is an array x (*L, n, R) with n >= R and x.T @ x = I in the last two axes.
+Functions of a pytree stack the Gram matrices of all its arrays. The factorisations of
+hundreds of factors are then at most four batched calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +17,8 @@ from sct_jax import linalg
 
 T = TypeVar("T")  # a pytree of arrays (*L, n, R)
 
-# One pass of CholeskyQR loses about eps * cond(x)^2. Above this estimate of cond(x)^2,
-# which is exact for columns that are orthogonal, the guard takes over.
+# One pass of CholeskyQR has an error of about eps * cond(x)^2. Above this estimate of
+# cond(x)^2, which is exact for orthogonal columns, the guard takes over.
 MAX_SQUARED_CONDITION = 30.0
 
 
@@ -38,9 +37,10 @@ def random_point(
     layers: tuple[int, ...] = (),
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Float[Array, "*L n R"]:
-    """Returns a point drawn from the uniform (Haar) distribution on St(n, rank).
+    """Samples from the uniform (Haar) distribution on St(n, rank).
 
-    The Q of a Gaussian matrix by the QR decomposition with positive diagonal.
+    The sample is Q in the QR decomposition of a Gaussian matrix, where R has a positive
+    diagonal.
     """
     x = jax.random.normal(key, (*layers, n, rank), jnp.float32)
     return cholesky_qr_retraction(x).astype(dtype)
@@ -49,9 +49,9 @@ def random_point(
 def tangent_projection(
     x: Float[Array, "*L n R"], g: Float[Array, "*L n R"]
 ) -> Float[Array, "*L n R"]:
-    """Returns g - x sym(x.T g), the projection of g on the tangent space at x.
+    """Returns g - x sym(x.T g), the orthogonal projection of g to the tangent space.
 
-    Ensures x.T @ z + z.T @ x = 0 for the result z, to rounding.
+    Ensures x.T @ z + z.T @ x = 0 for the result z, up to rounding.
 
     References:
       Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, eq.
@@ -63,13 +63,20 @@ def tangent_projection(
 
 @jax.jit
 def qr_retraction(x: T) -> T:
-    """Returns the Q of x = Q R with positive diagonal of R, by Householder reflections.
+    """Returns Q from Householder QR, x = Q R, where R has a positive diagonal.
 
-    A zero on the diagonal counts as positive, so a rank-deficient x still gives
-    orthonormal columns. One LAPACK call per matrix, one after another: batched ones,
-    side by side on a CPU with few threads, deadlock in jaxlib up to 0.11. It takes
-    whole matrices: on a mesh they are gathered, and under Explicit axes JAX refuses
-    rows that are sharded. The other retractions leave them where they are.
+    A zero diagonal entry counts as positive, so rank-deficient x still gives
+    orthonormal columns. Matrices are factorised one after another, since concurrent
+    batched calls deadlock in jaxlib up to 0.11 on a CPU with few threads.
+
+    QR needs whole matrices. On a mesh they are gathered, and under Explicit axes JAX
+    refuses sharded rows. The other retractions do not move the factors.
+
+    Args:
+      x: pytree of arrays (*L, n, R), n >= R.
+
+    Raises:
+      ValueError: if n < R.
 
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, Algorithm 1
@@ -88,26 +95,26 @@ def qr_retraction(x: T) -> T:
     return jax.tree.map(each, x)
 
 
-@jax.jit  # for those who call it outside of one: its branches compile once
+@jax.jit  # so that eager callers compile its branches once
 def cholesky_qr_retraction(x: T) -> T:
-    """Returns the same Q as `qr_retraction`, by matrix products alone.
+    """Returns the Q of `qr_retraction`, using matrix products only.
 
-    With G = x.T x = L L.T the result is x L^-T: 4 R FLOPs per entry of x. One pass is
-    accurate to rounding while x is near orthonormal, as it is after an optimizer step.
-    Where cond(x)^2 is beyond `MAX_SQUARED_CONDITION`, a guard takes over: scaled
-    columns, shifted CholeskyQR with further passes, and fixed pseudo-random directions
-    in the place of null columns.
+    With G = x.T x = L L.T the result is x L^-T, at 4 R FLOPs per entry of x. One pass
+    is accurate to rounding if x is nearly orthonormal, as after an optimizer step. If
+    the estimate of cond(x)^2 exceeds `MAX_SQUARED_CONDITION`, a guard takes over. It
+    scales the columns, runs several passes of shifted CholeskyQR, and replaces null
+    columns by fixed pseudo-random directions.
 
-    Ensures an orthonormality error below 4e-6 where columns have moved apart from each
-    other, and below 3e-5 for every finite x: where all share a direction, say, what
-    the guard looks at is less than cond(x)^2. NaN for a NaN in x.
+    Ensures an orthonormality error below 4e-6 if columns moved independently, and below
+    3e-5 for every finite x. The estimate is smaller than cond(x)^2 if, for example, all
+    columns share a direction. NaN in x gives NaN.
 
     Args:
-      x: pytree of arrays (*L, n, R), n >= R; low-precision arrays are computed in
+      x: pytree of arrays (*L, n, R), n >= R. Arrays of lower precision are computed in
         float32 and cast back.
 
     Raises:
-      ValueError: where n < R.
+      ValueError: if n < R.
 
     References:
       Fukaya et al., Shifted Cholesky QR for computing the QR factorization of
@@ -120,15 +127,15 @@ def cholesky_qr_retraction(x: T) -> T:
 def polar_retraction(x: T) -> T:
     """Returns x (x.T x)^(-1/2), the nearest point of the manifold in Frobenius norm.
 
-    By the convergent cubic of Newton and Schulz on the Gram matrix, to the accuracy of
-    `cholesky_qr_retraction`. An x with linearly dependent columns has no unique answer:
-    those columns are completed to an orthonormal set as there.
+    Newton-Schulz iteration with the convergent cubic on the Gram matrix, as accurate as
+    `cholesky_qr_retraction`. If columns are linearly dependent, the nearest point is
+    not unique; those columns are then completed as in `cholesky_qr_retraction`.
 
     Args:
       x: pytree of arrays (*L, n, R), n >= R.
 
     Raises:
-      ValueError: where n < R.
+      ValueError: if n < R.
     """
     leaves = jax.tree.leaves(x)
     return _retract_guarded(
@@ -150,14 +157,14 @@ RETRACTION_NAMES = tuple(_RETRACTIONS)
 
 
 def retract(x: T, *, method: str = "cholesky_qr") -> T:
-    """Returns the point of the manifold that `method` assigns to x.
+    """Returns the retraction of x to the Stiefel manifold.
 
     Args:
-      x: pytree of arrays (*L, n, R).
+      x: pytree of arrays (*L, n, R), n >= R.
       method: "qr", "cholesky_qr" (the same map, batched) or "polar".
 
     Raises:
-      ValueError: for another method.
+      ValueError: for an unknown method, or if n < R.
     """
     return _retraction(method)(x)
 
@@ -170,10 +177,17 @@ def check_method(method: str) -> None:
 def retraction_matrices(
     grams: Sequence[Float[Array, "..."]], *, method: str
 ) -> list[Float[Array, "..."]]:
-    """Returns for each Gram matrix x.T x the matrix z for which R(x) = x z.
+    """Returns, for each Gram matrix x.T x, the z with R(x) = x z.
 
-    What a retraction does, in the small space: `clip_by_composite_spectral_norm` finds
-    its scale there, without touching a factor. NaN where a matrix is not definite.
+    `clip_by_composite_spectral_norm` uses these to find its scale without reading the
+    factors. NaN where a Gram matrix is not positive definite.
+
+    Args:
+      grams: arrays (*L, R, R).
+      method: as in `retract`; "qr" and "cholesky_qr" share one z.
+
+    Raises:
+      ValueError: for an unknown method.
     """
     check_method(method)
     if method == "polar":
@@ -199,7 +213,7 @@ def _check_tall(x: Float[Array, "*L n R"]) -> None:
 
 
 def _scale_columns(x: Float[Array, "*L n R"]) -> Float[Array, "*L n R"]:
-    """Columns of norm 1; null columns stay null. Squares cannot overflow."""
+    """Scales columns to norm 1 without overflow; null columns stay null."""
     peak = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     x = x / linalg.safe_divisor(peak)
     norm = jnp.linalg.norm(x, axis=-2, keepdims=True)
@@ -212,10 +226,13 @@ def _retract_guarded(
     as_right_factor: Callable[[Array], Array],
     finish: Callable[[list[Array]], list[Array]],
 ) -> T:
-    """X times a function of its Gram matrix, or the guard's answer where that fails.
+    """Returns x z with z from the Gram matrix, or the guard's result if that fails.
 
-    `inverse_factor` works on stacks of Gram matrices; `as_right_factor` turns its
-    result into the z of x z; `finish` turns the guard's QR factors into the answer.
+    Args:
+      x: pytree of arrays (*L, n, R).
+      inverse_factor: maps stacked Gram matrices (N, R, R) to their inverse factors.
+      as_right_factor: maps an inverse factor to z.
+      finish: maps the Q factors from the guard to the results.
     """
     arrays, treedef = jax.tree.flatten(x)
     if not arrays:
@@ -227,20 +244,20 @@ def _retract_guarded(
     inverses = linalg.map_batched(inverse_factor, grams, fill=1.0)
     trusted = jnp.array(True)
     for g, inverse in zip(grams, inverses, strict=True):
-        # trace / R and the mean square of the inverse are both 1 on the manifold.
+        # Both scales are 1 on the manifold.
         scale = jnp.max(jnp.diagonal(g, axis1=-2, axis2=-1), axis=-1)
         inverse_scale = jnp.max(jnp.sum(jnp.square(inverse), axis=-1), axis=-1)
-        # A NaN from a failed factorisation compares as False.
+        # NaN from a failed factorisation compares as False.
         trusted &= jnp.all(scale * inverse_scale < MAX_SQUARED_CONDITION)
 
     results = [
         linalg.matmul(array, as_right_factor(z))
         for array, z in zip(xs, inverses, strict=True)
     ]
-    # A loop that hardly ever runs, not a branch: a conditional copies every factor.
+    # A loop of zero or one iteration, because `lax.cond` would copy every factor.
     _, results = jax.lax.while_loop(
         lambda carry: ~carry[0],
-        # As varied over the axes of a shard_map as what it replaces.
+        # `carry[0] | True` varies over the same shard_map axes as carry[0].
         lambda carry: (carry[0] | True, finish(_shifted_cholesky_qr(xs))),
         (trusted, results),
     )
@@ -249,12 +266,12 @@ def _retract_guarded(
 
 
 def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
-    """QR factors of any finite matrices, by passes of shifted CholeskyQR.
+    """Returns the Q factors of any finite matrices, by shifted CholeskyQR.
 
-    A column that depends on the earlier ones with relative residual r comes out of a
-    shifted pass with residual r / shift, so two passes reach what float32 can tell from
-    zero. What is still dependent after them carries no information and is replaced;
-    two further passes and one without shift follow.
+    If a column depends on earlier ones with relative residual r, a shifted pass leaves
+    residual r / shift. Two passes thus recover every residual that float32 can tell
+    from zero. The third pass replaces columns that are still dependent, since they
+    carry no information. Two more shifted passes and one without shift follow.
     """
     eps = jnp.finfo(jnp.float32).eps
     replacing, last = 2, 5
@@ -272,7 +289,8 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
             fill=1.0,
         )
         return [
-            # The diagonal of L^-1 is 1 over what a column has beyond the earlier ones.
+            # 1 / diag(L^-1) is the norm of each column's part orthogonal to earlier
+            # columns.
             jnp.where(
                 index == replacing,
                 _replace_columns(x, 1 / jnp.diagonal(l, axis1=-2, axis2=-1) < 0.03),
@@ -283,14 +301,14 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
 
     xs = [_scale_columns(x) for x in xs]
     xs = [_replace_columns(x, jnp.max(jnp.abs(x), axis=-2) == 0) for x in xs]
-    # A loop, not six copies: the guard hardly ever runs but is always compiled.
+    # A loop instead of six copies: the guard rarely runs but is always compiled.
     return jax.lax.fori_loop(0, last + 1, one_pass, xs)
 
 
 def _replace_columns(
     x: Float[Array, "*L n R"], null: Bool[Array, "*L R"]
 ) -> Float[Array, "*L n R"]:
-    """Fixed pseudo-random unit columns in the place of null ones."""
+    """Replaces columns marked in `null` by fixed pseudo-random unit columns."""
     sharding = jax.typeof(x).sharding
     rows = None
     if AxisType.Explicit in sharding.mesh.axis_types:
@@ -303,7 +321,7 @@ def _replace_columns(
 
 
 def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
-    """Polar factors of x = q r from q: q msign(r), by the cubic on the small r."""
+    """Returns the polar factors of x = q r as q msign(r), by the cubic on r."""
     xs = [linalg.scale_by_max(x) for x in xs]
     rs = [linalg.gram(q, x) for q, x in zip(qs, xs, strict=True)]
 
@@ -317,11 +335,11 @@ def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
             g = linalg.gram(z)
             return linalg.matmul(z, 1.5 * eye - 0.5 * g)
 
-        # A singular value of 1e-7 needs 40 steps of growth by 1.5.
+        # A singular value of 1e-7 grows by 1.5 per step: 40 steps to reach 1.
         return jax.lax.fori_loop(0, 48, improve, r)
 
     signs = linalg.map_batched(sign, rs, fill=1.0)
-    # Dependent columns leave null directions; the last retraction completes them.
+    # Dependent columns leave null directions, which the last retraction completes.
     points = [linalg.matmul(q, z) for q, z in zip(qs, signs, strict=True)]
     return _shifted_cholesky_qr_if_needed(points)
 

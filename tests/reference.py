@@ -259,6 +259,16 @@ def equations(jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
                 yield from equations(inner)
 
 
+# As JAX calls the factorisations that it takes from LAPACK and the like.
+FACTORISATIONS = {"cholesky", "eig", "eigh", "lu", "qr", "schur", "svd"}
+FACTORISATIONS |= {"geqrf", "householder_product", "triangular_solve"}
+
+
+def factorisations(jaxpr):
+    """The primitives in a jaxpr that call a library to factorise a matrix."""
+    return {e.primitive.name for e in equations(jaxpr)} & FACTORISATIONS
+
+
 def matmul_precisions(fn, *args):
     """The precision of every dot_general in the trace of fn(*args)."""
     return [

@@ -1,10 +1,10 @@
-"""Text and a model that tests train."""
+"""A small corpus and a small model for tests that train."""
 
 import random
 
 from sct_jax import model
 
-# Two kinds of matrices are enough to cover stacked factors beside dense ones.
+# Two kinds of spectral matrices cover stacked factors beside dense matrices.
 SHAPE = model.ModelConfig(
     d_model=16,
     d_ff=24,
@@ -18,7 +18,7 @@ SHAPE = model.ModelConfig(
 
 
 def write_corpus(folder, *, files=100):
-    """ASCII, so that bytes are characters."""
+    """Writes files of random ASCII words and returns their glob."""
     folder.mkdir()
     for number in range(files):
         rng = random.Random(number)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sct_jax import linalg
 
 EPS = float(np.finfo(np.float32).eps)
+
+# One compilation per shape, for the whole module.
+newton_schulz = jax.jit(linalg.newton_schulz, static_argnames=("steps", "coefficients"))
+inverse_cholesky = jax.jit(linalg.inverse_cholesky)
+power_iteration = jax.jit(linalg.power_iteration, static_argnames="steps")
 
 
 def matrix_with(sigma, shape, seed=0):
@@ -41,7 +48,7 @@ def test_newton_schulz_is_its_polynomial_of_the_singular_values(shape, steps):
         return sigma
 
     expected = reference.matrix_polynomial(x, polynomial)
-    found = linalg.newton_schulz(jnp.asarray(x), steps=steps)
+    found = newton_schulz(jnp.asarray(x), steps=steps)
     # A step multiplies the error of small singular values by a = 3.4 at most.
     np.testing.assert_allclose(found, expected, atol=4 * EPS * a**steps)
 
@@ -49,7 +56,7 @@ def test_newton_schulz_is_its_polynomial_of_the_singular_values(shape, steps):
 def test_quintic_brings_singular_values_into_its_band():
     # Relative to the Frobenius norm these are 1 down to 1e-3.
     x = matrix_with([1.0, 0.3, 0.1, 0.03, 0.01, 1e-3], (16, 6))
-    sigma = np.linalg.svd(linalg.newton_schulz(jnp.asarray(x)), compute_uv=False)
+    sigma = np.linalg.svd(newton_schulz(jnp.asarray(x)), compute_uv=False)
     assert sigma.max() < 1.5
     assert sigma.min() > 0.5 * 3.4445**5 * 1e-3  # at least the linear growth, damped
 
@@ -58,7 +65,7 @@ def test_quintic_brings_singular_values_into_its_band():
 def test_cubic_converges_to_the_polar_factor(shape):
     condition = 10.0
     x = matrix_with(np.geomspace(1, 1 / condition, 4), shape)
-    found = linalg.newton_schulz(jnp.asarray(x), steps=20, coefficients=linalg.CUBIC)
+    found = newton_schulz(jnp.asarray(x), steps=20, coefficients=linalg.CUBIC)
     # Rounding of the Gram matrix is amplified by the condition number.
     atol = 4 * EPS * condition * np.sqrt(4)
     np.testing.assert_allclose(found, reference.polar(x), atol=atol)
@@ -67,27 +74,27 @@ def test_cubic_converges_to_the_polar_factor(shape):
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_newton_schulz_does_not_see_the_size_of_its_input(size):
     x = matrix_with([3.0, 1.0, 0.3, 0.1], (12, 4))
-    found = linalg.newton_schulz(jnp.asarray(x * np.float32(size)))
-    expected = linalg.newton_schulz(jnp.asarray(x))
+    found = newton_schulz(jnp.asarray(x * np.float32(size)))
+    expected = newton_schulz(jnp.asarray(x))
     np.testing.assert_allclose(found, expected, atol=4 * EPS * 3.4445**5)
 
 
 def test_newton_schulz_of_zero_is_zero():
-    found = linalg.newton_schulz(jnp.zeros((6, 3)))
+    found = newton_schulz(jnp.zeros((6, 3)))
     np.testing.assert_array_equal(found, np.zeros((6, 3)))
 
 
 def test_newton_schulz_keeps_a_low_precision_dtype_but_computes_in_float32():
     x = jnp.asarray(matrix_with([3.0, 1.0, 0.3, 0.1], (12, 4)), jnp.bfloat16)
-    found = linalg.newton_schulz(x)
+    found = newton_schulz(x)
     assert found.dtype == jnp.bfloat16
-    expected = linalg.newton_schulz(x.astype(jnp.float32))
+    expected = newton_schulz(x.astype(jnp.float32))
     np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
 def test_inverse_cholesky_inverts_the_lower_factor():
     g = positive_definite(np.geomspace(1, 0.1, 5))
-    l = reference.float64(linalg.inverse_cholesky(jnp.asarray(g)))
+    l = reference.float64(inverse_cholesky(jnp.asarray(g)))
     np.testing.assert_array_equal(np.triu(l, 1), 0)
     eye = np.broadcast_to(np.eye(5), g.shape)
     # cond(g) = 10, five terms a sum.
@@ -95,7 +102,7 @@ def test_inverse_cholesky_inverts_the_lower_factor():
     np.testing.assert_allclose(l @ g @ l.swapaxes(-1, -2), eye, atol=atol)
 
 
-@pytest.mark.parametrize("size", [5, 16, 33, 64, 130])
+@pytest.mark.parametrize("size", [5, 16, 33, 130])
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.8], ids=["identity", "near", "far"])
 def test_inverse_cholesky_by_halves_of_every_size(size, spread):
     rng = np.random.default_rng(size)
@@ -105,8 +112,8 @@ def test_inverse_cholesky_by_halves_of_every_size(size, spread):
     expected = np.linalg.inv(np.linalg.cholesky(np.float64(g)))
     condition = (1 + spread) / (1 - spread)
     atol = 8 * EPS * condition**1.5 * np.sqrt(size)
-    for fn in (linalg.inverse_cholesky, linalg.eliminate):
-        found = jax.jit(fn)(jnp.asarray(g))
+    for fn in (inverse_cholesky, jax.jit(linalg.eliminate)):
+        found = fn(jnp.asarray(g))
         np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
         np.testing.assert_array_equal(np.triu(found, 1), 0)
 
@@ -152,7 +159,7 @@ def test_inverse_sqrt_matches_an_eigendecomposition(low, size):
     np.testing.assert_allclose(found, expected, atol=atol)
 
 
-@pytest.mark.parametrize("inverse", [linalg.inverse_cholesky, linalg.inverse_sqrt])
+@pytest.mark.parametrize("inverse", [inverse_cholesky, linalg.inverse_sqrt])
 @pytest.mark.parametrize("condition", [1e2, 1e3, 1e4])
 @pytest.mark.parametrize("factor", [-0.5, -1.0, -3.0, np.nan])
 def test_only_the_indefinite_matrix_of_a_stack_becomes_nan(inverse, condition, factor):
@@ -194,7 +201,7 @@ def test_power_iteration_approaches_the_norm_from_below():
     vector = jax.random.normal(jax.random.key(0), (3, 6))
     estimates = []
     for _ in range(12):
-        norm, vector = linalg.power_iteration(x, vector)
+        norm, vector = power_iteration(x, vector)
         estimates.append(np.asarray(norm))
     assert np.all(np.diff(estimates, axis=0) >= -4 * EPS)
     assert np.all(estimates[0] < 2)
@@ -208,9 +215,9 @@ def test_power_iteration_approaches_the_norm_from_below():
 def test_power_iteration_takes_several_steps_at_once():
     x = jnp.asarray(matrix_with([2.0, 1.0, 0.5], (10, 6)))
     once = twice = jax.random.normal(jax.random.key(0), (6,))
-    _, twice = linalg.power_iteration(x, twice, steps=2)
+    _, twice = power_iteration(x, twice, steps=2)
     for _ in range(2):
-        norm, once = linalg.power_iteration(x, once)
+        norm, once = power_iteration(x, once)
     assert norm.shape == ()
     np.testing.assert_allclose(once, twice, atol=4 * EPS)
 
@@ -229,7 +236,7 @@ def test_a_nan_ends_no_other_matrix_of_a_jacobi_svd():
 def test_power_iteration_of_zero_is_zero(zero):
     x, vector = jnp.ones((5, 3)), jnp.ones(3)
     x, vector = (x * 0, vector) if zero == "matrix" else (x, vector * 0)
-    norm, improved = linalg.power_iteration(x, vector)
+    norm, improved = power_iteration(x, vector)
     assert norm == 0
     kept = np.zeros(3) if zero == "vector" else np.full(3, 3**-0.5)
     np.testing.assert_allclose(improved, kept, rtol=1e-6)
@@ -240,13 +247,14 @@ def test_power_iteration_finds_what_was_zero_before():
     vector = jnp.array([1.0, 2.0, 3.0])
     x = jax.random.normal(jax.random.key(0), (6, 3))
     for factor in (0 * x, jnp.full_like(x, jnp.nan)):
-        _, kept = linalg.power_iteration(factor, vector)
-        norm, _ = linalg.power_iteration(x, kept, steps=50)
+        _, kept = power_iteration(factor, vector)
+        for _ in range(50):
+            norm, kept = power_iteration(x, kept)
         assert float(norm) == pytest.approx(np.linalg.norm(x, 2), rel=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 5, 3, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)])
-def test_map_stacked_gives_each_matrix_its_own_answer(sizes):
+def test_map_batched_gives_each_matrix_its_own_answer(sizes):
     rng = np.random.default_rng(0)
     layers = [(), (2,), (2, 3)]
     shapes = [(*layers[i % 3], k, k) for i, k in enumerate(sizes)]
@@ -261,17 +269,18 @@ def test_map_stacked_gives_each_matrix_its_own_answer(sizes):
         return jnp.linalg.solve(a, b)
 
     as_arrays = lambda xs: [jnp.asarray(x, jnp.float32) for x in xs]
-    found = linalg.map_batched(solve, as_arrays(left), as_arrays(right), fill=1.0)
+    found = jax.jit(functools.partial(linalg.map_batched, solve, fill=1.0))(
+        as_arrays(left), as_arrays(right)
+    )
     assert len(calls) <= 4
     for x, a, b in zip(found, left, right, strict=True):
         np.testing.assert_allclose(x, np.linalg.solve(a, b), atol=16 * EPS)
 
 
-def test_map_stacked_takes_functions_to_one_number():
+def test_map_batched_takes_functions_to_one_number():
     mats = [2 * jnp.eye(3), jnp.ones((2, 4, 4)), *(jnp.eye(k) for k in range(5, 9))]
-    found = linalg.map_batched(
-        lambda m: jnp.max(jnp.abs(m), axis=(-2, -1)), mats, fill=0.0
-    )
+    norm = lambda m: jnp.max(jnp.abs(m), axis=(-2, -1))
+    found = jax.jit(functools.partial(linalg.map_batched, norm, fill=0.0))(mats)
     expected = [2.0, np.ones(2), 1.0, 1.0, 1.0, 1.0]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_array_equal(x, y)

@@ -26,7 +26,7 @@ def weight(seed=0, fan_in=14, fan_out=11, rank=4):
 
 
 def gradients(step, u, s, v):
-    """Noise, and a pull that makes every step depend on the one before."""
+    """Noise plus a term by which every step depends on the one before."""
     rng = np.random.default_rng(100 + step)
     return tuple(rng.normal(size=x.shape) + 0.3 * x for x in (u, s, v))
 
@@ -53,6 +53,7 @@ def test_ten_steps_match_float64(coordinates, nesterov):
         coordinates=coordinates,
         nesterov=nesterov,
         max_rotation=0.03,
+        retraction="qr",
     )
     found = train(tx, w)
     expected = reference.stiefel_muon(
@@ -71,9 +72,9 @@ def test_ten_steps_match_float64(coordinates, nesterov):
     assert np.max(np.abs(found[-1].u - w.u)) > 100 * atol
 
 
-def test_a_rate_turns_every_column_by_about_as_much():
+def test_columns_rotate_by_about_the_learning_rate():
     w = weight()
-    history = [w, *train(optimizers.stiefel_muon(1e-3), w)]
+    history = [w, *train(optimizers.stiefel_muon(1e-3, retraction="qr"), w)]
     for before, after in itertools.pairwise(history):
         for x, y in ((before.u, after.u), (before.v, after.v)):
             turn = np.linalg.norm(np.asarray(y - x), axis=0)
@@ -82,25 +83,25 @@ def test_a_rate_turns_every_column_by_about_as_much():
             assert np.max(turn) > 3e-4
 
 
-def test_the_svd_gauge_bounds_the_step_before_the_retraction():
-    """To first order a rate eta changes W by at most 1.25 eta, whatever 1 / s is."""
+def test_svd_coordinates_bound_the_step_before_the_retraction():
+    """To first order, a learning rate eta changes W by at most 1.25 eta for any s."""
     rate, w = 1e-3, weight()
     tx = optax.chain(
         transforms.scale_by_stiefel_muon(coordinates="svd"), optax.scale(-rate)
     )
     rng = np.random.default_rng(0)
-    state = tx.init(w)
+    state, update = tx.init(w), jax.jit(tx.update)
     for _ in range(10):
         grads = jax.tree.map(
             lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), w
         )
-        updates, state = tx.update(grads, state, w)
+        updates, state = update(grads, state, w)
         change = reference.dense(*optax.apply_updates(w, updates)) - reference.dense(*w)
         assert 0.1 * rate < reference.spectral_norm(change) < 1.25 * rate
 
 
 @pytest.mark.parametrize("coordinates", transforms.COORDINATES)
-@pytest.mark.parametrize("retraction", ["cholesky_qr", "lossless"])
+@pytest.mark.parametrize("retraction", ["qr", "svd"])
 def test_with_a_clip_the_applied_change_is_bounded(coordinates, retraction):
     bound, w = 0.02, weight()
     tx = optimizers.stiefel_muon(
@@ -133,11 +134,12 @@ def test_stacked_layers_are_updated_one_by_one():
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
     for coordinates in transforms.COORDINATES:
         tx = transforms.scale_by_stiefel_muon(coordinates=coordinates)
+        update = jax.jit(tx.update)
         grads = jax.tree.map(lambda x: jnp.sin(9 * x), stacked)
-        together, _ = tx.update(grads, tx.init(stacked), stacked)
+        together, _ = update(grads, tx.init(stacked), stacked)
         for i, w in enumerate(layers):
             grad = jax.tree.map(lambda x, i=i: x[i], grads)
-            alone, _ = tx.update(grad, tx.init(w), w)
+            alone, _ = update(grad, tx.init(w), w)
             one = jax.tree.map(lambda x, i=i: x[i], together)
             for x, y in zip(one, alone, strict=True):
                 np.testing.assert_allclose(x, y, rtol=0, atol=4 * AMPLIFICATION * EPS)
@@ -146,11 +148,13 @@ def test_stacked_layers_are_updated_one_by_one():
 def test_other_leaves_get_adamw():
     rest = {"dense": jnp.ones((4, 3)), "norm": jnp.ones(3)}
     params = rest | {"w": weight()}
-    tx = optimizers.stiefel_muon(0.05, weight_decay=0.1, dense_lr_multiplier=0.2)
+    tx = optimizers.stiefel_muon(
+        0.05, weight_decay=0.1, dense_lr_multiplier=0.2, retraction="none"
+    )
     other = optax.adamw(
         0.01, b1=0.9, b2=0.95, weight_decay=0.1, mask={"dense": True, "norm": False}
     )
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     expected, _ = other.update(rest, other.init(rest), rest)
     for name in rest:
         np.testing.assert_allclose(updates[name], expected[name], rtol=1e-6)
@@ -161,14 +165,10 @@ def test_zero_gradients_and_singular_values_give_finite_updates(coordinates):
     w = weight()
     zero = jax.tree.map(jnp.zeros_like, w)
     tx = transforms.scale_by_stiefel_muon(coordinates=coordinates)
+    update = jax.jit(tx.update)
     for params, grads in ((w._replace(s=zero.s), w), (w, zero)):
-        updates, state = tx.update(grads, tx.init(params), params)
+        updates, state = update(grads, tx.init(params), params)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
-
-
-def test_an_unknown_gauge_is_refused():
-    with pytest.raises(ValueError, match="unknown coordinates 'svdd'"):
-        transforms.scale_by_stiefel_muon(coordinates="svdd")
 
 
 @pytest.mark.parametrize("coordinates", transforms.COORDINATES)

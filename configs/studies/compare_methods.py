@@ -1,42 +1,46 @@
-"""Every method that the papers propose or compare with, each tuned alike.
+"""Every method that the papers propose or compare with, all tuned alike.
 
-  python -m experiments.compare --config=configs/compare_methods.py
+  python -m experiments.studies.compare \
+    --config=configs/studies/compare_methods.py:small
+  python -m experiments.studies.report experiments/studies/results/compare_methods-small
 
-Variants, on the Python standard library's source text, R = d/4 in all seven matrices:
-  short   d 256, 4 layers, 4.2 M parameters dense, .4 tokens for each: five methods and
-          a narrow dense model, with the rates of the embedding that `small` found (the
-          default); about six hours on two cores.
-  small   d 128, 4 layers, .9 M parameters dense, .4 tokens for each: all methods, with
-          the rate of the embedding searched as well; eight hours.
-  recipe  the model of `small`, two chains with other ranks, rates, bounds, retractions
-          and moments, one by one.
-  recipe_long
-          the model of `long`, one chain with other ranks, rates and retractions.
-  long_decay
-          the arms of `long` with a rate that falls over nine tenths, which is searched
-          around its best there.
-  triple  the model of `small`, three times the rates, for loss spikes.
-  width   the model of `small` at d 64, 128 and 256: where do rates have their best?
-  large   d 384, 6 layers, 10.7 M parameters dense in the layers: the same, .35 tokens
-          for each of all 12.2 M; for accelerators, a process for each:
-          for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
-            experiments.compare --config=configs/compare_methods.py:large & done; wait
-  long    d 64, 4 layers, .2 M parameters dense: the same, .4 to 10 tokens for each.
+Papers: SCT, arXiv 2604.00733; Spectron, arXiv 2602.12429; TSVD, arXiv 2605.28573; CoLA,
+arXiv 2502.10940; self-guided training, arXiv 2406.16450. Text: the Python standard
+library. R = d/4 in all seven matrices.
+
+Variants, with the CPU core-hours that their rows took. Several processes share them.
+Losses are held out, in nats per token, of dense Muon and Stiefel Muon at equal tokens.
+  short         d 256, 4 layers, 4.2 M dense parameters, 0.4 tokens per parameter. Six
+                methods; the default. 10 hours. Losses 3.77 and 3.66.
+  small         d 128, 4 layers, 0.9 M dense parameters, 0.4 tokens per parameter. All
+                methods, both learning rates searched. 12 hours. Losses 4.06 and 4.16.
+  long          d 64, 4 layers, 0.2 M dense parameters, 0.4, 2 and 10 tokens per
+                parameter. Six methods. 4 hours. Losses 2.77 and 3.00 at 10.
+  long_decay    the methods of `long` with a decay over nine tenths of the run. 3 hours.
+                Losses 2.79 and 2.95 at 10.
+  recipe        the model of `small`. Variations of two chains. 1 hour.
+  recipe_long   the model of `long`. Variations of Stiefel Muon. 1 hour.
+  triple        the model of `small` at three times the learning rates. 1 hour.
+  width         d 64, 128 and 256. Two chains, tuned at each. 1 hour.
+  large         d 384, 6 layers, 12.2 M dense parameters, 0.35 tokens per parameter. Six
+                methods, for accelerators, one process each. It has not been run:
+                for i in 0 1 2 3 4 5 6 7; do CUDA_VISIBLE_DEVICES=$i python -m \
+                  experiments.studies.compare \
+                  --config=configs/studies/compare_methods.py:large & done; wait
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 from experiments.studies import grid, methods
-from sct_jax import data, model, optimizers
-from sct_jax.training import config
+from sct_jax import data, model
+from sct_jax.training import config, optimizer_config
 
-ADAM_RATE_FACTORS = (1 / 3, 1.0, 3.0)  # where it is searched
+NON_MATRIX_LR_FACTORS = (1 / 3, 1.0, 3.0)  # where that learning rate is searched
 
 SHORT = (0.4,)  # tokens per parameter
 
-# Those of larger models and longer runs, with the best rates of `small` at equal FLOPs:
-# of the matrices, and of the embedding and norms.
+# The methods of larger models and longer runs, with the best learning rates of `small`
+# at equal FLOPs: of the matrices, and of all other parameters.
 LEADING = {
     "dense AdamW": (3e-3, 0.027),
     "dense Muon": (0.01, 0.081),
@@ -45,32 +49,34 @@ LEADING = {
     "Stiefel Muon": (0.01, 0.027),
 }
 
-# The best rates of `long` at 10 tokens per parameter: of the matrices, and of the rest.
-BEST_OF_LONG = {
-    "Stiefel Muon": (0.01, 0.081),
-    "dense AdamW": (6e-3, 0.027),
-    "dense Muon": (0.02, 0.081),
-    "dense Muon (narrow)": (0.04, 0.027),
-    "Spectron (code)": (0.0125, 0.027),
-    "SCT (s = 1)": (3e-3, 0.018),
-}
+
+def best_of_long() -> dict[str, grid.Method]:
+    """Returns the methods of `long` at their best rates at 10 tokens per parameter."""
+    return {
+        "Stiefel Muon": methods.at_setting("Stiefel Muon", 0.01, 0.081),
+        "dense AdamW": methods.at_setting("dense AdamW", 6e-3, 0.027),
+        "dense Muon": methods.at_setting("dense Muon", 0.02, 0.081),
+        "narrow": methods.narrow(methods.at_setting("dense Muon", 0.04, 0.027)),
+        "Spectron (code)": methods.at_setting("Spectron (code)", 0.0125, 0.027),
+        "SCT (s = 1)": methods.at_setting("SCT (s = 1)", 3e-3, 0.018),
+    }
 
 
-def leading(*, short_run: bool) -> tuple[grid.Arm, ...]:
-    """The arms of `LEADING` at three rates of the matrices each, and a narrow one."""
-    arms = {
+def leading(*, short_run: bool) -> tuple[grid.Method, ...]:
+    """Returns the methods of `LEADING`, searched, and a narrow dense model."""
+    found = {
         name: methods.searched(methods.at_setting(name, *best))
         for name, best in LEADING.items()
     }
     if short_run:
-        arms = {name: methods.of_short_run(arm) for name, arm in arms.items()}
-    return *arms.values(), methods.narrow(arms["dense Muon"])
+        found = {name: methods.with_short_momentum(m) for name, m in found.items()}
+    return *found.values(), methods.narrow(found["dense Muon"])
 
 
 def base(
     *, d_model: int, d_ff: int, vocab_size: int, seq_len: int, num_layers: int = 4
 ) -> config.ExperimentConfig:
-    """The experiment that the arms override: SCT from a dense start's spectrum."""
+    """Returns the experiment that methods change: SCT from a dense initialisation."""
     return config.ExperimentConfig(
         model=model.ModelConfig(
             d_model=d_model,
@@ -83,8 +89,9 @@ def base(
             spectral=model.BLOCK_MATRICES,
             remat="dots",
         ),
-        data=data.DataConfig(batch_size=16, seq_len=seq_len),
-        optimizer=optimizers.OptimizerConfig(
+        # The committed rows were evaluated on this split.
+        data=data.DataConfig(batch_size=16, seq_len=seq_len, split="files"),
+        optimizer=optimizer_config.Sct(
             schedule="wsd",
             warmup_steps=20,
             decay_ratio=0.2,
@@ -98,33 +105,29 @@ def base(
 
 
 def base_of_small() -> config.ExperimentConfig:
-    """The model of `small`, on which most studies are."""
+    """Returns the base of `small`, which most studies share."""
     return base(d_model=128, d_ff=344, vocab_size=1024, seq_len=128)
 
 
 def with_qk_norm(experiment: config.ExperimentConfig) -> config.ExperimentConfig:
-    """With queries and keys normalised, which `recipe` found to help."""
-    return dataclasses.replace(
-        experiment, model=dataclasses.replace(experiment.model, qk_norm=True)
-    )
+    """Returns the experiment with normalised queries and keys, as `recipe` advises."""
+    return methods.model(qk_norm=True)(experiment)
 
 
 def _small() -> grid.Comparison:
-    experiment = base_of_small()
     return grid.Comparison(
-        base=experiment,
-        arms=(*methods.ARMS, methods.narrow(methods.arm_named("dense Muon"))),
+        base=base_of_small(),
+        methods=(*methods.METHODS, methods.narrow(methods.method_named("dense Muon"))),
         tokens_per_parameter=SHORT,
-        adam_rate_factors=ADAM_RATE_FACTORS,
-        max_rates=7,
+        non_matrix_lr_factors=NON_MATRIX_LR_FACTORS,
+        max_learning_rates=7,
     )
 
 
 def _leading(experiment: config.ExperimentConfig) -> grid.Comparison:
-    experiment = with_qk_norm(experiment)
     return grid.Comparison(
-        base=experiment,
-        arms=leading(short_run=True),
+        base=with_qk_norm(experiment),
+        methods=leading(short_run=True),
         tokens_per_parameter=SHORT,
     )
 
@@ -132,7 +135,7 @@ def _leading(experiment: config.ExperimentConfig) -> grid.Comparison:
 def _short() -> grid.Comparison:
     return dataclasses.replace(
         _leading(base(d_model=256, d_ff=688, vocab_size=4096, seq_len=256)),
-        protocols=("tokens", "flops", "seconds"),
+        budgets=("tokens", "flops", "seconds"),
         reference="dense AdamW",
     )
 
@@ -141,117 +144,106 @@ def _large() -> grid.Comparison:
     experiment = base(
         d_model=384, d_ff=1032, num_layers=6, vocab_size=4096, seq_len=256
     )
-    # As many as the text has for the longest trials.
+    # As many tokens as the text has for the longest trials.
     return dataclasses.replace(_leading(experiment), tokens_per_parameter=(0.35,))
 
 
 def _long() -> grid.Comparison:
-    # A small vocabulary, as the head has a small share of the FLOPs of a large model;
-    # the best rate of the embedding falls with the length, so it is searched again.
-    shape = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
-    batches = dataclasses.replace(shape.data, batch_size=8)
-    experiment = with_qk_norm(dataclasses.replace(shape, data=batches))
+    # A small vocabulary gives the head the small share of FLOPs that it has in a large
+    # model. The best non-matrix learning rate falls with the length: search it again.
+    experiment = base(d_model=64, d_ff=176, vocab_size=512, seq_len=128)
+    batches = dataclasses.replace(experiment.data, batch_size=8)
     return grid.Comparison(
-        base=experiment,
-        arms=leading(short_run=False),
+        base=with_qk_norm(dataclasses.replace(experiment, data=batches)),
+        methods=leading(short_run=False),
         tokens_per_parameter=(10.0, *SHORT, 2.0),
-        adam_rate_factors=ADAM_RATE_FACTORS,
+        non_matrix_lr_factors=NON_MATRIX_LR_FACTORS,
     )
 
 
 def _triple() -> grid.Comparison:
-    """The leading methods at three times the rates of the other studies: who spikes?"""
-    arms = (
-        methods.at_setting(name, round(3 * rate, 6), round(3 * adam_rate, 6))
-        for name, (rate, adam_rate) in LEADING.items()
+    """Which methods have loss spikes at three times the learning rates?"""
+    tripled = (
+        methods.at_setting(name, round(3 * rate, 6), round(3 * non_matrix_lr, 6))
+        for name, (rate, non_matrix_lr) in LEADING.items()
     )
     return grid.Comparison(
         base=with_qk_norm(base_of_small()),
-        arms=tuple(map(methods.of_short_run, arms)),
+        methods=tuple(map(methods.with_short_momentum, tripled)),
         tokens_per_parameter=SHORT,
     )
 
 
 def _recipe() -> grid.Comparison:
-    """Variations of two chains, and of dense Muon, each at a good rate of `small`."""
+    """Variations of two chains and of dense Muon, at a good setting of `small`."""
     experiment = base_of_small()
     within_mlp = "ranks from gate to up and down"
     variations = {
         **methods.VARIATIONS,
         **methods.moved_ranks(experiment.model.rank, gate=43, up=43, down=43),
-        within_mlp: methods.fields("model.ranks", gate=16, up=40, down=40),
+        within_mlp: methods.ranks(gate=16, up=40, down=40),
     }
-
-    def of(name: str, rate: float, *titles: str, always: Sequence[str] = ()):
-        plain = methods.at_setting(name, rate, 0.027)
-        return methods.varied(plain, variations, *titles, always=always)
-
     of_both = (
         "clip at .05",
         "normalised q and k",
         "init of the dense norm",
-        "lossless",
+        "svd retraction",
         "tangent gradient",
         "R = d/2",
     )
-    best = "momentum .9 + normalised q and k"
-    arms = (
-        *of(
-            "Stiefel Muon",
-            0.01,
-            *of_both,
-            "rate of s as of u and v",
-            "momentum .9",
-            "momentum .8",
-            best,
-            f"{best} + lossless",
-            "ranks from q and k to v and o",
-            "ranks from attention to MLP",
-            within_mlp,
-            always=(best, "R = d/2"),
-        ),
-        *of(
-            "SCT (dense spectrum)",
-            3e-3,
-            *of_both,
-            "clip at .1",
-            "rate of s x 5",
-            "polar retraction",
-            "transported moments",
-            "bfloat16 moments",
-            always=("bfloat16 moments",),  # how much do they cost?
-        ),
-        # What helps the one chain may help the other.
-        *of(
-            "dense Muon",
-            0.01,
-            "momentum .9",
-            "normalised q and k",
-            best,
-            always=(best,),
-        ),
+    best = ("momentum .9", "normalised q and k")
+    stiefel_muon = methods.varied(
+        methods.at_setting("Stiefel Muon", 0.01, 0.027),
+        variations,
+        *of_both,
+        "rate of s as of u and v",
+        "momentum .9",
+        "momentum .8",
+        best,
+        (*best, "svd retraction"),
+        "ranks from q and k to v and o",
+        "ranks from attention to MLP",
+        within_mlp,
+        always=(best, "R = d/2"),
     )
-    arms = (*arms, methods.narrow(arms[-1]))
-    return grid.Comparison(base=experiment, arms=arms, tokens_per_parameter=SHORT)
-
-
-def _best_of_long(name: str) -> grid.Arm:
-    """This arm, which may be the narrow one, at its setting of `BEST_OF_LONG`."""
-    plain = name.removesuffix(" (narrow)")
-    arm = methods.at_setting(plain, *BEST_OF_LONG[name])
-    return arm if plain == name else methods.narrow(arm)
+    sct = methods.varied(
+        methods.at_setting("SCT (dense spectrum)", 3e-3, 0.027),
+        variations,
+        *of_both,
+        "clip at .1",
+        "rate of s x 5",
+        "polar retraction",
+        "transported moments",
+        "bfloat16 moments",
+        always=("bfloat16 moments",),  # what do they cost?
+    )
+    # What helps the low-rank chains may help the dense one.
+    dense_muon = methods.varied(
+        methods.at_setting("dense Muon", 0.01, 0.027),
+        variations,
+        "momentum .9",
+        "normalised q and k",
+        best,
+        always=(best,),
+    )
+    return grid.Comparison(
+        base=experiment,
+        methods=(*stiefel_muon, *sct, *dense_muon, methods.narrow(dense_muon[-1])),
+        tokens_per_parameter=SHORT,
+    )
 
 
 def _recipe_long() -> grid.Comparison:
-    """What may bring the low-rank arms of `long` nearer to the dense ones there."""
+    """What brings Stiefel Muon nearer to the dense models of `long`?"""
     study = _long()
+    best = best_of_long()
     moved = methods.moved_ranks(study.base.model.rank, gate=22, up=22, down=21)
-    variations = methods.VARIATIONS | moved
-    arms = (
+    variations = {**methods.VARIATIONS, **moved}
+    found = (
         *methods.varied(
-            _best_of_long("Stiefel Muon"),
+            best["Stiefel Muon"],
             variations,
-            "lossless",
+            "svd retraction",
             "momentum .9",
             "rate of s as of u and v",
             "tangent gradient",
@@ -261,66 +253,63 @@ def _recipe_long() -> grid.Comparison:
         ),
         methods.at_setting("Stiefel Muon (svd coordinates)", 0.0125, 0.081),
         # What helps the low-rank chain may help the dense one.
-        *methods.varied(_best_of_long("dense Muon"), variations, "decay .9"),
-        *methods.varied(_best_of_long("dense Muon (narrow)"), variations, "decay .9"),
+        *methods.varied(best["dense Muon"], variations, "decay .9"),
+        *methods.varied(best["narrow"], variations, "decay .9"),
     )
     return dataclasses.replace(
         study,
-        arms=tuple(dataclasses.replace(arm, always=True) for arm in arms),
-        protocols=("tokens",),
-        adam_rate_factors=(),
+        methods=tuple(dataclasses.replace(method, always=True) for method in found),
+        budgets=("tokens",),
+        non_matrix_lr_factors=(),
     )
 
 
 def _long_decay() -> grid.Comparison:
-    """The arms of `long` with a rate that long decays, searched around their best."""
-    study = _long()
-    arms = (methods.searched(_best_of_long(name)) for name in BEST_OF_LONG)
+    """The methods of `long` with a long decay, searched around their best rates."""
+    found = map(methods.searched, best_of_long().values())
     return dataclasses.replace(
-        study,
-        arms=tuple(
-            methods.with_fields(
-                arm, *methods.VARIATIONS["decay .9"], name=f"{arm.name}: decay .9"
-            )
-            for arm in arms
+        _long(),
+        methods=tuple(
+            methods.changed(method, methods.DECAY, name=f"{method.name}: decay .9")
+            for method in found
         ),
-        adam_rate_factors=(),
+        non_matrix_lr_factors=(),
     )
 
 
 def _width() -> grid.Comparison:
-    """Two chains at three widths, the same tokens for each, tuned alike."""
+    """Two chains at three widths, on the same number of tokens, tuned alike."""
     experiment = with_qk_norm(base_of_small())
     shape = experiment.model
 
-    def at_width(arm: grid.Arm, width: int) -> grid.Arm:
+    def at_width(method: grid.Method, width: int) -> grid.Method:
         d_ff = 8 * round(width * shape.d_ff / shape.d_model / 8)
-        return methods.with_fields(
-            arm,
-            *methods.fields("model", d_model=width, d_ff=d_ff, rank=width // 4),
-            name=f"{arm.name} at d {width}",
+        return methods.changed(
+            method,
+            methods.model(d_model=width, d_ff=d_ff, rank=width // 4),
+            name=f"{method.name} at d {width}",
         )
 
-    muon = methods.of_short_run(methods.arm_named("Stiefel Muon"))
-    muon = dataclasses.replace(muon, adam_rate=0.027)
-    adam = dataclasses.replace(
-        methods.arm_named("SCT (dense spectrum)"), name="SCT", adam_rate=0.027
+    muon = methods.with_short_momentum(methods.method_named("Stiefel Muon"))
+    muon = dataclasses.replace(muon, non_matrix_lr=0.027)
+    sct = dataclasses.replace(
+        methods.method_named("SCT (dense spectrum)"), name="SCT", non_matrix_lr=0.027
     )
-    by_width = methods.with_fields(
-        adam,
-        *methods.fields("optimizer", base_width=shape.d_model),
+    by_width = methods.changed(
+        sct,
+        methods.optimizer(base_width=shape.d_model),
         name="SCT with base_width",
     )
     return grid.Comparison(
         base=experiment,
-        arms=tuple(
-            at_width(arm, width)
-            for arm in (muon, adam, by_width)
+        methods=tuple(
+            at_width(method, width)
+            for method in (muon, sct, by_width)
             for width in (shape.d_model // 2, shape.d_model, 2 * shape.d_model)
         ),
         seeds=(0,),
         tokens_per_parameter=SHORT,
-        protocols=("tokens",),
+        budgets=("tokens",),
     )
 
 

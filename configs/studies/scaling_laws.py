@@ -1,13 +1,16 @@
 """Iso-FLOP sweeps at a scale that two cores can train: dense against low rank.
 
-python -m experiments.scaling_laws
+  python -m experiments.studies.scaling_laws
+
+CPU: 4 core-hours. Result: N ~ C^0.459 for dense Muon and N ~ C^0.444 for Stiefel
+Muon, with losses at the best sizes within 0.03 nats per token of each other.
 """
 
 from configs.studies import compare_methods
 from experiments.studies import iso_flop, methods
 
-# Around the best of `compare_methods` at d 64 and 128, and Adam's there.
-RATES, ADAM_RATE = (0.01, 0.02, 0.04), 0.081
+# Around the best of `compare_methods` at d 64 and 128.
+LEARNING_RATES, NON_MATRIX_LR = (0.01, 0.02, 0.04), 0.081
 
 # One depth and number of heads, so that sizes differ in their width alone.
 SIZES = {
@@ -29,11 +32,11 @@ def _sizes(*widths: tuple[int, ...]) -> tuple[tuple[iso_flop.Size, ...], ...]:
 
 def get_config() -> iso_flop.ScalingLaws:
     dense, low_rank = (
-        methods.with_fields(
-            methods.arm_named(name),
-            *methods.VARIATIONS["decay .9"],
-            rates=RATES,
-            adam_rate=ADAM_RATE,
+        methods.changed(
+            methods.method_named(name),
+            methods.DECAY,
+            learning_rates=LEARNING_RATES,
+            non_matrix_lr=NON_MATRIX_LR,
         )
         for name in ("dense Muon", "Stiefel Muon")
     )
@@ -41,11 +44,11 @@ def get_config() -> iso_flop.ScalingLaws:
         base=compare_methods.with_qk_norm(compare_methods.base_of_small()),
         kinds=(
             iso_flop.Kind(
-                arm=dense,
+                method=dense,
                 sizes=_sizes((24, 40, 56, 80), (40, 56, 80, 120), (56, 80, 120, 176)),
             ),
             iso_flop.Kind(
-                arm=low_rank,
+                method=low_rank,
                 sizes=_sizes((40, 56, 80, 120), (56, 80, 120, 176), (56, 80, 120, 176)),
             ),
         ),

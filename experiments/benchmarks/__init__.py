@@ -1,1 +1,1 @@
-"""Benchmarks of the optimizer chains, and the timer that they share."""
+"""Benchmarks, and the timer that they share."""

@@ -1,26 +1,20 @@
-"""Measures what the optimizer chains cost, against floors measured beside them.
+"""Measures the cost of the optimizer chains, against floors measured beside them.
 
-python -m experiments.bench_optimizers
-python -m experiments.bench_optimizers --sets=smollm2-135m --rounds=9 --json=bench.json
+python -m experiments.benchmarks.optimizers
+python -m experiments.benchmarks.optimizers --sets=smollm2-135m --rounds=9 \
+    --json=bench.json
 
-Every figure is a ratio of medians of runs that take turns in one process. A row ends
-with "pass", "short" or, where there is no target, "-". The exit code is 0 either way.
+Every figure is a ratio of median seconds; the functions take turns in one process. A
+row ends with "pass", "short", or "-" if it has no target. The exit code is always 0.
 """
 
 import dataclasses
 import functools
 import json
 import pathlib
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from experiments import huge_pages
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +22,14 @@ import optax
 import rich.console
 import rich.table
 
+from experiments.benchmarks import timing
 from sct_jax import errors, linalg, model, optimizers, spectral, stiefel
-from sct_jax.training import accounting, command_line
+from sct_jax.training import accounting, huge_pages, overrides
 
-TOKENS = 8192  # of the training step whose share is asked for
-MEASURED_TOKENS = 512  # of the backward pass that is timed in its place
+Call = Callable[[], Any]
+
+TOKENS = 8192  # of the training step that the chain is compared with
+MEASURED_TOKENS = 512  # of the timed backward pass, scaled up to TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +37,9 @@ class FactorSet:
     """The spectral matrices of some layers of a model.
 
     Attributes:
-      title: what the table calls it.
-      shape: of the model; `num_layers` of its layers are measured.
-      speedup: target of the retraction against QR, per factor.
+      title: title of the table.
+      shape: the model; all of its `num_layers` layers are measured.
+      speedup: target for the time of QR per factor over the batched retraction.
     """
 
     title: str
@@ -87,7 +84,7 @@ SETS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One row: a measured ratio, and the side of the target it has to be on."""
+    """One row: a measured ratio, and its lower or upper target."""
 
     name: str
     value: float
@@ -96,14 +93,14 @@ class Figure:
 
     @property
     def target(self) -> str:
-        """The target in words."""
+        """The target as text."""
         if self.at_least is not None:
             return f">= {self.at_least:g}"
         return "" if self.at_most is None else f"<= {self.at_most:g}"
 
     @property
     def verdict(self) -> str:
-        """Returns "pass", "short", or "-" where there is no target."""
+        """Returns "pass", "short", or "-" without a target."""
         if self.at_least is not None:
             return "pass" if self.value >= self.at_least else "short"
         if self.at_most is not None:
@@ -113,10 +110,14 @@ class Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = command_line.FlagParser(__doc__ or "")
-    parser.add_argument("--sets", default=",".join(SETS), help="factor sets, by comma")
-    parser.add_argument("--rounds", type=int, default=7, help="runs of each function")
-    parser.add_argument("--json", help="file for the same figures")
+    parser = overrides.FlagParser(__doc__ or "")
+    parser.add_argument(
+        "--sets", default=",".join(SETS), help="factor sets, comma-separated"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timed runs of each function"
+    )
+    parser.add_argument("--json", help="also write the figures to this file")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         errors.check("--rounds", flags.rounds >= 1, f"{flags.rounds} must be >= 1")
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             errors.check_choice("--sets", name, tuple(SETS))
     except errors.UserError as error:
-        command_line.fail(str(error))
+        overrides.fail(str(error))
     console = rich.console.Console()
     results = {}
     for name in names:
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(factor_set: FactorSet, *, rounds: int) -> list[Figure]:
-    """Returns every figure of one set of factors."""
+    """Returns all figures of one set of factors."""
     shape = factor_set.shape
     params = _factors(shape)
     return [
@@ -148,7 +149,7 @@ def measure(factor_set: FactorSet, *, rounds: int) -> list[Figure]:
 
 
 def table(title: str, figures: Sequence[Figure]) -> rich.table.Table:
-    """Returns the figures of one set as a table to print."""
+    """Returns the figures of one set as a table."""
     result = rich.table.Table(title=title, title_justify="left")
     result.add_column("figure")
     for column in ("ratio", "target", ""):
@@ -161,7 +162,7 @@ def table(title: str, figures: Sequence[Figure]) -> rich.table.Table:
 
 
 def as_json(results: Mapping[str, Sequence[Figure]]) -> dict[str, Any]:
-    """Returns the figures of all sets as JSON can hold them."""
+    """Returns the figures of all sets, ready for JSON."""
     return {
         name: {
             "title": SETS[name].title,
@@ -182,16 +183,17 @@ def as_json(results: Mapping[str, Sequence[Figure]]) -> dict[str, Any]:
 
 def _retraction_figures(params, speedup, rounds) -> list[Figure]:
     moved = _moved(params)
-    products = _make_products(params)
-    times = _take_turns(
-        {
-            "cholesky_qr": (jax.jit(stiefel.cholesky_qr_retraction), (moved,)),
-            "qr": (jax.jit(stiefel.qr_retraction), (moved,)),
-            "polar": (jax.jit(stiefel.polar_retraction), (moved,)),
-            "products": products,
-        },
-        rounds,
-    )
+    retractions = {
+        "cholesky_qr": stiefel.cholesky_qr_retraction,
+        "qr": stiefel.qr_retraction,
+        "polar": stiefel.polar_retraction,
+    }
+    calls: dict[str, Call] = {
+        name: functools.partial(jax.jit(retract), moved)
+        for name, retract in retractions.items()
+    }
+    calls["products"] = _make_products(params)
+    times = _median_seconds(calls, rounds)
     return [
         Figure(
             name="retraction: QR per factor / batched CholeskyQR",
@@ -199,7 +201,7 @@ def _retraction_figures(params, speedup, rounds) -> list[Figure]:
             at_least=speedup,
         ),
         Figure(
-            name="retraction: arithmetic rate / that of its two products",
+            name="retraction: FLOP/s / FLOP/s of its two products",
             value=times["products"] / times["cholesky_qr"],
             at_least=0.7,
         ),
@@ -218,18 +220,13 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
         "undecided": optimizers.sct(1e-4, max_update_norm=1e9),
         "gradient": optimizers.sct(1e-4, tangent_projection="gradient"),
         "transport": optimizers.sct(1e-4, transport_moments=True),
-        "lossless": optimizers.sct(1e-4, retraction="lossless"),
-        "muon": optimizers.stiefel_muon(1e-3),
+        "svd": optimizers.sct(1e-4, retraction="svd"),
+        "stiefel_muon": optimizers.stiefel_muon(1e-3),
     }
-    steps = {name: _make_step(tx, params) for name, tx in chains.items()}
-    times = _take_turns(
-        steps
-        | {
-            "products": _make_products(params),
-            "backward": _make_backward(params, shape),
-        },
-        rounds,
-    )
+    calls = {name: _make_step(tx, params) for name, tx in chains.items()}
+    calls["products"] = _make_products(params)
+    calls["backward"] = _make_backward(params, shape)
+    times = _median_seconds(calls, rounds)
     floor = times["adamw"] + times["products"]  # 4 R FLOPs per factor entry
     floor_clipped = times["adamw"] + 3 * times["products"]  # 12 R
     step = times["backward"] * TOKENS / MEASURED_TOKENS
@@ -248,13 +245,13 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
             at_most=1.25,
         ),
         Figure(
-            name="SCT chain, clip decided by its cheap bound / without a clip",
+            name="SCT chain, clip inactive by its cheap bound / without a clip",
             value=times["undecided"] / times["sct"],
             at_most=1.05,
         ),
         Figure(name="SCT chain / AdamW", value=times["sct"] / times["adamw"]),
         Figure(
-            name=f"SCT chain / training step of {TOKENS:,} tokens (layers alone)",
+            name=f"SCT chain / training step of {TOKENS:,} tokens (layers only)",
             value=times["sct"] / (times["sct"] + step),
             at_most=0.05,
         ),
@@ -271,23 +268,20 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
             value=times["transport"] / times["sct"],
         ),
         Figure(
-            name="with the lossless retraction / SCT chain",
-            value=times["lossless"] / times["sct"],
+            name="with the SVD retraction / SCT chain",
+            value=times["svd"] / times["sct"],
         ),
-        Figure(name="Stiefel Muon / SCT chain", value=times["muon"] / times["sct"]),
+        Figure(
+            name="Stiefel Muon / SCT chain", value=times["stiefel_muon"] / times["sct"]
+        ),
     ]
 
 
 def _spectron_figures(params, rounds) -> list[Figure]:
     params = {name: spectral.to_low_rank(w) for name, w in params.items()}
-
-    times = _take_turns(
-        {
-            "spectron": _make_step(optimizers.spectron(1e-3), params),
-            "muon": _make_step(optimizers.muon(1e-3), params),
-        },
-        rounds,
-    )
+    chains = {"spectron": optimizers.spectron(1e-3), "muon": optimizers.muon(1e-3)}
+    calls = {name: _make_step(tx, params) for name, tx in chains.items()}
+    times = _median_seconds(calls, rounds)
     return [
         Figure(
             name="Spectron chain / optax.contrib.muon on the same factors",
@@ -307,7 +301,7 @@ def _factors(shape: model.ModelConfig) -> dict[str, spectral.SpectralFactors]:
 
 
 def _moved(params: Mapping[str, spectral.SpectralFactors]) -> list[tuple]:
-    """What a step of Adam leaves for the retraction: signs, at a usual rate."""
+    """Points after a step of Adam: the factors plus signs, at a usual learning rate."""
 
     def move(x):
         sign = jnp.sign(jax.random.normal(jax.random.key(1), x.shape))
@@ -316,13 +310,14 @@ def _moved(params: Mapping[str, spectral.SpectralFactors]) -> list[tuple]:
     return [(move(w.u), move(w.v)) for w in params.values()]
 
 
-def _make_products(params):
-    """The arithmetic of one pass: x.T x, and x times a square matrix."""
+def _make_products(params) -> Call:
+    """The matrix products of one pass: x.T x, and x times a square matrix."""
     points = [(w.u, w.v) for w in params.values()]
     squares = jax.tree.map(
         lambda x: jnp.ones((*x.shape[:-2], *x.shape[-1:] * 2)), points
     )
 
+    @jax.jit
     def products(points, squares):
         return jax.tree.map(
             lambda x, z: (linalg.gram(x), linalg.matmul(x, z)),
@@ -330,13 +325,13 @@ def _make_products(params):
             squares,
         )
 
-    return jax.jit(products), (points, squares)
+    return lambda: products(points, squares)
 
 
-def _make_step(tx, params):
-    """A donated step of a chain, and arguments that it hands on to itself."""
+def _make_step(tx: optax.GradientTransformation, params) -> Call:
+    """A step of a chain that updates parameters and state in place."""
 
-    # The gradients too: what is returned undonated is copied.
+    # Donates the gradients too: returning them undonated would copy them.
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -346,10 +341,17 @@ def _make_step(tx, params):
         lambda x: 1e-3 * jax.random.normal(jax.random.key(2), x.shape), params
     )
     params = jax.tree.map(jnp.copy, params)
-    return step, (params, jax.jit(tx.init)(params), grads)
+    carry = params, jax.jit(tx.init)(params), grads
+
+    def call():
+        nonlocal carry
+        carry = step(*carry)
+        return carry
+
+    return call
 
 
-def _make_backward(params, shape: model.ModelConfig):
+def _make_backward(params, shape: model.ModelConfig) -> Call:
     """Forward and backward pass of the layers, without embedding and head."""
     dense = model.init_block(
         jax.random.key(3),
@@ -361,32 +363,18 @@ def _make_backward(params, shape: model.ModelConfig):
     x = jax.random.normal(jax.random.key(4), (1, MEASURED_TOKENS, shape.d_model))
 
     def loss_fn(layers, x):
-        apply = functools.partial(model.block, config=shape)
+        linear = functools.partial(spectral.linear, flatten_rows=True)
+        apply = functools.partial(model.block, config=shape, linear=linear)
         x, _ = jax.lax.scan(lambda x, w: (apply(w, x, tables, None), None), x, layers)
         return jnp.mean(jnp.square(x))
 
-    return jax.jit(jax.grad(loss_fn)), (layers, x)
+    return functools.partial(jax.jit(jax.grad(loss_fn)), layers, x)
 
 
-def _take_turns(
-    functions: Mapping[str, tuple[Callable[..., Any], tuple]], rounds: int
-) -> dict[str, float]:
-    """Median seconds of each function, in turns, so that noise meets all alike.
-
-    A function that returns a tuple like its arguments is handed its own results.
-    """
-    arguments = {name: args for name, (_, args) in functions.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
-        for name, (function, _) in functions.items():
-            began = time.perf_counter()
-            results = jax.block_until_ready(function(*arguments[name]))
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - began)
-            if isinstance(results, tuple) and len(results) == len(arguments[name]) == 3:
-                arguments[name] = results
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def _median_seconds(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    return timing.medians(timing.interleaved(calls, rounds=rounds))
 
 
 if __name__ == "__main__":
+    huge_pages.restart_with_huge_pages()
     sys.exit(main())

@@ -1,11 +1,12 @@
-"""Compares training methods: every arm tuned alike, with seeds, on held-out text.
+"""Compares training methods: all tuned alike, with seeds, on held-out text.
 
-python -m experiments.compare --config=configs/compare_methods.py
-python -m experiments.compare --config=configs/compare_methods.py:small --arms=Spectron
+python -m experiments.studies.compare --config=configs/studies/compare_methods.py
+python -m experiments.studies.compare --config=configs/studies/rank_sweep.py \
+  --methods='R 2,R 4'
 
-Trains what is missing in the folder of the results, a row per finished trial in
-runs.jsonl, and stops when nothing is. The same command goes on after an interruption;
-several at once share the work. `python -m experiments.report FOLDER` draws it.
+Trains the missing trials of a results folder, one row per finished trial in runs.jsonl.
+The same command resumes an interrupted study, and several at once share the work.
+`python -m experiments.studies.report FOLDER` draws the results.
 """
 
 import json
@@ -16,59 +17,47 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from experiments import huge_pages
+from sct_jax.training import huge_pages
 
 if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
-from experiments.studies import grid, store, trial
-from sct_jax import data, errors
-from sct_jax.training import command_line, config, metrics
+from experiments.studies import grid, legacy, search, store, train
+from sct_jax import data, errors, files
+from sct_jax.training import overrides
 
-RESULTS = "experiments/results"
-INTERRUPTED = "interrupted: finished trials are kept; the same command goes on"
+RESULTS = "experiments/studies/results"
+INTERRUPTED = "interrupted: finished trials are saved; the same command resumes"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 nothing is missing, 2 bad input, 130 interrupted."""
-    return command(argv, __doc__ or "")
-
-
-def command(
-    argv: Sequence[str] | None, description: str, *, default: str | None = None
-) -> int:
-    """Returns the exit code of a program that fills a comparison, see `main`.
-
-    Args:
-      argv: the words of its command line; those of this process if None.
-      description: for `--help`.
-      default: of `--config`, which is required where there is none.
-    """
-    parser = command_line.FlagParser(description)
+    parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument(
-        "--config",
-        default=default,
-        required=default is None,
-        help="config file, with :variant if it has several",
+        "--config", required=True, help="config file, with :variant if it has several"
     )
     parser.add_argument(
         "--results", help=f"folder (default: {RESULTS}/<file>-<variant>)"
     )
-    parser.add_argument("--arms", help="only these arms, by comma")
+    parser.add_argument("--methods", help="only these methods, separated by commas")
+    parser.add_argument("--arms", help="earlier name of --methods")
     parser.add_argument(
-        "--reuse", help="folder of results whose rows of the same trials are taken over"
+        "--reuse", help="results folder whose rows of the same trials are copied"
     )
-    flags, overrides = parser.parse(sys.argv[1:] if argv is None else argv)
+    flags, pairs = parser.parse(sys.argv[1:] if argv is None else argv)
+    if flags.arms is not None:
+        print("note: --arms is now --methods", file=sys.stderr)
     try:
-        comparison = config.load_as(grid.Comparison, flags.config, overrides)
+        with overrides.notes_on_renames():
+            comparison = overrides.load_as(grid.Comparison, flags.config, pairs)
         run(
             comparison,
             results_folder(flags.config, flags.results),
-            arms=choose(comparison, flags.arms),
+            methods=choose(comparison, flags.methods or flags.arms),
             reuse=flags.reuse,
         )
     except errors.UserError as error:
-        command_line.fail(str(error))
+        overrides.fail(str(error))
     except KeyboardInterrupt:
         print(INTERRUPTED)
         return 130
@@ -76,91 +65,106 @@ def command(
 
 
 def results_folder(spec: str, given: str | None) -> str:
-    """Returns the folder of the results: the given one, or named by the config."""
-    name = pathlib.Path(config.default_workdir(spec)).name
-    return given or os.path.join(RESULTS, name)
+    """Returns the folder of a study: as given, or named after its config file."""
+    if given:
+        return given
+    return os.path.join(RESULTS, pathlib.Path(overrides.default_workdir(spec)).name)
 
 
-def choose(comparison: grid.Comparison, arms: str | None) -> tuple[grid.Arm, ...]:
-    """Returns the arms with the given names, separated by commas; all for None.
+def choose(comparison: grid.Comparison, names: str | None) -> tuple[grid.Method, ...]:
+    """Returns the methods with these names, separated by commas; all for None.
 
     Raises:
-      UserError: for an arm that it does not have.
+      UserError: for an unknown method.
     """
-    if arms is None:
-        return comparison.arms
-    names = arms.split(",")
-    for name in names:
-        errors.check_choice("--arms", name, [arm.name for arm in comparison.arms])
-    return tuple(arm for arm in comparison.arms if arm.name in names)
+    if names is None:
+        return comparison.methods
+    known = [method.name for method in comparison.methods]
+    for name in names.split(","):
+        errors.check_choice("--methods", name, known)
+    return tuple(m for m in comparison.methods if m.name in names.split(","))
 
 
 def run(
     comparison: grid.Comparison,
     folder: str | os.PathLike[str],
     *,
-    arms: tuple[grid.Arm, ...],
+    methods: tuple[grid.Method, ...],
     reuse: str | None = None,
 ) -> None:
-    """Returns once the folder holds every trial of these arms of the comparison."""
+    """Trains every missing trial of these methods into the folder."""
     corpus = data.prepare(
         comparison.base.data, vocab_size=comparison.base.model.vocab_size
     )
-    book = store.Store(folder, reuse=reuse)
-    book.check_text(corpus)
-    book.share_programs()
-    seconds = _seconds(comparison, arms, book, corpus)
-    grid.check_same(comparison, book.rows(), seconds=seconds)
-    longest = grid.most_tokens(comparison, arms=arms, seconds=seconds)
+    results = store.Store(folder, reuse=reuse)
+    results.check_text(corpus)
+    results.share_programs()
+    seconds = time_steps(comparison, methods, results, corpus)
+    search.check_same(comparison, results.rows(), seconds=seconds)
+    longest = search.most_tokens(comparison, methods, seconds=seconds)
     if longest > len(corpus.train):
         print(
-            f"note: the longest trial reads {longest:,} tokens, the training text has "
-            f"{len(corpus.train):,}: some of it is seen again"
+            f"note: the longest trial needs {longest:,} tokens and the training text "
+            f"has {len(corpus.train):,}, so some text repeats"
         )
     store.fill(
-        book,
-        lambda rows: grid.missing(comparison, rows, arms=arms, seconds=seconds),
-        lambda missing: trial.run(missing, corpus),
+        results,
+        lambda rows: search.missing(comparison, rows, methods=methods, seconds=seconds),
+        lambda trial: train.run(trial, corpus),
     )
 
 
-def _seconds(
+def time_steps(
     comparison: grid.Comparison,
-    arms: tuple[grid.Arm, ...],
-    book: store.Store,
+    methods: tuple[grid.Method, ...],
+    results: store.Store,
     corpus: data.Corpus,
 ) -> dict[str, list[float]] | None:
-    """Times per step of these arms, measured once, where a protocol asks for them."""
-    if "seconds" not in comparison.protocols:
+    """Returns seconds per step of these methods, measured once per results folder.
+
+    None where no budget needs them.
+
+    Raises:
+      UserError: the times of trained methods are lost.
+    """
+    if "seconds" not in comparison.budgets:
         return None
-    path, reference = book.folder / "seconds.json", comparison.reference
-    with book.hold("seconds"):
-        known = json.loads(path.read_text()) if path.exists() else {}
-        rows = book.rows().values()
-        trained = sorted(
-            {row["arm"] for row in rows} & {a.name for a in comparison.arms}
-        )
+    path, reference = results.folder / "seconds.json", comparison.reference
+    with results.hold("seconds"):
+        known = read_seconds(results.folder)
+        names = {method.name for method in comparison.methods}
+        trained = sorted({trial.method for trial in results.rows()} & names)
         errors.check(
             "--results",
             set(trained) <= set(known),
-            f"{path} is gone, or lacks one of {', '.join(trained)}: their lengths were "
-            "made of it; restore it, or choose another folder",
+            f"{path} is missing or lacks one of {', '.join(trained)}. The lengths of "
+            "their runs depend on it; restore it or choose another folder",
         )
         trials = {
-            arm.name: comparison.trial(arm, arm.rates[0], comparison.seeds[0])
-            for arm in comparison.arms
-            if arm.name == reference or (arm in arms and arm.name not in known)
+            method.name: comparison.trial(
+                method, method.learning_rates[0], comparison.seeds[0]
+            )
+            for method in comparison.methods
+            if method.name == reference
+            or (method in methods and method.name not in known)
         }
         if set(trials) - set(known):
-            print("measuring the time per step of the arms: keep the machine quiet")
-            taken = trial.seconds_per_step(trials, corpus)
-            # What stands is what horizons were made of; an arm that is new is measured
-            # beside the reference, as the machine may be another one by now.
+            print("measuring the time per step; keep the machine idle")
+            taken = train.seconds_per_step(trials, corpus)
+            # Known times determine finished runs and stay. A new method is measured
+            # beside the reference, because the machine may have changed.
             scale = known.get(reference, taken[reference])[0] / taken[reference][0]
             scaled = {name: [scale * t for t in pair] for name, pair in taken.items()}
             known = scaled | known
-            metrics.replace_text(path, json.dumps(known, indent=2) + "\n")
+            files.replace_text(path, json.dumps(known, indent=2) + "\n")
     return known
+
+
+def read_seconds(folder: str | os.PathLike[str]) -> dict[str, list[float]]:
+    """Returns the seconds per step of a results folder, by method."""
+    path = pathlib.Path(folder) / "seconds.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return {legacy.method(name)[0]: times for name, times in known.items()}
 
 
 if __name__ == "__main__":

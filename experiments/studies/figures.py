@@ -1,6 +1,6 @@
-"""Figures of comparisons and scaling laws. Every function returns one figure.
+"""Figures of comparisons and scaling laws, one per function.
 
-Raises UserError when it is loaded where matplotlib is not installed.
+Importing it raises UserError where matplotlib is not installed.
 """
 
 import io
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import power_laws, summary
+from experiments.studies import trial as trial_lib
 from sct_jax import errors
 
 try:
@@ -21,25 +22,27 @@ try:
     from matplotlib import ticker
 except ImportError as error:
     raise errors.UserError(
-        "figures need matplotlib: pip install -e '.[plots]'"
+        "figures need matplotlib; install it with pip install -e '.[plots]'"
     ) from error
 
 matplotlib.use("Agg")
 
-# Okabe and Ito's colours, safe for the colour-blind, in turn with line styles and
-# markers, so that no two arms share all three.
+# Okabe and Ito's colours, safe for the colour-blind. Line styles and markers alternate
+# with them, so that no two methods share all three.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 Figure = matplotlib.figure.Figure
+Methods = Sequence[summary.MethodSummary]
+Budget = trial_lib.Budget
 
 _DPI = 130
-_PALETTE = 256  # colours of a file: lines and text need no more, and it is a third
+_PALETTE = 256  # colours per file: enough for lines and text, at a third of the size
 
 
 def style(index: int) -> dict[str, Any]:
-    """Returns colour, line and marker of the arm with this number."""
+    """Returns colour, line style and marker of the method with this index."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": LINES[index // len(COLOURS) % len(LINES)],
@@ -48,7 +51,7 @@ def style(index: int) -> dict[str, Any]:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Returns the figure as a small file, and closes it."""
+    """Returns the figure as a small PNG file, and closes it."""
     drawn, stored = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=_DPI, format="png")
     plt.close(figure)
@@ -57,63 +60,71 @@ def to_png(figure: Figure) -> bytes:
     return stored.getvalue()
 
 
-def losses(arms: Sequence[summary.Arm], protocol: str) -> Figure:
+def losses(methods: Methods, budget: Budget) -> Figure:
     """Returns held-out losses as points with one standard deviation, best on top.
 
-    Arms with fewer seeds stand below the others.
+    Methods with fewer seeds are below the others.
     """
-    shown = [a for a in arms if math.isfinite(a.mean(protocol))]
-    shown = summary.ranked(shown, protocol)[::-1]
+    shown = [m for m in methods if math.isfinite(m.mean(budget))]
+    shown = summary.ranked(shown, budget)[::-1]
     figure, axes = _figure()
-    for place, arm in enumerate(shown):
+    for place, method in enumerate(shown):
         axes.errorbar(
-            arm.mean(protocol),
+            method.mean(budget),
             place,
-            xerr=arm.deviation(protocol) if arm.num_seeds(protocol) > 1 else None,
+            xerr=method.deviation(budget) if method.num_seeds(budget) > 1 else None,
             capsize=4,
             markersize=7,
-            **style(arm.index),
+            **style(method.index),
         )
-    names = [f"{arm.name} ({_seeds(arm.num_seeds(protocol))})" for arm in shown]
+    names = [f"{method.name} ({_seeds(method.num_seeds(budget))})" for method in shown]
     axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     _make_room(axes, names, line=0.34)
-    # The horizon has a line of its own: in one it is wider than the axes.
-    axes.set_xlabel(f"held-out loss, nats per token\n({summary.words(protocol)})")
+    # Two lines, because one would be wider than the axes.
+    axes.set_xlabel(f"held-out loss, nats per token\n({budget})")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
 
 def tuning(
-    arms: Sequence[summary.Arm], protocol: str, *, of_others: bool = False
+    methods: Methods,
+    budget: Budget,
+    *,
+    non_matrix: bool = False,
 ) -> Figure:
-    """Returns the loss of the first seed over a learning rate, per arm.
+    """Returns the loss of the tuning seed over a learning rate, per method.
 
-    That of the matrices, or that of others, the embedding above all.
+    Args:
+      methods: the methods.
+      budget: of the losses.
+      non_matrix: show the non-matrix learning rate, not that of the matrices.
     """
     figure, axes = _figure()
-    for arm in arms:
-        line = arm.tuning_of_others if of_others else arm.tuning
-        points = [(rate, loss) for rate, loss in line(protocol) if math.isfinite(loss)]
+    for method in methods:
+        line = method.non_matrix_tuning if non_matrix else method.tuning
+        points = [(rate, loss) for rate, loss in line(budget) if math.isfinite(loss)]
         if points:
-            axes.plot(*zip(*points, strict=True), label=arm.name, **style(arm.index))
+            axes.plot(
+                *zip(*points, strict=True), label=method.name, **style(method.index)
+            )
     _log_scale(axes, "{x:g}")
-    whose = "the embedding and norms" if of_others else "the matrices"
+    whose = "the embedding and norms" if non_matrix else "the matrices"
     axes.set_xlabel(f"peak learning rate of {whose}")
     axes.set_ylabel("held-out loss, nats per token")
     _legend(axes)
     return figure
 
 
-def curves(arms: Sequence[summary.Arm], protocol: str) -> Figure:
+def curves(methods: Methods, budget: Budget) -> Figure:
     """Returns training losses at the best rate, with a band of one deviation."""
     figure, axes = _figure()
-    for arm in arms:
-        steps, mean, deviation = arm.curve("train_loss", protocol)
+    for method in methods:
+        steps, mean, deviation = method.train_loss(budget)
         if not len(steps):
             continue
-        look = style(arm.index) | {"marker": ""}
-        axes.plot(steps, mean, label=arm.name, **look)
+        look = style(method.index) | {"marker": ""}
+        axes.plot(steps, mean, label=method.name, **look)
         axes.fill_between(
             steps, mean - deviation, mean + deviation, color=look["color"], alpha=0.15
         )
@@ -124,19 +135,19 @@ def curves(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     return figure
 
 
-def costs(arms: Sequence[summary.Arm], protocols: Sequence[str]) -> Figure:
-    """Returns losses over total training FLOPs, a point per horizon."""
+def costs(methods: Methods, budgets: Sequence[Budget]) -> Figure:
+    """Returns losses over total training FLOPs, a point per budget."""
     figure, axes = _figure()
-    for arm in arms:
+    for method in methods:
         points = sorted(
-            (arm.results(p)[0]["flops"], arm.mean(p), arm.deviation(p))
-            for p in protocols
-            if p in arm.protocols and math.isfinite(arm.mean(p))
+            (method.results(b)[0].flops, method.mean(b), method.deviation(b))
+            for b in budgets
+            if b in method.budgets and math.isfinite(method.mean(b))
         )
         if points:
             flops, mean, deviation = zip(*points, strict=True)
             axes.errorbar(
-                flops, mean, yerr=deviation, label=arm.name, **style(arm.index)
+                flops, mean, yerr=deviation, label=method.name, **style(method.index)
             )
     axes.set_xscale("log")
     axes.set_xlabel("training FLOPs of forward and backward pass, head included")
@@ -145,51 +156,55 @@ def costs(arms: Sequence[summary.Arm], protocols: Sequence[str]) -> Figure:
     return figure
 
 
-def gaps(arms: Sequence[summary.Arm], reference: summary.Arm, kind: str) -> Figure:
-    """Returns how far arms are from one of them, over the tokens per parameter.
+def gaps(
+    methods: Methods,
+    reference: summary.MethodSummary,
+    kind: str,
+) -> Figure:
+    """Returns losses minus those of a reference, over the tokens per parameter.
 
     Args:
-      arms: the methods.
-      reference: whose loss is subtracted, seed by seed.
-      kind: the protocol that is shown, "tokens" for one.
+      methods: the methods.
+      reference: subtracted seed by seed.
+      kind: of the budgets to show, "tokens" for one.
     """
     figure, axes = _figure()
     trained = set()
-    for arm in arms:
+    for method in methods:
         points = []
-        for protocol in arm.protocols:
-            name, length = summary.kind_and_length(protocol)
-            mean, error = summary.gap(arm, reference, protocol)
-            if name == kind and math.isfinite(mean):
-                points.append((float(length), mean, 0 if math.isnan(error) else error))
+        for budget in method.budgets:
+            mean, error = summary.gap(method, reference, budget)
+            if budget.kind == kind and math.isfinite(mean):
+                error = 0 if math.isnan(error) else error
+                points.append((budget.amount, mean, error))
         if points:
-            lengths, means, errors = zip(*sorted(points), strict=True)
+            lengths, means, stderrs = zip(*sorted(points), strict=True)
             trained |= set(lengths)
             axes.errorbar(
-                lengths, means, yerr=errors, label=arm.name, **style(arm.index)
+                lengths, means, yerr=stderrs, label=method.name, **style(method.index)
             )
     axes.set_xscale("log")
     axes.set_xticks(sorted(trained), [f"{length:g}" for length in sorted(trained)])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("tokens per parameter of the dense model")
-    # In one line a long name is wider than the figure is high.
-    axes.set_ylabel(f"nats per token, held out,\nless those of {reference.name}")
+    # Two lines, because a long name would be wider than the figure is high.
+    axes.set_ylabel(f"held-out loss, nats per token,\nminus that of {reference.name}")
     _legend(axes)
     return figure
 
 
-def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
+def memory(methods: Methods, budget: Budget) -> Figure:
     """Returns losses over the bytes of parameters, gradients and optimizer state."""
     figure, axes = _figure()
-    for arm in arms:
-        if math.isfinite(arm.mean(protocol)):
-            look = style(arm.index) | {"linestyle": "none"}
+    for method in methods:
+        if math.isfinite(method.mean(budget)):
+            look = style(method.index) | {"linestyle": "none"}
             axes.errorbar(
-                arm.rows(protocol)[0]["train_bytes"] / 1e6,
-                arm.mean(protocol),
-                yerr=arm.deviation(protocol) if arm.num_seeds(protocol) > 1 else None,
+                method.rows(budget)[0].train_bytes / 1e6,
+                method.mean(budget),
+                yerr=method.deviation(budget) if method.num_seeds(budget) > 1 else None,
                 markersize=8,
-                label=arm.name,
+                label=method.name,
                 **look,
             )
     axes.set_xlabel("parameters, gradients and optimizer state, MB")
@@ -199,18 +214,18 @@ def memory(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     return figure
 
 
-def update_norms(arms: Sequence[summary.Arm], protocol: str) -> Figure:
-    """Returns the largest ||W' - W||_2 over the first seed's run, spikes marked."""
+def update_norms(methods: Methods, budget: Budget) -> Figure:
+    """Returns the largest ||W' - W||_2 over the run of the first seed, and spikes."""
     figure, axes = _figure()
-    for arm in arms:
-        row = arm.rows(protocol)[0]
-        points = [p for p in row["update_norms"] if p[1]]
+    for method in methods:
+        row = method.rows(budget)[0]
+        points = [s for s in row.update_norms if 0 < s.value < math.inf]
         if not points:
             continue
         steps, norms = np.array(points).T
-        look = style(arm.index)
-        axes.plot(steps, norms, label=arm.name, **(look | {"marker": ""}))
-        spikes = row["spikes"] or []
+        look = style(method.index)
+        axes.plot(steps, norms, label=method.name, **(look | {"marker": ""}))
+        spikes = row.spikes or []
         at = np.interp(spikes, steps, norms)
         axes.plot(spikes, at, "x", color=look["color"], markersize=9, mew=2)
     axes.set_yscale("log")
@@ -220,36 +235,40 @@ def update_norms(arms: Sequence[summary.Arm], protocol: str) -> Figure:
     return figure
 
 
-def effective_ranks(arms: Sequence[summary.Arm], protocol: str) -> Figure:
-    """Returns the effective rank over the run, as a share of that of the start.
+def effective_ranks(methods: Methods, budget: Budget) -> Figure:
+    """Returns the effective rank over the run, relative to the initial one.
 
-    Mean of all kinds of matrices. Shares, as a dense matrix has several times the rank
-    of factors, beside which nothing could be seen of these.
+    Mean over all kinds of matrices. A dense matrix has several times the rank of
+    factors, so absolute ranks would hide how those of factors change.
     """
     figure, axes = _figure()
-    for arm in arms:
-        kinds = list(arm.rows(protocol)[0]["effective_ranks"].values())
+    for method in methods:
+        kinds = list(method.rows(budget)[0].effective_ranks.values())
         if not kinds:
             continue
-        steps = [point[0] for point in kinds[0]]
-        ranks = np.array([[point[1] for point in kind] for kind in kinds])
+        steps = [sample.step for sample in kinds[0]]
+        ranks = np.array([[sample.value for sample in kind] for kind in kinds])
         shares = np.mean(ranks / ranks[:, :1], axis=0)
-        axes.plot(steps, shares, label=arm.name, **style(arm.index))
+        axes.plot(steps, shares, label=method.name, **style(method.index))
     axes.set_xlabel("step")
-    axes.set_ylabel("effective rank, share of the start's")
+    axes.set_ylabel("effective rank, relative to the start")
     _legend(axes)
     return figure
 
 
-def spectra(arms: Sequence[summary.Arm], protocol: str, matrix: str = "down") -> Figure:
+def spectra(
+    methods: Methods,
+    budget: Budget,
+    matrix: str = "down",
+) -> Figure:
     """Returns the final singular values of one kind of matrix, mean of layers."""
     figure, axes = _figure()
-    for arm in arms:
-        values = arm.rows(protocol)[0]["spectra"].get(matrix, ())
+    for method in methods:
+        values = method.rows(budget)[0].spectra.get(matrix, ())
         if not len(values):
             continue
-        look = style(arm.index) | {"marker": ""}
-        axes.plot(np.arange(1, len(values) + 1), values, label=arm.name, **look)
+        look = style(method.index) | {"marker": ""}
+        axes.plot(np.arange(1, len(values) + 1), values, label=method.name, **look)
     axes.set_yscale("log")
     axes.set_xlabel(f"index of the singular value ({matrix}, first seed)")
     axes.set_ylabel("singular value at the end, mean of layers")
@@ -257,7 +276,7 @@ def spectra(arms: Sequence[summary.Arm], protocol: str, matrix: str = "down") ->
     return figure
 
 
-def iso_flop(kinds: Mapping[str, Sequence[power_laws.Run]]) -> Figure:
+def iso_flop(kinds: Mapping[str, Sequence[power_laws.SizeResult]]) -> Figure:
     """Returns losses over the parameters with their parabolas, a panel per kind."""
     figure, panels = plt.subplots(
         1,
@@ -327,7 +346,7 @@ def _log_scale(axes, formatter: str | ticker.Formatter) -> None:
 
 
 def _legend(axes) -> None:
-    """Outside of the axes, where it covers no data."""
+    """A legend outside the axes, where it covers no data."""
     legend = axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=11
     )
@@ -336,13 +355,13 @@ def _legend(axes) -> None:
 
 
 def _make_room(axes, names: Sequence[str], *, line: float, least: float = 0) -> None:
-    """Makes the figure so large that names beside the axes take nothing from them.
+    """Enlarges the figure, so that names beside the axes leave them their size.
 
     Args:
       axes: of the figure.
-      names: one below the other.
-      line: height of one, in inches.
-      least: height of the figure, in inches, at the least.
+      names: one per line.
+      line: height of a line, in inches.
+      least: minimum height of the figure, in inches.
     """
     width = 6.5 + 0.085 * max(map(len, names), default=0)
     axes.figure.set_size_inches(width, max(least, 1.2 + line * len(names)))

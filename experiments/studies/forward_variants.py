@@ -1,11 +1,11 @@
-"""Methods to compare with that change the start, or the forward pass, of a model.
+"""Methods that change the initial parameters or the forward pass of a model.
 
-Each is a `Method`: what it makes of freshly drawn parameters, and what multiplies by
-the matrices of a layer. `experiments.trial` trains with it; the model itself is that of
-`sct_jax`.
+The model itself stays that of `sct_jax`: a variant prepares the initialised parameters
+and replaces the function that multiplies by a matrix.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 
 from sct_jax import model, spectral
 
+# Trials run on one device, where this is the fastest product.
+_linear = functools.partial(spectral.linear, flatten_rows=True)
+
 
 class Guided(NamedTuple):
     """A weight of self-guided training: a dense matrix beside its factors."""
@@ -25,21 +28,21 @@ class Guided(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """How a method differs from training the model as it is.
+class ForwardVariant:
+    """How a method departs from the plain model.
 
     Attributes:
-      prepare: from drawn parameters to those that are trained.
-      linear: what multiplies by the matrices of a layer.
-      guided_linear: the same while a dense path is mixed in, from its share in [0, 1];
-        None where there is none.
-      factors: kind of factors that it needs, None for any.
-      is_linear: whether a weight multiplies by its W, so that singular values and
-        changes of W mean something.
+      prepare: maps initialised parameters to trained ones.
+      linear: multiplies by a matrix.
+      guided_linear: maps the share of a dense path, in [0, 1], to a `linear` that mixes
+        it in; None without such a path.
+      factors: the kind of factors that the variant needs, None for any.
+      is_linear: whether a weight multiplies by some W. Only then do singular values and
+        changes of W mean anything.
     """
 
     prepare: Callable[[model.Params], model.Params] = lambda params: params
-    linear: model.Linear = spectral.linear
+    linear: model.Linear = _linear
     guided_linear: Callable[[Float[Array, ""]], model.Linear] | None = None
     factors: str | None = None
     is_linear: bool = True
@@ -48,7 +51,7 @@ class Method:
 def unit_spectrum(params: model.Params) -> model.Params:
     """Returns the parameters with s = 1 in every SpectralFactors.
 
-    The start of the reference code of SCT, arXiv 2604.00733.
+    The initialisation of the reference code of SCT, arXiv 2604.00733.
     """
     return _map_weights(
         spectral.is_spectral, lambda w: w._replace(s=jnp.ones_like(w.s)), params
@@ -56,7 +59,7 @@ def unit_spectrum(params: model.Params) -> model.Params:
 
 
 def guide(params: model.Params) -> model.Params:
-    """Returns the parameters with a dense copy of every LowRankFactors beside it."""
+    """Returns the parameters with a dense copy beside every LowRankFactors."""
     return _map_weights(
         lambda w: isinstance(w, spectral.LowRankFactors),
         lambda w: Guided(spectral.to_dense(w), w),
@@ -65,12 +68,12 @@ def guide(params: model.Params) -> model.Params:
 
 
 def unguided_linear(x: Float[Array, "... I"], w: Any) -> Float[Array, "... O"]:
-    """Returns x @ a @ b.T of a guided weight, x @ W of any other."""
-    return spectral.linear(x, w.factors if isinstance(w, Guided) else w)
+    """Returns x @ a @ b.T for a guided weight, x @ W for any other."""
+    return _linear(x, w.factors if isinstance(w, Guided) else w)
 
 
 def guided_linear(share: Float[Array, ""]) -> model.Linear:
-    """Returns y = share x D + (1 - share) x a b.T as a `linear`, D the dense path.
+    """Returns the product y = share x D + (1 - share) x a b.T, with the dense path D.
 
     References:
       Wei et al., Building on efficient foundations: effectively training LLMs with
@@ -79,11 +82,9 @@ def guided_linear(share: Float[Array, ""]) -> model.Linear:
 
     def linear(x, w):
         if not isinstance(w, Guided):
-            return spectral.linear(x, w)
+            return _linear(x, w)
         mixed = share.astype(x.dtype)
-        return mixed * spectral.linear(x, w.dense) + (1 - mixed) * spectral.linear(
-            x, w.factors
-        )
+        return mixed * _linear(x, w.dense) + (1 - mixed) * _linear(x, w.factors)
 
     return linear
 
@@ -95,14 +96,14 @@ def guide_share(step: Float[Array, ""], fade_steps: int) -> Float[Array, ""]:
 
 
 def cola_linear(x: Float[Array, "... I"], w: Any) -> Float[Array, "... O"]:
-    """Returns silu(x a) b.T for LowRankFactors: an auto-encoder in the place of W.
+    """Returns silu(x a) b.T for LowRankFactors: an auto-encoder instead of a matrix.
 
     References:
       Liu et al., CoLA: compute-efficient pre-training of LLMs via low-rank activation,
       arXiv 2502.10940, 2025
     """
     if not isinstance(w, spectral.LowRankFactors):
-        return spectral.linear(x, w)
+        return _linear(x, w)
     rows = x.reshape(-1, x.shape[-1])
     y = spectral.expand(jax.nn.silu(spectral.contract(rows, w)), w)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -114,14 +115,14 @@ def _map_weights(is_weight, change, params):
     )
 
 
-METHODS = {
-    "plain": Method(),
-    "unit_spectrum": Method(prepare=unit_spectrum, factors="spectral"),
-    "self_guided": Method(
+FORWARD_VARIANTS = {
+    "plain": ForwardVariant(),
+    "unit_spectrum": ForwardVariant(prepare=unit_spectrum, factors="spectral"),
+    "self_guided": ForwardVariant(
         prepare=guide,
         linear=unguided_linear,
         guided_linear=guided_linear,
         factors="low_rank",
     ),
-    "cola": Method(linear=cola_linear, factors="low_rank", is_linear=False),
+    "cola": ForwardVariant(linear=cola_linear, factors="low_rank", is_linear=False),
 }

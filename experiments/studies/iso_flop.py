@@ -1,10 +1,9 @@
-"""What an iso-FLOP study trains: kinds of models at several sizes, for each budget."""
+"""What an iso-FLOP study trains: kinds of models at several sizes, per budget."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
-from experiments.studies import forward_variants, grid, summary
+from experiments.studies import forward_variants, grid, search, summary
 from experiments.studies import trial as trial_lib
 from sct_jax import errors
 from sct_jax.training import config
@@ -12,7 +11,7 @@ from sct_jax.training import config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """One size of model; ranks follow from `ScalingLaws.rank_ratio`."""
+    """One size of model. `ScalingLaws.rank_ratio` determines its rank."""
 
     d_model: int
     d_ff: int
@@ -22,30 +21,30 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A method, and the sizes between which its best one is looked for.
+    """A method, and the sizes to search for its best one.
 
     Attributes:
-      arm: the method; every size of a budget is trained at each of its rates, and on
+      method: trained at each of its learning rates for every size of a budget, and
         beyond an end that is best.
-      sizes: for each budget, at least three, as a parabola needs them.
+      sizes: at least three per budget, because a parabola needs them.
     """
 
-    arm: grid.Arm
+    method: grid.Method
     sizes: tuple[tuple[Size, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScalingLaws:
-    """Kinds of models x budgets x sizes x rates, and the best rates x seeds.
+    """Kinds of models x budgets x sizes x learning rates, and the best rates x seeds.
 
     Attributes:
-      base: the experiment that kinds and sizes override.
-      kinds: methods, each with sizes of its own: the best one of a low-rank model is
-        larger than that of a dense one.
-      budgets: training FLOPs, head included, smallest first.
-      seeds: of parameters and data order; the first one chooses the rates.
+      base: the experiment that kinds and sizes change.
+      kinds: methods, each with its own sizes: the best low-rank model is wider than the
+        best dense one.
+      budgets: training FLOPs, head included, ascending.
+      seeds: of parameters and data order. The first one chooses the learning rates.
       rank_ratio: rank over d_model.
-      max_rates: most rates of a size and budget.
+      max_learning_rates: most learning rates of a size and budget.
     """
 
     base: config.ExperimentConfig
@@ -53,79 +52,78 @@ class ScalingLaws:
     budgets: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
     rank_ratio: float = 0.25
-    max_rates: int = 5
+    max_learning_rates: int = 5
 
     def validate(self) -> None:
         """Raises UserError, naming the field."""
+        grid.check_ascending("budgets", self.budgets)
         errors.check("budgets", len(self.budgets) >= 2, "an exponent needs two")
-        errors.check(
-            "budgets", list(self.budgets) == sorted(set(self.budgets)), "not sorted"
-        )
-        errors.check("seeds", bool(self.seeds), "there are none")
-        errors.check("kinds", bool(self.kinds), "there are none")
+        grid.check_distinct("seeds", self.seeds)
+        grid.check_distinct("kinds", [kind.method.name for kind in self.kinds])
         for kind in self.kinds:
-            grid.check_rates(f"kinds.{kind.arm.name}.rates", kind.arm.rates)
-            method = forward_variants.METHODS.get(kind.arm.method)
+            field = f"kinds.{kind.method.name}"
+            rates = kind.method.learning_rates
+            grid.check_ascending(f"{field}.learning_rates", rates)
+            variant = forward_variants.FORWARD_VARIANTS.get(kind.method.forward)
             errors.check(
-                f"kinds.{kind.arm.name}.method",
-                method is None or method.guided_linear is None,
-                "a guide's share of a budget is not told apart here",
+                f"{field}.forward",
+                variant is None or variant.guided_linear is None,
+                "a budget of FLOPs does not account for the dense path of a guide",
             )
-            field = f"kinds.{kind.arm.name}.sizes"
             given, wanted = len(kind.sizes), len(self.budgets)
-            errors.check(field, given == wanted, f"{given} for {wanted} budgets")
+            errors.check(
+                f"{field}.sizes", given == wanted, f"{given} for {wanted} budgets"
+            )
             for sizes in kind.sizes:
                 widths = {size.d_model for size in sizes}
-                errors.check(field, len(widths) >= 3, "a parabola needs three")
-        for trial in self.trials():
+                errors.check(
+                    f"{field}.sizes", len(widths) >= 3, "a parabola needs three"
+                )
+        for trial in self.trials({}):
             trial.validate()
 
-    def trials(
-        self, rows: Mapping[str, summary.Row] | None = None
-    ) -> list[trial_lib.Trial]:
-        """Returns all trials as far as they are known, cheapest budget first.
+    def trials(self, rows: search.Rows) -> list[trial_lib.Trial]:
+        """Returns all trials that `rows` determine, cheapest budget first.
 
-        The first seed is trained at all rates, the others at its best one.
+        The first seed is trained at all learning rates, the others at its best one.
 
         Args:
-          rows: what has been trained, by the key of its trial: it decides whether rates
-            are added beyond those of an arm.
+          rows: finished trials, which decide about more learning rates and seeds.
         """
         points = [
-            self._of_point(kind, size, budget, rows or {})
+            self._at_size(kind, size, budget, rows)
             for index, budget in enumerate(self.budgets)
             for kind in self.kinds
             for size in kind.sizes[index]
         ]
         return [
-            *(trial for searched, _ in points for trial in searched),
+            *(trial for tuning, _ in points for trial in tuning),
             *(trial for _, repeated in points for trial in repeated),
         ]
 
-    def _of_point(
-        self, kind: Kind, size: Size, budget: float, rows: Mapping[str, summary.Row]
+    def _at_size(
+        self, kind: Kind, size: Size, budget: float, rows: search.Rows
     ) -> tuple[list[trial_lib.Trial], list[trial_lib.Trial]]:
-        """Trials of the first seed, and of the others once its best rate is known."""
+        """Trials of the first seed, and of the others at a known best rate."""
         at = functools.partial(self.trial, kind, size, budget)
-        horizon = summary.horizon("budget", budget)
-        searched = grid.search_rates(
-            kind.arm.rates,
+        total = trial_lib.Budget(trial_lib.TOTAL_FLOPS, budget)
+        tuning = search.search_rates(
+            kind.method.learning_rates,
             functools.partial(at, self.seeds[0]),
             rows=rows,
-            horizons=[horizon],
-            max_rates=self.max_rates,
+            budgets=[total],
+            max_rates=self.max_learning_rates,
         )
-        found = [rows[trial.key] for trial in searched if trial.key in rows]
-        if len(found) < len(searched):
-            return searched, []
-        rate = summary.best(found, horizon)["rate"]
-        return searched, [at(seed, rate) for seed in self.seeds[1:]]
+        found = [rows[t.identity] for t in tuning if t.identity in rows]
+        if len(found) < len(tuning):
+            return tuning, []
+        rate = summary.best(found, total).trial.learning_rate
+        return tuning, [at(seed, rate) for seed in self.seeds[1:]]
 
     def trial(
-        self, kind: Kind, size: Size, budget: float, seed: int, rate: float
+        self, kind: Kind, size: Size, budget: float, seed: int, learning_rate: float
     ) -> trial_lib.Trial:
-        """Returns the trial of a kind at a size and a rate that spends the budget."""
-        rank = max(1, round(self.rank_ratio * size.d_model))
+        """Returns the trial of a kind at a size that spends the budget."""
         shape = dataclasses.replace(
             self.base.model,
             d_model=size.d_model,
@@ -133,16 +131,16 @@ class ScalingLaws:
             num_layers=size.num_layers,
             num_heads=size.num_heads,
             num_kv_heads=size.num_heads,
-            rank=rank,
+            rank=max(1, round(self.rank_ratio * size.d_model)),
         )
         sized = grid.Comparison(
-            base=dataclasses.replace(self.base, model=shape), arms=(kind.arm,)
+            base=dataclasses.replace(self.base, model=shape), methods=(kind.method,)
         )
-        draft = sized.trial(kind.arm, rate, seed)
+        draft = sized.trial(kind.method, learning_rate, seed)
         steps = max(round(budget / draft.flops(1)), 2)
+        total = trial_lib.Budget(trial_lib.TOTAL_FLOPS, budget)
         return dataclasses.replace(
             draft,
-            arm=f"{kind.arm.name}, d {size.d_model}",
             experiment=dataclasses.replace(draft.experiment, num_steps=steps),
-            horizons=((summary.horizon("budget", budget), steps),),
+            branches=(trial_lib.Branch(total, steps),),
         )

@@ -1,234 +1,284 @@
-"""The methods of the papers as arms of a comparison, and what studies vary in them.
+"""The methods of the papers, and the functions that a study varies them with.
 
-Who writes a study in `configs/` takes arms from `ARMS` by name and changes them with
-the functions below.
+A configuration takes methods from `METHODS` by name. A method changes the base
+experiment of its study, which has spectral factors and the chain `sct`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.studies import grid
-from sct_jax import model
+from sct_jax import model as model_lib
+from sct_jax.training import config, optimizer_config
 
-# Of embedding and norms, where the matrices have a rule of their own; of `small`, where
-# it is searched for every arm, a first guess.
-ADAM_RATE = 3e-3
-
-# Fields of the experiment by arm; the base has spectral factors and the chain sct.
-DENSE = (("model.spectral", "()"),)
-LOW_RANK = (("model.factors", "low_rank"),)
+# --- Changes of an experiment.
 
 
-def chain(name: str, *fields: tuple[str, str]) -> tuple[tuple[str, str], ...]:
-    """Overrides that choose a chain of `sct_jax.optimizers`, and fields beside it."""
-    return (("optimizer.name", name), *fields)
+def compose(*changes: grid.Change) -> grid.Change:
+    """Returns the change that makes these in order."""
+    return lambda experiment: functools.reduce(
+        lambda changed, change: change(changed), changes, experiment
+    )
 
 
-def fields(prefix: str, **values: int) -> tuple[tuple[str, str], ...]:
-    """Overrides of some fields of one part of an experiment."""
-    return tuple((f"{prefix}.{name}", str(value)) for name, value in values.items())
+def optimizer(
+    kind: type[optimizer_config.OptimizerConfig] | None = None, **fields: Any
+) -> grid.Change:
+    """Returns a change to another chain, or of some fields of the present one."""
+
+    def change(experiment: config.ExperimentConfig) -> config.ExperimentConfig:
+        old = experiment.optimizer
+        new = old.to(kind, **fields) if kind else dataclasses.replace(old, **fields)
+        return dataclasses.replace(experiment, optimizer=new)
+
+    return change
 
 
-ADAMW = chain("adamw")
+def model(**fields: Any) -> grid.Change:
+    """Returns a change of some fields of the model."""
+    return lambda experiment: dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, **fields)
+    )
 
-# The middle rate is about the best one of `small`; the search goes on from the ends.
-ARMS = (
-    grid.Arm(
+
+def ranks(**by_matrix: int) -> grid.Change:
+    """Returns a change of the ranks of single matrices."""
+    return model(ranks=model_lib.MatrixRanks(**by_matrix))
+
+
+def adaptive_rank(**fields: Any) -> grid.Change:
+    """Returns a change of the decisions about ranks."""
+    return lambda experiment: dataclasses.replace(
+        experiment,
+        adaptive_rank=dataclasses.replace(experiment.adaptive_rank, **fields),
+    )
+
+
+DENSE = model(spectral=())
+LOW_RANK = model(factors="low_rank")
+ADAMW = optimizer(optimizer_config.AdamW)
+MUON = optimizer(optimizer_config.Muon)
+# eps of the base, where that of the chain differs.
+SPECTRON = functools.partial(optimizer, optimizer_config.Spectron, eps=1e-8)
+STIEFEL_MUON = functools.partial(optimizer, optimizer_config.StiefelMuon)
+
+# Where matrices have a rule of their own. Studies that search this learning rate start
+# here.
+NON_MATRIX_LR = 3e-3
+
+# --- Methods.
+
+# The middle learning rate is about the best one of `compare_methods.py:small`.
+METHODS = (
+    grid.Method(
         name="dense AdamW",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*DENSE, *ADAMW),
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        change=compose(DENSE, ADAMW),
         always=True,
     ),
-    grid.Arm(
+    grid.Method(
         name="dense Muon",
-        rates=(5e-3, 0.01, 0.02),
-        overrides=(*DENSE, *chain("muon")),
-        adam_rate=ADAM_RATE,
+        learning_rates=(5e-3, 0.01, 0.02),
+        change=compose(DENSE, MUON),
+        non_matrix_lr=NON_MATRIX_LR,
         always=True,
     ),
-    grid.Arm(
+    grid.Method(
         name="low-rank AdamW",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*LOW_RANK, *ADAMW),
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        change=compose(LOW_RANK, ADAMW),
     ),
-    grid.Arm(
+    grid.Method(
         name="SCT (s = 1)",
-        rates=(3e-3, 6e-3, 1.2e-2),
-        method="unit_spectrum",
+        learning_rates=(3e-3, 6e-3, 1.2e-2),
+        forward="unit_spectrum",
         always=True,
     ),
-    grid.Arm(name="SCT (dense spectrum)", rates=(1.5e-3, 3e-3, 6e-3)),
-    grid.Arm(
+    grid.Method(name="SCT (dense spectrum)", learning_rates=(1.5e-3, 3e-3, 6e-3)),
+    grid.Method(
         name="SCT + clip",
-        rates=(3e-3, 6e-3, 1.2e-2),
-        overrides=(("optimizer.max_update_norm", "0.1"),),
+        learning_rates=(3e-3, 6e-3, 1.2e-2),
+        change=optimizer(max_update_norm=0.1),
         always=True,
     ),
-    grid.Arm(
-        name="SCT (lossless)",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(("optimizer.retraction", "lossless"),),
+    grid.Method(
+        name="SCT (svd retraction)",
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        change=optimizer(retraction="svd"),
     ),
-    grid.Arm(
+    grid.Method(
         name="Spectron",
-        rates=(0.0125, 0.025, 0.05),
-        overrides=(*LOW_RANK, *chain("spectron")),
-        adam_rate=ADAM_RATE,
+        learning_rates=(0.0125, 0.025, 0.05),
+        change=compose(LOW_RANK, SPECTRON()),
+        non_matrix_lr=NON_MATRIX_LR,
         always=True,
     ),
-    grid.Arm(
+    grid.Method(
         name="Spectron (code)",
-        rates=(0.0125, 0.025, 0.05),
-        overrides=(
-            *LOW_RANK,
-            *chain(
-                "spectron",
-                ("optimizer.nesterov", "true"),
-                ("optimizer.shape_factor", "true"),
-                ("optimizer.weight_decay", "0.01"),
-            ),
+        learning_rates=(0.0125, 0.025, 0.05),
+        change=compose(
+            LOW_RANK, SPECTRON(nesterov=True, shape_factor=True, weight_decay=0.01)
         ),
-        adam_rate=ADAM_RATE,
+        non_matrix_lr=NON_MATRIX_LR,
         always=True,
     ),
-    grid.Arm(
+    grid.Method(
         name="TSVD (adaptive)",
-        rates=(3e-3, 6e-3, 1.2e-2),
-        # Starts at R = 5/16 d and shrinks; charged with the FLOPs of its start.
-        overrides=(
-            *chain("tsvd"),
-            *((f"model.rank_ratios.{n}", "0.3125") for n in model.BLOCK_MATRICES[:-1]),
-            ("model.rank_ratios.down", "0.1163"),  # of d_ff: the same rank
-            ("rank.energy", "0.8"),
-            ("rank.every", "25"),
-            ("rank.warmup_steps", "50"),
-            ("rank.floor", "8"),
-            ("rank.multiple", "4"),
+        learning_rates=(3e-3, 6e-3, 1.2e-2),
+        change=compose(
+            optimizer(optimizer_config.Tsvd),
+            # Starts at R = 5/16 d, shrinks, and is charged the FLOPs of its start. The
+            # share of `down` is of d_ff and gives the same rank.
+            model(
+                rank_ratios=model_lib.MatrixRankRatios(
+                    **dict.fromkeys(model_lib.BLOCK_MATRICES, 0.3125) | {"down": 0.1163}
+                )
+            ),
+            adaptive_rank(energy=0.8, every=25, warmup_steps=50, floor=8, multiple=4),
         ),
     ),
-    grid.Arm(
+    grid.Method(
         name="Stiefel Muon",
-        rates=(5e-3, 0.01, 0.02),
-        overrides=chain(
-            "stiefel_muon", ("optimizer.singular_value_lr_multiplier", "0.2")
-        ),
-        adam_rate=ADAM_RATE,
+        learning_rates=(5e-3, 0.01, 0.02),
+        change=STIEFEL_MUON(singular_value_lr_multiplier=0.2),
+        non_matrix_lr=NON_MATRIX_LR,
         always=True,
     ),
-    grid.Arm(
+    grid.Method(
         name="Stiefel Muon (svd coordinates)",
-        rates=(0.0125, 0.025, 0.05),
-        overrides=chain(
-            "stiefel_muon",
-            ("optimizer.coordinates", "svd"),
-            ("optimizer.retraction", "lossless"),
-            ("optimizer.singular_value_lr_multiplier", "0.2"),
+        learning_rates=(0.0125, 0.025, 0.05),
+        change=STIEFEL_MUON(
+            coordinates="svd", retraction="svd", singular_value_lr_multiplier=0.2
         ),
-        adam_rate=ADAM_RATE,
+        non_matrix_lr=NON_MATRIX_LR,
     ),
-    grid.Arm(
+    grid.Method(
         name="self-guided",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*LOW_RANK, *ADAMW),
-        method="self_guided",
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        change=compose(LOW_RANK, ADAMW),
+        forward="self_guided",
     ),
-    grid.Arm(
+    grid.Method(
         name="CoLA",
-        rates=(1.5e-3, 3e-3, 6e-3),
-        overrides=(*LOW_RANK, *ADAMW),
-        method="cola",
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
+        change=compose(LOW_RANK, ADAMW),
+        forward="cola",
     ),
 )
 
-
-def arm_named(name: str) -> grid.Arm:
-    """The arm of `ARMS` with this name."""
-    (arm,) = (arm for arm in ARMS if arm.name == name)
-    return arm
+# --- Changes of a method.
 
 
-def with_fields(arm: grid.Arm, *overrides: tuple[str, str], **changes: Any) -> grid.Arm:
-    """The arm with overrides after its own, of which a later one counts."""
-    return dataclasses.replace(arm, overrides=(*arm.overrides, *overrides), **changes)
+def method_named(name: str) -> grid.Method:
+    """Returns the method of `METHODS` with this name."""
+    (method,) = (method for method in METHODS if method.name == name)
+    return method
 
 
-def at_setting(name: str, rate: float, adam_rate: float) -> grid.Arm:
-    """This arm at one rate of the matrices and one of the rest, with all seeds."""
-    arm = arm_named(name)
-    return dataclasses.replace(arm, rates=(rate,), adam_rate=adam_rate, always=True)
+def changed(method: grid.Method, *changes: grid.Change, **fields: Any) -> grid.Method:
+    """Returns the method with changes after its own, and with other fields."""
+    change = compose(method.change, *changes)
+    return dataclasses.replace(method, change=change, **fields)
 
 
-def searched(arm: grid.Arm) -> grid.Arm:
-    """This arm of one rate, searched around it."""
-    (rate,) = arm.rates
-    return dataclasses.replace(arm, rates=(rate / 2, rate, 2 * rate))
+def at_setting(name: str, learning_rate: float, non_matrix_lr: float) -> grid.Method:
+    """Returns a method at one learning rate each, with all seeds."""
+    return dataclasses.replace(
+        method_named(name),
+        learning_rates=(learning_rate,),
+        non_matrix_lr=non_matrix_lr,
+        always=True,
+    )
 
 
-def narrow(arm: grid.Arm) -> grid.Arm:
-    """A dense arm at the width that has the FLOPs per token of the low-rank ones."""
-    return dataclasses.replace(arm, name=f"{arm.name} (narrow)", narrow=True)
+def searched(method: grid.Method) -> grid.Method:
+    """Returns a method of one learning rate with a search around it."""
+    (rate,) = method.learning_rates
+    return dataclasses.replace(method, learning_rates=(rate / 2, rate, 2 * rate))
 
 
-def of_short_run(arm: grid.Arm) -> grid.Arm:
-    """With the best momentum of few steps, less than the .95 of the papers."""
-    if arm_named(arm.name).adam_rate is None:  # a rule without momentum
-        return arm
-    return with_fields(arm, ("optimizer.momentum", "0.9"))
+def narrow(method: grid.Method) -> grid.Method:
+    """Returns a dense method on a model with the FLOPs per token of a low-rank one."""
+    return dataclasses.replace(method, name=f"{method.name} (narrow)", narrow=True)
 
 
-# Of the chains that studies vary, by the name of what is changed.
-VARIATIONS = {
-    "normalised q and k": (("model.qk_norm", "true"),),
-    "clip at .1": (("optimizer.max_update_norm", "0.1"),),
-    "clip at .05": (("optimizer.max_update_norm", "0.05"),),
-    "rate of s as of u and v": (("optimizer.singular_value_lr_multiplier", "1.0"),),
-    "rate of s x 5": (("optimizer.singular_value_lr_multiplier", "5.0"),),
-    "lossless": (("optimizer.retraction", "lossless"),),
-    "polar retraction": (("optimizer.retraction", "polar"),),
-    "transported moments": (("optimizer.transport_moments", "true"),),
-    "bfloat16 moments": (("optimizer.moment_dtype", "bfloat16"),),
-    "momentum .9": (("optimizer.momentum", "0.9"),),
-    "momentum .8": (("optimizer.momentum", "0.8"),),
-    "tangent gradient": (("optimizer.tangent_projection", "gradient"),),
-    "weight decay .01": (("optimizer.weight_decay", "0.01"),),
-    "decay .9": (("optimizer.decay_ratio", "0.9"),),
-    "init of the dense norm": (("model.rescale_init", "true"),),
+def with_short_momentum(method: grid.Method) -> grid.Method:
+    """Returns the method with the best momentum for few steps, below the papers' 0.95.
+
+    Chains without orthogonalised momentum stay as they are.
+    """
+
+    def change(experiment: config.ExperimentConfig) -> config.ExperimentConfig:
+        if not hasattr(experiment.optimizer, "momentum"):
+            return experiment
+        return optimizer(momentum=0.9)(experiment)
+
+    return changed(method, change)
+
+
+DECAY = optimizer(decay_ratio=0.9)
+
+# What studies vary, by the name of the variation.
+VARIATIONS: Mapping[str, grid.Change] = {
+    "normalised q and k": model(qk_norm=True),
+    "clip at .1": optimizer(max_update_norm=0.1),
+    "clip at .05": optimizer(max_update_norm=0.05),
+    "rate of s as of u and v": optimizer(singular_value_lr_multiplier=1.0),
+    "rate of s x 5": optimizer(singular_value_lr_multiplier=5.0),
+    "svd retraction": optimizer(retraction="svd"),
+    "polar retraction": optimizer(retraction="polar"),
+    "transported moments": optimizer(transport_moments=True),
+    "bfloat16 moments": optimizer(moment_dtype="bfloat16"),
+    "momentum .9": optimizer(momentum=0.9),
+    "momentum .8": optimizer(momentum=0.8),
+    "tangent gradient": optimizer(tangent_projection="gradient"),
+    "weight decay .01": optimizer(weight_decay=0.01),
+    "decay .9": DECAY,
+    "init of the dense norm": model(rescale_init=True),
 }
 
 
-def moved_ranks(rank: int, **mlp: int) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Variations of uniform ranks: two of the same parameters, and twice the rank.
+def moved_ranks(rank: int, **mlp: int) -> dict[str, grid.Change]:
+    """Returns variations of a uniform rank: two with equal parameters, one with twice.
 
     Args:
-      rank: the uniform one.
-      **mlp: ranks of the MLP when attention has half of it.
+      rank: the uniform rank.
+      **mlp: ranks of the MLP matrices when attention has half the rank.
     """
     less, more = rank // 2, rank + rank // 2
     return {
-        "ranks from q and k to v and o": fields(
-            "model.ranks", q=less, k=less, v=more, o=more
-        ),
-        "ranks from attention to MLP": fields(
-            "model.ranks", q=less, k=less, v=less, o=less, **mlp
-        ),
-        "R = d/2": fields("model", rank=2 * rank),
+        "ranks from q and k to v and o": ranks(q=less, k=less, v=more, o=more),
+        "ranks from attention to MLP": ranks(q=less, k=less, v=less, o=less, **mlp),
+        "R = d/2": model(rank=2 * rank),
     }
 
 
 def varied(
-    plain: grid.Arm,
-    variations: Mapping[str, tuple[tuple[str, str], ...]],
-    *titles: str,
-    always: Sequence[str] = (),
-) -> tuple[grid.Arm, ...]:
-    """An arm, and one more for each title, which may join variations by " + "."""
-    return plain, *(
-        with_fields(
-            plain,
-            *(f for part in title.split(" + ") for f in variations[part]),
-            name=f"{plain.name}: {title}",
-            always=title in always,
+    plain: grid.Method,
+    variations: Mapping[str, grid.Change],
+    *titles: Sequence[str] | str,
+    always: Sequence[Sequence[str] | str] = (),
+) -> tuple[grid.Method, ...]:
+    """Returns a method and one variation of it per title.
+
+    Args:
+      plain: the method.
+      variations: by name.
+      *titles: a name, or several of variations to combine.
+      always: titles that get all seeds.
+    """
+    found = [plain]
+    for title in titles:
+        names = [title] if isinstance(title, str) else list(title)
+        found.append(
+            changed(
+                plain,
+                *(variations[name] for name in names),
+                name=f"{plain.name}: {' + '.join(names)}",
+                always=title in always,
+                variation_of=plain.name,
+            )
         )
-        for title in titles
-    )
+    return tuple(found)

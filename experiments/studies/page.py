@@ -1,4 +1,4 @@
-"""A report on results: text, tables and figures, as Markdown and as one HTML page."""
+"""A report: text, tables and images, as Markdown and as one HTML page."""
 
 import base64
 import html
@@ -6,19 +6,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from experiments.studies import summary
+from experiments.studies import rows as rows_lib
 
 
 class Table(NamedTuple):
-    """A table and what stands above it."""
+    """A table with its heading."""
 
     heading: str
     header: Sequence[str]
     body: Sequence[Sequence[str]]
 
 
-class Figure(NamedTuple):
-    """A figure, and the name of its file without the ending."""
+class Image(NamedTuple):
+    """A drawn figure; its file has this name with the suffix .png."""
 
     name: str
     caption: str
@@ -26,37 +26,36 @@ class Figure(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What a report says, in the order in which it says it."""
+    """The parts of a report, in their order."""
 
     title: str
     notes: Sequence[str]
     tables: Sequence[Table]
-    figures: Sequence[Figure]
+    images: Sequence[Image]
 
     def write(self, folder: pathlib.Path) -> pathlib.Path:
-        """Returns the path of report.md, written beside report.html and figures/."""
+        """Writes report.md, report.html and figures/; returns the path of the first."""
         (folder / "figures").mkdir(exist_ok=True)
-        for figure in self.figures:
-            (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)
+        for image in self.images:
+            (folder / "figures" / f"{image.name}.png").write_bytes(image.png)
         (folder / "report.html").write_text(self.as_html())
         page = folder / "report.md"
         page.write_text(self.as_markdown())
         return page
 
     def as_markdown(self) -> str:
-        """Returns the report as Markdown, with links to its figures."""
+        """Returns the report as Markdown, with links to its images."""
         lines = [f"# {self.title}", ""]
         for note in self.notes:
             lines += [note, ""]
         for heading, header, body in self.tables:
-            lines += [f"## {heading}", ""]
-            lines += [_row(header), _row(["---"] * len(header)), *map(_row, body), ""]
-        for name, caption, _ in self.figures:
+            lines += [f"## {heading}", "", markdown_table(header, body), ""]
+        for name, caption, _ in self.images:
             lines += [f"![{caption}](figures/{name}.png)", "", caption, ""]
         return "\n".join(lines)
 
     def as_html(self) -> str:
-        """Returns the report as one page that needs no other file."""
+        """Returns the report as one page without other files."""
         parts = [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
@@ -75,7 +74,7 @@ class Page(NamedTuple):
                 *(f"<tr>{cells('td', row)}</tr>" for row in body),
                 "</table></div>",
             ]
-        for _, caption, png in self.figures:
+        for _, caption, png in self.images:
             source = base64.b64encode(png).decode()
             text = html.escape(caption, quote=True)
             parts.append(
@@ -85,19 +84,21 @@ class Page(NamedTuple):
         return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
-def provenance(rows: Sequence[summary.Row]) -> Table:
-    """Returns the table of which trials were made with what."""
+def provenance(rows: Sequence[rows_lib.Row]) -> Table:
+    """Returns the table of environments, with their numbers of trials."""
     counts: dict[tuple[str, ...], int] = {}
-    header = list(dict.fromkeys(name for row in rows for name in row["environment"]))
+    header = list(dict.fromkeys(name for row in rows for name in row.environment))
     for row in rows:
-        made_with = tuple(str(row["environment"].get(name, "")) for name in header)
-        counts[made_with] = counts.get(made_with, 0) + 1
-    body = [[str(count), *made_with] for made_with, count in counts.items()]
+        values = tuple(str(row.environment.get(name, "")) for name in header)
+        counts[values] = counts.get(values, 0) + 1
+    body = [[str(count), *values] for values, count in counts.items()]
     return Table("What was run", ["trials", *header], body)
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown."""
+    line = lambda cells: f"| {' | '.join(cells)} |"
+    return "\n".join(map(line, (header, ["---"] * len(header), *body)))
 
 
 _STYLE = """

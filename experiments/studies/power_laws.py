@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Run(NamedTuple):
-    """One finished run: compute C, parameters N, tokens D, held-out loss, and seed."""
+class SizeResult(NamedTuple):
+    """A finished run: compute C, parameters N, tokens D, held-out loss, and seed."""
 
     flops: float
     parameters: float
@@ -18,7 +18,7 @@ class Run(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """The least point of a budget's parabola; `inside` the sizes that were trained."""
+    """Minimum of a budget's parabola; `inside` if among the trained sizes."""
 
     flops: float
     parameters: float
@@ -28,19 +28,19 @@ class Optimum(NamedTuple):
 
 
 class Law(NamedTuple):
-    """Exponents of N ~ C^a and D ~ C^b, and the optima that they were fitted to."""
+    """Exponents of N ~ C^a and D ~ C^b, with the optima that they fit."""
 
     a: float
     b: float
     optima: list[Optimum]
 
 
-def optimum(runs: Sequence[Run]) -> Optimum | None:
-    """Returns the least point of the parabola through runs of one budget.
+def optimum(runs: Sequence[SizeResult]) -> Optimum | None:
+    """Returns the minimum of the parabola through runs of one budget.
 
-    Loss is fitted as a quadratic of log N; None where that opens downwards, or with
-    less than three sizes. Tokens at the optimum follow from C / (N D), interpolated in
-    log N: with the head included that is no constant.
+    Fits the loss as a quadratic of log N. None if it opens downwards, or below three
+    sizes. Tokens at the optimum are interpolated in log N, because C / (N D) is not
+    constant when C includes the head.
     """
     if not has_parabola(runs):
         return None
@@ -59,29 +59,29 @@ def optimum(runs: Sequence[Run]) -> Optimum | None:
     )
 
 
-def log_sizes(runs: Sequence[Run]) -> np.ndarray:
+def log_sizes(runs: Sequence[SizeResult]) -> np.ndarray:
     """Returns log N of every run."""
     return np.log([run.parameters for run in runs])
 
 
-def has_parabola(runs: Sequence[Run]) -> bool:
-    """Returns whether there are the three sizes that a parabola needs."""
+def has_parabola(runs: Sequence[SizeResult]) -> bool:
+    """Returns whether runs have the three sizes that a parabola needs."""
     return len({run.parameters for run in runs}) >= 3
 
 
-def parabola(runs: Sequence[Run]) -> np.polynomial.Polynomial:
-    """Returns the quadratic in log N that is nearest to the losses of runs.
+def parabola(runs: Sequence[SizeResult]) -> np.polynomial.Polynomial:
+    """Returns the least-squares quadratic in log N of the losses.
 
-    Beside an offset for each seed, which sum to zero: what a seed does to all sizes
-    alike is no slope where some sizes lack it.
+    Every seed has an offset, and these sum to zero. So an effect of a seed on all sizes
+    is no slope where some sizes lack that seed.
     """
     return _least_squares(runs)[0]
 
 
 def _least_squares(
-    runs: Sequence[Run],
+    runs: Sequence[SizeResult],
 ) -> tuple[np.polynomial.Polynomial, np.ndarray, int]:
-    """The parabola, what it and the offsets say of every run, and how many are free."""
+    """The parabola, the fitted loss of every run, and the degrees of freedom."""
     sizes = log_sizes(runs)
     basis = np.polynomial.Polynomial([0.0, 1.0], domain=[sizes.min(), sizes.max()])
     scaled = basis(sizes)
@@ -95,11 +95,10 @@ def _least_squares(
     return curve, design @ found, len(runs) - design.shape[1]
 
 
-def fit(runs: Sequence[Run]) -> Law | None:
-    """Returns the power laws through the optima inside of the sizes that were trained.
+def fit(runs: Sequence[SizeResult]) -> Law | None:
+    """Returns the power laws through the optima inside the trained sizes.
 
-    None for less than two of them. Runs belong to one budget where their FLOPs agree to
-    2 %.
+    None below two of them. Runs share a budget if their FLOPs agree to 2 %.
     """
     found = [optimum(group) for group in by_budget(runs)]
     optima = [o for o in found if o is not None and o.inside]
@@ -114,13 +113,13 @@ def fit(runs: Sequence[Run]) -> Law | None:
 
 
 class Intervals(NamedTuple):
-    """Those of the exponents of a law; NaN where there are none.
+    """Intervals of the exponents of a law; NaN where there are none.
 
     Attributes:
       a: of N ~ C^a, low and high.
       b: of D ~ C^b.
-      whole: share of the samples with an optimum for every budget that the law has one
-        for. Of the others those with a law count too, fitted to less budgets.
+      whole: share of samples with an optimum for every budget of the law. The others
+        count too if they have a law, fitted to fewer budgets.
     """
 
     a: tuple[float, float]
@@ -129,14 +128,17 @@ class Intervals(NamedTuple):
 
 
 def bootstrap(
-    runs: Sequence[Run], *, samples: int = 1000, level: float = 0.9, seed: int = 0
+    runs: Sequence[SizeResult],
+    *,
+    samples: int = 1000,
+    level: float = 0.9,
+    seed: int = 0,
 ) -> Intervals:
-    """Returns intervals of the exponents of a law at a level.
+    """Returns bootstrapped intervals of the exponents at a level.
 
-    Parametric: the noise of a loss has the variance of the residuals of all parabolas
-    and offsets of seeds, with the tails of Student's t, as few of them are free. A
-    sample without a law is dropped, and budgets with less than three sizes are, which
-    have no parabola. NaN where no residual is free.
+    The bootstrap is parametric: noise has the variance of all residuals, with the tails
+    of Student's t because few degrees of freedom remain. Samples without a law and
+    budgets without a parabola are dropped. NaN without degrees of freedom.
     """
     generator = np.random.default_rng(seed)
     groups = [group for group in by_budget(runs) if has_parabola(group)]
@@ -149,7 +151,7 @@ def bootstrap(
     laws: list[Law] = []
     sigma = math.sqrt(np.square(residuals).sum() / freedom) if freedom > 0 else math.nan
     for _ in range(samples if freedom > 0 else 0):
-        # One variance for a sample, as one was estimated for all.
+        # One variance per sample, because one was estimated for all runs.
         scale = sigma * math.sqrt(freedom / generator.chisquare(freedom))
         losses = fitted + scale * generator.standard_normal(len(fitted))
         noisy = [
@@ -168,9 +170,9 @@ def bootstrap(
     return Intervals((low_a, high_a), (low_b, high_b), whole)
 
 
-def by_budget(runs: Sequence[Run]) -> list[list[Run]]:
-    """Returns the runs in groups of equal FLOPs, to 2 %, ascending."""
-    groups: list[list[Run]] = []
+def by_budget(runs: Sequence[SizeResult]) -> list[list[SizeResult]]:
+    """Returns runs in groups of equal FLOPs, to 2 %, ascending."""
+    groups: list[list[SizeResult]] = []
     for run in sorted(runs, key=lambda run: run.flops):
         if groups and run.flops <= 1.02 * groups[-1][0].flops:
             groups[-1].append(run)

@@ -1,9 +1,9 @@
-"""Writes what a comparison found: Markdown, figures, and one HTML page.
+"""Writes the report of a comparison: Markdown, figures, and one HTML page.
 
-python -m experiments.report experiments/results/compare_methods-small
+python -m experiments.studies.report experiments/studies/results/compare_methods-small
 
-Reads runs.jsonl of the folder and writes report.md, figures/*.png and report.html,
-which holds its figures, beside it. Only trials that were trained to the end are shown.
+Reads the rows of the folder and writes report.md, figures/*.png and report.html, which
+embeds the figures. Only finished trials appear.
 """
 
 import itertools
@@ -15,233 +15,210 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.studies import page, summary
+from experiments.studies import rows as rows_lib
+from experiments.studies import trial as trial_lib
 from sct_jax import errors
-from sct_jax.training import command_line, metrics
+from sct_jax.training import overrides
 
 RESULTS = "Held-out loss: mean ± standard deviation over seeds"
-DIFFERENCES = "Less the loss of {}, seed by seed: mean ± standard error"
+DIFFERENCES = "Loss minus that of {}, paired by seed: mean ± standard error"
 NOTES = (
-    "The best rate of a protocol is that with the least held-out loss of the first "
-    "seed, on the text that the table is of; a second one is Adam's, of the embedding "
-    "and norms, where it has its own. Arms with fewer seeds stand below the others: "
-    "means over different seeds do not compare. The difference of two means within "
-    "their deviations is not resolved.",
-    "The first seed, which chooses the rates, counts among the others: that flatters "
-    "every arm, and the more the more settings it had.",
+    "Every kind of budget has its own best learning rate: the one with the lowest "
+    "held-out loss of the first seed, on the text that the table reports. Where a "
+    "second rate follows a slash, it is the non-matrix learning rate, of the embedding "
+    "and norms. Methods with fewer seeds come last, because means over different seeds "
+    "do not compare. A difference within the deviations is not resolved.",
+    "The tuning seed is included, which biases results towards heavily tuned methods.",
     "Bits per byte, TFLOP, the largest change of a matrix in spectral norm, and loss "
-    "spikes per run belong to the steps of the first horizon, as far as the longest "
-    "run has them; - where it was not measured. A step at which most methods spike "
-    "with the same seed is a hard batch of it. The last training loss is that of the "
-    "longest run, over its last ten steps or more, on text that it had not seen, where "
-    "the training text is longer: a second look on other text than the held-out one.",
-    "FLOPs are the matrix products of forward and backward pass, head included; those "
-    "of the optimizer are not counted, in favour of methods that have many: at the "
-    "sizes of these studies Newton's and Schulz's iteration adds about a fifth to "
-    "dense Muon, orthogonalisation and retraction 4 % to Stiefel Muon. Where ranks "
-    "change, those of the start are charged.",
-    "Runs of several lengths have the rates that are best for the first one.",
+    "spikes per run refer to the steps of the first budget. A dash means that nothing "
+    "was measured. A step at which most methods spike with the same seed is a hard "
+    "batch. The final training loss is the mean over the last ten or more steps of the "
+    "longest run, on text that the run had not seen: a second opinion beside the "
+    "held-out text.",
+    "FLOPs are the matrix products of forward and backward pass, head included. The "
+    "optimizer is not counted. At these sizes, orthogonalisation adds about a fifth to "
+    "dense Muon, and with the retraction 4 % to Stiefel Muon. Methods whose ranks "
+    "change are charged for their initial ranks.",
+    "Runs of several lengths use the learning rates that are best at the first length.",
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = command_line.FlagParser(__doc__ or "")
+    parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument("results", help="folder of a comparison")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         written = write(pathlib.Path(flags.results))
     except errors.UserError as error:
-        command_line.fail(str(error))
+        overrides.fail(str(error))
     print(f"written: {written}, {written.with_suffix('.html')}")
     return 0
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the report, written into the folder beside its figures.
+    """Writes the report and its figures into the folder and returns its path.
 
     Raises:
-      UserError: for a folder without finished trials, or without matplotlib.
+      UserError: the folder has no finished trials, or matplotlib is missing.
     """
-    rows = metrics.read_rows(folder / "runs.jsonl")
-    errors.check("RESULTS", bool(rows), f"no finished trial in {folder}/runs.jsonl")
-    arms = summary.arms(rows)
+    rows = rows_lib.read(folder)
+    found = rows_lib.path_in(folder)
+    errors.check("RESULTS", bool(rows), f"no finished trial in {found}")
+    methods = summary.summarize(rows)
     errors.check(
         "RESULTS",
-        len({arm.protocols for arm in arms}) == 1,
-        "its trials are of different horizons, not of a comparison; the report of a "
-        "scaling study is made by experiments.scaling_laws --fit_only",
+        len({method.budgets for method in methods}) == 1,
+        "its trials have different budgets, so it is not a comparison; for a scaling "
+        "study use experiments.studies.scaling_laws --fit_only",
     )
-    report = contents(folder.name, rows, arms)
-    return report._replace(figures=draw(arms)).write(folder)
+    report = contents(folder.name, rows)
+    return report._replace(images=draw(methods)).write(folder)
 
 
-def contents(
-    title: str, rows: Sequence[summary.Row], arms: Sequence[summary.Arm]
-) -> page.Page:
+def contents(title: str, rows: Sequence[rows_lib.Row]) -> page.Page:
     """Returns the report of a comparison without its figures."""
-    tables = [page.Table(RESULTS, *table(arms))]
-    tables += [
-        page.Table(DIFFERENCES.format(other.name), *differences(arms, other))
-        for other in _references(arms)
-    ]
+    methods = summary.summarize(rows)
     return page.Page(
-        title=f"{title}: {len(arms)} methods, {len(rows)} trials",
+        title=f"{title}: {len(methods)} methods, {len(rows)} trials",
         notes=NOTES,
-        tables=[*tables, page.provenance(rows)],
-        figures=[],
+        tables=[
+            page.Table(RESULTS, *table(methods)),
+            *(
+                page.Table(DIFFERENCES.format(r.name), *differences(methods, r))
+                for r in summary.references(methods)
+            ),
+            page.provenance(rows),
+        ],
+        images=[],
     )
 
 
-def table(arms: Sequence[summary.Arm]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: losses as mean and deviation, best arm first.
+def table(
+    methods: Sequence[summary.MethodSummary],
+) -> tuple[list[str], list[list[str]]]:
+    """Returns header and body of the losses, best method first.
 
-    What has one column and depends on the horizon is that of the first one.
+    Columns that depend on the budget but appear once belong to the first budget.
     """
-    protocols = arms[0].protocols
-    first = protocols[0]
-    choices = list(summary.firsts(protocols).values())
-    header = ["method", "settings tried"]
-    header += [f"rate, {summary.words(protocol)} (seeds)" for protocol in choices]
-    header += [f"nats, {summary.words(protocol)}" for protocol in protocols]
-    header += ["last training loss", "bits per byte", "parameters"]
-    header += ["TFLOP (of the layers)", "MB"]
-    header += ["max update", "spikes"]
+    budgets = methods[0].budgets
+    first = budgets[0]
+    choices = list(summary.first_of_each_kind(budgets).values())
+    header = [
+        "method",
+        "settings tried",
+        *(f"learning rate, {budget} (seeds)" for budget in choices),
+        *(f"nats, {budget}" for budget in budgets),
+        *("final training loss", "bits per byte", "parameters"),
+        *("TFLOP (of the layers)", "MB", "max update", "spikes"),
+    ]
     body = []
-    for arm in summary.ranked(arms, first):
-        row = arm.rows(first)[0]
-        spent = row["results"][first]
+    for method in summary.ranked(methods, first):
+        row = method.rows(first)[0]
+        spent = row.results[first]
         body.append(
             [
-                arm.name,
-                str(len(arm.searched)),
-                *(arm.choice(protocol) for protocol in choices),
-                *(arm.with_error(protocol) for protocol in protocols),
-                _number(arm.last_train_loss(first), ".3f"),
-                arm.with_error(first, "bits_per_byte"),
-                f"{row['parameters']:,}",
-                f"{spent['flops'] / 1e12:.2f} ({spent['block_flops'] / 1e12:.2f})",
-                f"{row['train_bytes'] / 1e6:.1f}",
-                _number(arm.largest_update(first), ".2g"),
-                _number(arm.num_spikes(first), ".1f"),
+                method.name,
+                str(len(method.tuning_rows)),
+                *(method.choice(budget) for budget in choices),
+                *(method.with_error(budget) for budget in budgets),
+                _number(method.final_train_loss(first), ".3f"),
+                method.with_error(first, "bits_per_byte"),
+                f"{row.parameters:,}",
+                f"{spent.flops / 1e12:.2f} ({spent.layer_flops / 1e12:.2f})",
+                f"{row.train_bytes / 1e6:.1f}",
+                _number(method.largest_update(first), ".2g"),
+                _number(method.num_spikes(first), ".1f"),
             ]
         )
     return header, body
 
 
 def differences(
-    arms: Sequence[summary.Arm], reference: summary.Arm
+    methods: Sequence[summary.MethodSummary], reference: summary.MethodSummary
 ) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows: losses less those of one arm, with standard errors."""
-    shared = [p for p in arms[0].protocols if p in reference.protocols]
-    body = []
-    for arm in arms:
-        if arm is reference:
-            continue
-        cells = []
-        for protocol in shared:
-            mean, error = summary.gap(arm, reference, protocol)
-            if not math.isfinite(mean):
-                cells.append("-" if math.isnan(mean) else "diverged")
-            else:
-                cells.append(
-                    f"{mean:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
-                )
-        body.append([arm.name, *cells])
-    return ["method", *map(summary.words, shared)], body
-
-
-def _references(arms: Sequence[summary.Arm]) -> list[summary.Arm]:
-    """The arms which the others are measured by: the first, and the dense ones.
-
-    Not those that are variations of another one, named after it with a colon.
-    """
-    names = {arm.name for arm in arms}
-
-    def is_variation(arm: summary.Arm) -> bool:
-        plain, colon, _ = arm.name.partition(":")
-        return bool(colon) and plain in names
-
-    return [
-        arm
-        for arm in arms
-        if arm is arms[0] or (arm.name.startswith("dense") and not is_variation(arm))
+    """Returns header and body of the losses minus those of one method."""
+    budgets = [b for b in methods[0].budgets if b in reference.budgets]
+    body = [
+        [method.name, *(summary.gap_text(method, reference, b) for b in budgets)]
+        for method in methods
+        if method is not reference
     ]
+    return ["method", *map(str, budgets)], body
 
 
-# Name of a file, caption, and a figure of `figures`, which is loaded for it alone.
+# File name, caption, and a figure of `figures`, which is imported only to draw.
 Drawing = tuple[str, str, Any]
 
 
-def draw(arms: Sequence[summary.Arm]) -> list[page.Figure]:
-    """Returns every figure.
+def draw(methods: Sequence[summary.MethodSummary]) -> list[page.Image]:
+    """Returns every figure as an image.
 
     Raises:
-      UserError: where matplotlib is not installed.
+      UserError: matplotlib is missing.
     """
     from experiments.studies import figures
 
-    # One is drawn and stored before the next: they are large.
+    # Figures are large: store one before drawing the next.
     drawings = itertools.chain(
-        _losses(arms), _searches(arms), _courses(arms), _gaps(arms)
+        _losses(methods), _searches(methods), _curves(methods), _gaps(methods)
     )
     return [
-        page.Figure(_file_name(name), caption, figures.to_png(figure))
+        page.Image(_file_name(name), caption, figures.to_png(figure))
         for name, caption, figure in drawings
     ]
 
 
-def _losses(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
-    """The losses at each horizon."""
+def _losses(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
+    """The losses at each budget."""
     from experiments.studies import figures
 
-    for protocol in arms[0].protocols:
+    for budget in methods[0].budgets:
         caption = (
-            f"Held-out loss at the best rate, {summary.words(protocol)}; bars: one "
-            "standard deviation over seeds."
+            f"Held-out loss at the best learning rate, {budget}; bars: one standard "
+            "deviation over seeds."
         )
-        yield f"loss-{protocol}", caption, figures.losses(arms, protocol)
+        name = f"loss-{budget.kind}-{budget.amount:g}"
+        yield name, caption, figures.losses(methods, budget)
 
 
-def _searches(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
-    """The losses over the rates, of the arms that have more than one."""
+def _searches(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
+    """The losses over the learning rates, for methods that have several."""
     from experiments.studies import figures
 
-    first = arms[0].protocols[0]
-    if searched := [arm for arm in arms if len(arm.tuning(first)) > 1]:
+    first = methods[0].budgets[0]
+    if searched := [m for m in methods if len(m.tuning(first)) > 1]:
         caption = (
-            "Held-out loss of the first seed over the learning rate, "
-            f"{summary.words(first)}; Adam's rate is that of the first search; rates "
-            "that diverged are left out."
+            f"Held-out loss of the first seed over the learning rate, {first}. The "
+            "non-matrix learning rate is that of the first search; diverged runs are "
+            "left out."
         )
         yield "tuning", caption, figures.tuning(searched, first)
-    if searched := [arm for arm in arms if len(arm.tuning_of_others(first)) > 1]:
+    if searched := [m for m in methods if len(m.non_matrix_tuning(first)) > 1]:
         caption = (
-            "The same over the rate of the embedding and norms, at the best rate of "
-            "the matrices."
+            "The same over the non-matrix learning rate, of the embedding and norms, "
+            "at the best learning rate of the matrices."
         )
-        figure = figures.tuning(searched, first, of_others=True)
+        figure = figures.tuning(searched, first, non_matrix=True)
         yield "tuning-of-others", caption, figure
 
 
-def _courses(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
-    """What is more than a point per method, of the methods that have all seeds."""
+def _curves(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
+    """Curves and trade-offs, for the methods that have all seeds."""
     from experiments.studies import figures
 
-    protocols = arms[0].protocols
-    first = protocols[0]
-    compared = summary.repeated(arms, first)
-    seeds = "; methods with all seeds" if len(compared) < len(arms) else ""
+    budgets = methods[0].budgets
+    first = budgets[0]
+    compared = summary.with_most_seeds(methods, first)
+    seeds = "; methods with all seeds" if len(compared) < len(methods) else ""
     caption = (
-        "Training loss at the best rate, means of ten steps or more; bands: one "
-        f"standard deviation over seeds{seeds}."
+        "Training loss at the best learning rate, means of ten or more steps; bands: "
+        f"one standard deviation over seeds{seeds}."
     )
     yield "curves", caption, figures.curves(compared, first)
-    caption = f"Held-out loss over training FLOPs; left and below is better{seeds}."
-    yield "flops", caption, figures.costs(compared, protocols)
-    caption = (
-        "Held-out loss over the memory of the training state, "
-        f"{summary.words(first)}{seeds}."
-    )
+    caption = f"Held-out loss over training FLOPs; lower left is better{seeds}."
+    yield "flops", caption, figures.costs(compared, budgets)
+    caption = f"Held-out loss over the memory of the training state, {first}{seeds}."
     yield "memory", caption, figures.memory(compared, first)
     caption = (
         "Largest change of a matrix per step, in spectral norm; crosses: loss "
@@ -250,33 +227,33 @@ def _courses(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
     yield "update-norms", caption, figures.update_norms(compared, first)
     caption = (
         "Effective rank (exp of the entropy of the singular values) over time, as a "
-        f"share of that of the start, mean of all kinds of matrices{seeds}."
+        f"share of the initial one, mean over all kinds of matrices{seeds}."
     )
     yield "effective-ranks", caption, figures.effective_ranks(compared, first)
-    caption = f"Singular values of the down projections at the end{seeds}."
+    caption = f"Final singular values of the down projections{seeds}."
     yield "spectra", caption, figures.spectra(compared, first)
 
 
-def _gaps(arms: Sequence[summary.Arm]) -> Iterator[Drawing]:
-    """The differences over the length of training, where there are several."""
+def _gaps(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
+    """The differences over the length of training, where there are several lengths."""
     from experiments.studies import figures
 
-    kinds, lengths = zip(*map(summary.kind_and_length, arms[0].protocols), strict=True)
-    if len(set(lengths)) == 1:
+    budgets = methods[0].budgets
+    if len({budget.amount for budget in budgets}) == 1:
         return
-    for other in _references(arms):
-        for kind in dict.fromkeys(kinds):
+    for reference in summary.references(methods):
+        for kind in summary.first_of_each_kind(budgets):
             caption = (
-                f"Held-out loss less that of {other.name}, seed by seed, over the "
-                f"length of training; {summary.PROTOCOLS[kind]}; bars: one standard "
+                f"Held-out loss minus that of {reference.name}, paired by seed, over "
+                f"the length of training; {trial_lib.EQUAL[kind]}; bars: one standard "
                 "error."
             )
-            name = f"gap-to-{other.name}-{kind}"
-            yield name, caption, figures.gaps(arms, other, kind)
+            name = f"gap-to-{reference.name}-{kind}"
+            yield name, caption, figures.gaps(methods, reference, kind)
 
 
 def _file_name(text: str) -> str:
-    """The text without signs that a shell, a link or a file system could misread."""
+    """The text without characters that a shell, link or file system could misread."""
     return re.sub("[^A-Za-z0-9.]+", "-", text)
 
 

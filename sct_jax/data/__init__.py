@@ -1,6 +1,7 @@
-"""Text in, batches of tokens out.
+"""Batches of tokens from text.
 
-The libraries that read data are loaded with the first use of anything but `DataConfig`.
+Importing this package loads no library that reads data. The first use of any name but
+`DataConfig` does.
 """
 
 import importlib

@@ -1,41 +1,24 @@
-"""Folders and files that appear whole or not at all, whoever else is writing."""
+"""Folders and files of the cache. Complete or absent, for any number of writers."""
 
 import contextlib
-import fcntl
 import glob
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 
-from sct_jax import errors
+from sct_jax import errors, files
 
 
 @contextlib.contextmanager
 def writing(root: str) -> Iterator[None]:
-    """An `OSError` inside the block leaves it as a UserError of `data.cache_dir`."""
+    """Raises an `OSError` of the block as a UserError of `data.cache_dir`."""
     try:
         yield
     except OSError as error:
         raise errors.UserError(
             f"data.cache_dir: cannot write below {root!r} ({error}); "
-            "name a folder that is writable and has room"
+            "name a writable folder with enough space"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: str) -> Iterator[bool]:
-    """The block runs alone; yields False on file systems that have no locks.
-
-    The kernel drops the lock with its process, so a killed one leaves none behind.
-    """
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            held = True
-        except OSError:
-            held = False
-        yield held
 
 
 def folder(
@@ -44,32 +27,32 @@ def folder(
     build: Callable[[str], None],
     is_complete: Callable[[str], bool],
 ) -> None:
-    """`path` is a folder that `is_complete`: found, or written by `build` and renamed.
+    """Creates the folder `path`, unless it is complete already.
 
-    Of several processes one builds while the others wait for it. A process killed in
-    the middle leaves only a folder of another name, which the next build removes. A
-    folder that is there but not complete (cut short, edited) is replaced.
+    One process builds while the others wait. The folder gets its name when it is
+    complete. A killed process leaves a partial folder, which the next build removes. An
+    incomplete folder (truncated, edited) is replaced.
 
     Args:
-        path: where the folder shall be.
-        build: fills the empty folder that it is given; what it raises, leaves.
-        is_complete: whether a folder, which may not exist, can be used.
+      path: the folder.
+      build: fills the empty folder given to it. Its errors propagate.
+      is_complete: whether a folder, which may not exist, can be used.
 
     Raises:
-        UserError: `path` cannot be written.
+      UserError: `path` cannot be written.
     """
     if is_complete(path):
         return
     root = os.path.dirname(path)
     with writing(root):
         os.makedirs(root, exist_ok=True)
-        with _locked(f"{path}.lock") as held:
+        with files.lock(f"{path}.lock", wait=True) as state:
             if is_complete(path):
                 return
-            if held:
+            if state == "held":
                 for left_over in glob.glob(f"{glob.escape(path)}.partial-*"):
                     shutil.rmtree(left_over, ignore_errors=True)
-            partial = f"{path}.partial-{uuid.uuid4().hex}"
+            partial = files.partial_path(path)
             os.mkdir(partial)
             try:
                 build(partial)
@@ -79,27 +62,25 @@ def folder(
 
 
 def _rename(partial: str, path: str, *, is_complete: Callable[[str], bool]) -> None:
-    """`path` is complete: `partial` renamed, or what a faster process put there."""
+    """Renames `partial` to `path`, unless a faster process has completed `path`."""
     try:
         os.rename(partial, path)
     except OSError:
         if is_complete(path):
             return
-        damaged = f"{path}.partial-{uuid.uuid4().hex}"
+        damaged = files.partial_path(path)
         os.rename(path, damaged)
         os.rename(partial, path)
         shutil.rmtree(damaged, ignore_errors=True)
 
 
 def write_text(path: str, text: str) -> None:
-    """The file `path` holds `text`, and at no time a part of it."""
-    with writing(os.path.dirname(path)):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.partial-{uuid.uuid4().hex}"
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+    """Writes `text` to `path` atomically; creates its folder.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
+    root = os.path.dirname(path)
+    with writing(root):
+        os.makedirs(root, exist_ok=True)
+        files.replace_text(path, text)

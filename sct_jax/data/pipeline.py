@@ -1,4 +1,4 @@
-"""From `data.*` to batches: prepared once, then read at any step in constant time."""
+"""Batches of tokens, at any step in O(1), from a corpus that is prepared once."""
 
 import dataclasses
 import hashlib
@@ -14,8 +14,8 @@ from sct_jax import errors
 from sct_jax.data import cache, settings, sources, tokens
 from sct_jax.data import tokenizer as tokenizer_lib
 
-# A tokenizer learns little from more text; of a larger corpus it is shown every k-th
-# piece. 100 MB take about 20 seconds on 2 cores.
+# More text hardly improves a tokenizer. Of a larger corpus it sees every k-th chunk.
+# 100 MB take about 20 seconds on 2 cores.
 _TRAINER_BYTES = 100_000_000
 
 
@@ -24,12 +24,12 @@ class Corpus:
     """A tokenized corpus.
 
     Attributes:
-        tokenizer: what it is tokenized with.
-        train: (tokens,) ids of the training documents, each after a document mark.
-        validation: (tokens,) likewise.
-        documents: how many there are, in both splits.
-        bytes: of their UTF-8 text, in both splits.
-        hash: SHA-256 of their text, the same on every machine.
+      tokenizer: encodes and decodes its text.
+      train: ids of the training documents, each after a document mark: (tokens,).
+      validation: ids of the validation documents, likewise.
+      documents: number in both splits.
+      bytes: of UTF-8 text in both splits.
+      hash: SHA-256 of the text of both splits, equal on every machine.
     """
 
     tokenizer: tokenizer_lib.Tokenizer
@@ -43,21 +43,21 @@ class Corpus:
 def prepare(
     config: settings.DataConfig, *, vocab_size: int, log: Callable[[str], None] = print
 ) -> Corpus:
-    """The corpus is tokenized on disk: found in the cache, or made now and kept.
+    """Returns the tokenized corpus, from the cache or built and cached.
 
-    What is found without reading the text is described at `sources.Source`: unchanged
-    names, sizes and times of files count as unchanged text. Where they differ the text
-    is hashed, and tokens of the same text and tokenizer are still used.
+    Files with unchanged names, sizes and times count as unchanged and are not read (see
+    `sources.Source`). Changed ones are hashed, and cached tokens of the same text and
+    tokenizer are still used.
 
     Args:
-        config: which corpus and tokenizer.
-        vocab_size: the model's; a tokenizer trained here gets exactly that many tokens
-            if the text has enough pairs to merge.
-        log: receives a few lines: progress, counts of files, documents, bytes and
-            tokens, what was skipped, and the hash.
+      config: the corpus and tokenizer.
+      vocab_size: the model's. A tokenizer trained here gets exactly that many tokens if
+        the text has enough pairs to merge.
+      log: receives a few lines: progress, counts of files, documents, bytes and tokens,
+        skipped documents, and the hash.
 
     Raises:
-        UserError: naming the field that cannot be used.
+      UserError: a field has an invalid value.
     """
     config.validate()
     root = _cache_dir(config)
@@ -84,7 +84,7 @@ def prepare(
             if _open(config, root).fingerprint != source.fingerprint:
                 raise errors.UserError(
                     f"data.source: files of {source.name!r} changed while they were "
-                    "read; run again when they are at rest"
+                    "read; run again once they stop changing"
                 )
 
         cache.folder(
@@ -96,14 +96,15 @@ def prepare(
         metadata = tokens.read_metadata(folder)
         if metadata is None:
             raise errors.UserError(
-                f"data.cache_dir: {folder!r} was changed as soon as it was written"
+                f"data.cache_dir: another program changed {folder!r} while it was in "
+                "use; run again, or name another folder"
             )
-    tokenizer, splits = tokens.load(folder, metadata=metadata)
+    tokenizer, mapped = tokens.load(folder, metadata=metadata)
     log(_describe(source.name, tokenizer, metadata))
     return Corpus(
         tokenizer=tokenizer,
-        train=splits["train"],
-        validation=splits["validation"],
+        train=mapped["train"],
+        validation=mapped["validation"],
         documents=sum(metadata["documents"].values()),
         bytes=sum(metadata["bytes"].values()),
         hash=metadata["hash"],
@@ -119,7 +120,10 @@ def _cache_dir(config: settings.DataConfig) -> str:
 
 def _open(config: settings.DataConfig, root: str) -> sources.Source:
     return sources.open_source(
-        config.source, text_field=config.text_field, cache_dir=root
+        config.source,
+        text_field=config.text_field,
+        cache_dir=root,
+        split=config.split or "pieces",
     )
 
 
@@ -129,7 +133,7 @@ def _key(*parts: str) -> str:
 
 
 def _read_lookup(path: str) -> str | None:
-    """The folder of tokens that the file at `path` names, which may not exist."""
+    """Returns the folder of tokens named in the file `path`; it may not exist."""
     try:
         with open(path, encoding="utf-8") as file:
             name = file.read()
@@ -144,7 +148,7 @@ def _check_vocab_size(
     if tokenizer.vocab_size > vocab_size:
         raise errors.UserError(
             f"data.tokenizer: {path!r} has token ids up to {tokenizer.vocab_size - 1}, "
-            f"beyond model.vocab_size {vocab_size}; raise that to at least "
+            f"beyond model.vocab_size {vocab_size}; set model.vocab_size to at least "
             f"{tokenizer.vocab_size}"
         )
 
@@ -191,18 +195,18 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches, shuffled anew each epoch; the first is that of `start_step`.
+    """Returns endless batches from `start_step` on, reshuffled every epoch.
 
-    The windows of step k are number k batch_size to (k + 1) batch_size of one endless
-    order that `seed` decides. So any step is reached at once, and the rows of all
-    processes, in order of process, are the same for any number of processes.
+    `seed` determines one endless order of windows. Step k takes windows k batch_size to
+    (k + 1) batch_size, so any step is reached in O(1). The rows of all processes,
+    concatenated, do not depend on the number of processes.
 
-    A batch has `inputs`, `targets` and `segment_ids`, each (batch_size / process_count,
-    seq_len) int32; see `eval_batches` for the last.
+    A batch has `inputs`, `targets` and `segment_ids` (see `eval_batches`), each
+    (batch_size / process_count, seq_len) int32.
 
     Raises:
-        UserError: the training windows do not fill one batch; `process_count` does
-            not divide `data.batch_size`; the seed is not in [0, 2^32).
+      UserError: the training windows do not fill one batch, `process_count` does not
+        divide `data.batch_size`, or the seed is not in [0, 2^32).
     """
     if not 0 <= seed < 1 << 32:
         raise errors.UserError(f"seed: must be in [0, 2^32), not {seed}")
@@ -214,11 +218,11 @@ def train_batches(
         .shuffle()
         .repeat()
         .batch(rows, drop_remainder=True)
-        # Batches of `rows` in turn belong to process 0, 1, ...
+        # Consecutive batches of `rows` belong to processes 0, 1, ...
         .slice(slice(start_step * process_count + process_index, None, process_count))
         .map(lambda window_rows: _batch(window_rows, corpus, config))
     )
-    # Threads, since forked workers deadlock beside JAX; one is enough to read memory.
+    # Forked workers deadlock beside JAX. One thread is enough to read memory.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(options))
 
@@ -231,17 +235,17 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[dict[str, np.ndarray]]:
-    """`num_batches` batches from all over the validation text, in its order.
+    """Returns `num_batches` batches of evenly spaced validation windows, in order.
 
-    Their windows are evenly spaced, so that few batches stand for all files; the same
-    ones every time. Fewer batches if the text is shorter.
+    The same ones in every call. Even spacing makes a few batches represent the whole
+    split. Short text gives fewer batches.
 
-    `segment_ids` number the documents within a window from 1; all are 1 where
-    `data.cross_document_attention`.
+    `segment_ids` number the documents within a window from 1; with
+    `data.cross_document_attention` all are 1.
 
     Raises:
-        UserError: the validation windows do not fill one batch; `process_count` does
-            not divide `data.batch_size`.
+      UserError: the validation windows do not fill one batch, or `process_count` does
+        not divide `data.batch_size`.
     """
     rows = _rows_per_process(config, process_count)
     windows = _windows(corpus.validation, config, split="validation")
@@ -258,8 +262,8 @@ def eval_batches(
 def _rows_per_process(config: settings.DataConfig, process_count: int) -> int:
     if config.batch_size % process_count:
         raise errors.UserError(
-            f"data.batch_size: {config.batch_size} cannot be divided among "
-            f"{process_count} processes"
+            f"data.batch_size: {config.batch_size} is not a multiple of the "
+            f"{process_count} processes; change either"
         )
     return config.batch_size // process_count
 
@@ -270,9 +274,9 @@ def _windows(
     windows = tokens.Windows(split_tokens, config.seq_len)
     if len(windows) < config.batch_size:
         raise errors.UserError(
-            f"data.batch_size: {config.batch_size} sequences of data.seq_len "
-            f"{config.seq_len} are more than the {len(windows)} that the {split} split "
-            f"of {config.source!r} has ({len(split_tokens):,} tokens); lower either or "
+            f"data.batch_size: the {split} split of {config.source!r} has "
+            f"{len(split_tokens):,} tokens: {len(windows)} sequences of data.seq_len "
+            f"{config.seq_len}, but a batch has {config.batch_size}; lower either, or "
             "name more text in data.source"
         )
     return windows
@@ -281,14 +285,14 @@ def _windows(
 def _batch(
     window_rows: np.ndarray, corpus: Corpus, config: settings.DataConfig
 ) -> dict[str, np.ndarray]:
-    """The batch of windows (rows, seq_len + 1)."""
+    """Returns the batch of windows (rows, seq_len + 1)."""
     largest = int(window_rows.max())
     if largest >= corpus.tokenizer.vocab_size:
         # An embedding would clamp it silently.
         raise errors.UserError(
-            f"data.cache_dir: the cached tokens hold id {largest}, beyond the "
-            f"vocabulary of {corpus.tokenizer.vocab_size}: the file is damaged, "
-            f"remove it ({getattr(corpus.train, 'filename', '')})"
+            f"data.cache_dir: cached tokens contain id {largest}, beyond the "
+            f"vocabulary of {corpus.tokenizer.vocab_size}; the cache is damaged: "
+            f"remove the folder of {getattr(corpus.train, 'filename', '')}"
         )
     ids = window_rows.astype(np.int32)
     inputs, targets = ids[:, :-1], ids[:, 1:]

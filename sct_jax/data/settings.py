@@ -1,4 +1,4 @@
-"""What a configuration says about data; needs none of the libraries that read it."""
+"""The data section of a configuration. Loads no library that reads data."""
 
 import dataclasses
 
@@ -7,19 +7,25 @@ from sct_jax import errors
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it is cut into batches.
+    """A corpus, its tokenizer, and the shape of batches.
 
     Attributes:
-        source: "stdlib" (the Python standard library's own source), "tfds:<name>" of a
-            prepared dataset, or a path or glob of text or JSON-lines files.
-        batch_size: sequences per optimizer step, over all devices and micro-batches.
-        seq_len: tokens per sequence.
-        num_microbatches: parts that a step's batch is computed in, one after the other.
-        tokenizer: path of a tokenizer.json; None trains one of the model's vocabulary.
-        cache_dir: for tokenizers and tokens; None is `sct_jax` in the user's cache
-            folder (XDG_CACHE_HOME or ~/.cache).
-        text_field: the key of the text in TFDS examples and JSON lines.
-        cross_document_attention: attend to earlier documents of the same window.
+      source: "stdlib" (source text of the Python standard library), "tfds:<name>" for
+        a prepared dataset, or a path or glob of text or JSON-lines files.
+      batch_size: sequences per optimizer step, over all devices and micro-batches.
+      seq_len: tokens per sequence.
+      num_microbatches: sequential parts of each step's batch.
+      tokenizer: path of a tokenizer.json; None trains one with the model's vocabulary
+        size.
+      cache_dir: folder of tokenizers and tokens; None is `sct_jax` in the user's cache
+        folder (XDG_CACHE_HOME or ~/.cache).
+      text_field: key of the text in TFDS examples and JSON lines.
+      cross_document_attention: attend to earlier documents of the same window.
+      split: how "stdlib" is divided into training and validation text. "pieces" holds
+        out pieces of about 8 KB, at most two per file. "files" holds out whole files;
+        nearly half of that validation text is one file of English prose. None is
+        "pieces" for a new run; a resumed run keeps its own split. All other sources
+        are divided by document.
     """
 
     source: str = "stdlib"
@@ -30,28 +36,28 @@ class DataConfig:
     cache_dir: str | None = None
     text_field: str = "text"
     cross_document_attention: bool = False
+    split: str | None = None
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step learns from, over all devices."""
+        """Returns the tokens per optimizer step, over all devices."""
         return self.batch_size * self.seq_len
 
     def validate(self) -> None:
-        """Every field can be used, as far as that shows without reading any data.
+        """Checks every field, as far as possible without reading data.
 
         Raises:
-            UserError: one cannot.
+          UserError: a field has an invalid value.
         """
-        for name in ("batch_size", "seq_len", "num_microbatches"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(
-                    f"data.{name}: must be at least 1, not {getattr(self, name)}"
-                )
-        if self.batch_size % self.num_microbatches:
-            raise errors.UserError(
-                f"data.num_microbatches: {self.num_microbatches} does not divide "
-                f"data.batch_size {self.batch_size}"
-            )
+        errors.check_bounds(
+            "data.", self, "batch_size", "seq_len", "num_microbatches", least=1
+        )
+        errors.check(
+            "data.num_microbatches",
+            self.batch_size % self.num_microbatches == 0,
+            f"{self.num_microbatches} does not divide data.batch_size "
+            f"{self.batch_size}",
+        )
         for name in ("source", "text_field", "tokenizer", "cache_dir"):
-            if getattr(self, name) == "":
-                raise errors.UserError(f"data.{name}: must not be empty")
+            errors.check(f"data.{name}", getattr(self, name) != "", "must not be empty")
+        errors.check_choice("data.split", self.split, (None, "pieces", "files"))

@@ -1,11 +1,11 @@
-"""What `data.source` names, as two splits of documents.
+"""Sources of text: named by `data.source`, read as two splits of documents.
 
-What happens to a document on its way in:
-- a UTF-8 byte order mark at its start is dropped; nothing else is changed: CRLF, NUL
-  and the text of special tokens stay as they are;
-- one that is empty, is not valid UTF-8, or cannot be opened is skipped and counted;
-- JSON that does not parse, or lacks the text field, is a UserError that gives file,
-  line and byte offset.
+Documents are read byte for byte, with three rules:
+- A UTF-8 byte order mark at the start is dropped. CRLF, NUL and the text of special
+  tokens are kept.
+- Empty documents, invalid UTF-8 and unreadable files are skipped and counted.
+- JSON that does not parse, or lacks the text field, raises a UserError with file, line
+  and byte offset.
 """
 
 import codecs
@@ -14,21 +14,17 @@ import dataclasses
 import glob
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from sct_jax import errors
-from sct_jax.data import cache
+from sct_jax.data import cache, splits
 
-SPLITS = ("train", "validation")
-
-_VALIDATION_PERCENT = 4
 _JSON_LINES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson")
 _NO_TEXT = (".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet", ".arrow", ".json")
 _TFDS_PREFIX = "tfds:"
@@ -37,36 +33,37 @@ _TFDS_READ_AHEAD = 256  # examples
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Raw documents, and a fingerprint that is cheap and changes when they do.
+    """Documents, with a fingerprint that is cheap and changes when they do.
 
     Attributes:
-        name: `data.source`.
-        fingerprint: of what is checked without reading the text: for files the path,
-            size and time of change of each; for the standard library the Python
-            version too; for TFDS the version, size and time of its metadata.
-        files: how many files there are; 0 where documents do not come from files.
-        read: gives (identity, raw bytes) of a split's documents in a fixed order;
-            None for bytes that cannot be read.
-        cut: the splits share every document, the end of it being validation.
+      name: `data.source`.
+      fingerprint: hash of all that is known without reading text. Files: path, size
+        and modification time of each. Standard library: also the Python version and
+        the kind of split. TFDS: version, size and time of the metadata.
+      files: number of files; 0 if documents do not come from files.
+      read: yields (identity, raw bytes) of a split's documents in a fixed order; None
+        for unreadable bytes.
+      cut: yields the parts of a document, given its text, that are in a split. None
+        if each document is in one split as a whole.
     """
 
     name: str
     fingerprint: str
     files: int
     read: Callable[[str], Iterator[tuple[str, bytes | None]]]
-    cut: bool = False
+    cut: Callable[[str, str], Iterator[str]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a source holds.
+    """Counts and hash of a source's documents.
 
     Attributes:
-        hash: SHA-256 of all documents of both splits, in order.
-        files: how many files there are; 0 where documents do not come from files.
-        documents: how many, by split.
-        bytes: of their UTF-8 text, by split.
-        skipped: reason -> "count", and "first", the identity of the first one.
+      hash: SHA-256 of all documents of both splits, in order.
+      files: number of files; 0 if documents do not come from files.
+      documents: number per split.
+      bytes: of UTF-8 text, per split.
+      skipped: reason -> {"count": number, "first": identity of the first one}.
     """
 
     hash: str
@@ -76,46 +73,43 @@ class Summary:
     skipped: dict[str, dict[str, Any]]
 
 
-def open_source(name: str, *, text_field: str, cache_dir: str) -> Source:
-    """The source `name` is found, and nothing of it is read yet.
+def open_source(name: str, *, text_field: str, cache_dir: str, split: str) -> Source:
+    """Returns the source `name`, without reading its text.
 
     Args:
-        name: "stdlib"; "tfds:" and the name of a prepared dataset; or a path or glob
-            of text or JSON-lines files, "**" standing for any folders.
-        text_field: the key of the text in TFDS examples and JSON lines.
-        cache_dir: where the standard library's ArrayRecord files are kept.
+      name: "stdlib"; "tfds:" and the name of a prepared dataset; or a path or glob of
+        text or JSON-lines files, where "**" matches any folders.
+      text_field: key of the text in TFDS examples and JSON lines.
+      cache_dir: folder of the standard library's ArrayRecord files.
+      split: "pieces" or "files": how the standard library is divided.
 
     Raises:
-        UserError: there is no such source, or it has no such field.
+      UserError: no such source, or no such field in it.
     """
     if name == "stdlib":
-        return _open_stdlib(cache_dir)
+        return _open_stdlib(cache_dir, split=split)
     if name.startswith(_TFDS_PREFIX):
         return _open_tfds(name, text_field=text_field)
     return _open_files(name, text_field=text_field)
 
 
-def split_of(identity: str) -> str:
-    """The split of a document, from a hash of its identity alone (4 % validation)."""
-    digest = hashlib.sha256(os.fsencode(identity)).digest()
-    share = int.from_bytes(digest[:8], "big") * 100 >> 64
-    return "validation" if share < _VALIDATION_PERCENT else "train"
-
-
 def documents(
     source: Source, split: str, *, skipped: dict[str, dict[str, Any]] | None = None
 ) -> Iterator[str]:
-    """The documents of a split, in a fixed order; `skipped` counts what is left out."""
-    if source.cut:
-        for text in itertools.chain.from_iterable(
-            _texts(source, each, {}) for each in SPLITS
-        ):
-            cut = len(text) * (100 - _VALIDATION_PERCENT) // 100
-            part = text[:cut] if split == "train" else text[cut:]
-            if part:
-                yield part
-    else:
-        yield from _texts(source, split, {} if skipped is None else skipped)
+    """Yields the documents of a split in a fixed order.
+
+    Args:
+      source: where they come from.
+      split: "train" or "validation".
+      skipped: counts documents left out; the two splits together count each once.
+    """
+    skipped = {} if skipped is None else skipped
+    if source.cut is None:
+        yield from _texts(source, split, skipped)
+        return
+    for part in splits.SPLITS:
+        for text in _texts(source, part, skipped if part == split else {}):
+            yield from source.cut(text, split)
 
 
 def _texts(
@@ -138,20 +132,20 @@ def _texts(
 
 
 def scan(source: Source) -> tuple[Source, Summary]:
-    """Every document has been read once: the summary, and the source to read on with.
+    """Returns the source to read from here on, and its summary.
 
-    That is `source` itself, unless documents are so few that the hash of identities
-    leaves a split empty (a single large file, say): then the last 4 % of every
-    document are validation.
+    Reads every document once. A source with few documents (one large file, say) can
+    leave a split empty. The returned source then cuts every document: its last 4 % are
+    validation.
 
     Raises:
-        UserError: a split stays empty.
+      UserError: the text is too short for two splits.
     """
     digest = hashlib.sha256()
     skipped: dict[str, dict[str, Any]] = {}
-    counts: dict[str, int] = {split: 0 for split in SPLITS}
-    sizes: dict[str, int] = {split: 0 for split in SPLITS}
-    for split in SPLITS:
+    counts: dict[str, int] = {split: 0 for split in splits.SPLITS}
+    sizes: dict[str, int] = {split: 0 for split in splits.SPLITS}
+    for split in splits.SPLITS:
         digest.update(split.encode())
         for text in documents(source, split, skipped=skipped):
             raw = text.encode()
@@ -160,13 +154,13 @@ def scan(source: Source) -> tuple[Source, Summary]:
             counts[split] += 1
             sizes[split] += len(raw)
     if not all(counts.values()):
-        if any(counts.values()) and not source.cut:
-            source, summary = scan(dataclasses.replace(source, cut=True))
-            return source, dataclasses.replace(summary, skipped=skipped)
+        if any(counts.values()) and source.cut is not splits.cut_end:
+            return scan(dataclasses.replace(source, cut=splits.cut_end))
         left_out = describe_skipped(skipped)
         raise errors.UserError(
-            f"data.source: {source.name!r} holds too little text for a training and a "
-            f"validation split{f' (skipped: {left_out})' if left_out else ''}"
+            f"data.source: {source.name!r} has too little text for a training and a "
+            f"validation split{f' (skipped: {left_out})' if left_out else ''}; name "
+            "more text"
         )
     return source, Summary(
         hash=digest.hexdigest(),
@@ -177,8 +171,8 @@ def scan(source: Source) -> tuple[Source, Summary]:
     )
 
 
-def describe_skipped(skipped: dict[str, dict[str, Any]]) -> str:
-    """`skipped` in words, "" if there is nothing to say."""
+def describe_skipped(skipped: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns `skipped` in words; "" if nothing was skipped."""
     return ", ".join(
         f"{entry['count']:,} {reason} (the first: {entry['first']})"
         for reason, entry in skipped.items()
@@ -190,7 +184,7 @@ def _fingerprint(*parts: Any) -> str:
 
 
 def _stat(path: str) -> tuple[int, int]:
-    """Size and time of change, which -1 stands for where there is no such file."""
+    """Returns size and modification time; (-1, -1) for a missing file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -202,12 +196,12 @@ def _stat(path: str) -> tuple[int, int]:
 
 
 def stdlib_root() -> str:
-    """The folder of the running Python's standard library."""
+    """Returns the folder of the running Python's standard library."""
     return sysconfig.get_path("stdlib")
 
 
 def stdlib_files(root: str) -> list[str]:
-    """Sorted paths, relative to `root`, of all .py files but installed packages'."""
+    """Returns sorted paths of .py files, relative to `root`, without site packages."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - {"site-packages", "dist-packages", "__pycache__"}
@@ -219,13 +213,13 @@ def stdlib_files(root: str) -> list[str]:
     return sorted(found)
 
 
-def _open_stdlib(cache_dir: str) -> Source:
+def _open_stdlib(cache_dir: str, *, split: str) -> Source:
     root = stdlib_root()
     files = stdlib_files(root)
     if not files:
         raise errors.UserError(
-            f"data.source: no .py file below {root!r}; this Python keeps its standard "
-            "library elsewhere, so name text files instead"
+            f"data.source: {root!r}, the folder of this Python's standard library, has "
+            "no .py files; name text files instead"
         )
     fingerprint = _fingerprint(
         "stdlib",
@@ -233,6 +227,9 @@ def _open_stdlib(cache_dir: str) -> Source:
         [(path, *_stat(os.path.join(root, path))) for path in files],
     )
     data_dir = os.path.join(cache_dir, f"stdlib_text-{fingerprint[:16]}")
+    paths: dict[str, list[str]] = {part: [] for part in splits.SPLITS}
+    for path in files:
+        paths[splits.split_of(path)].append(path)
 
     def prepare(folder: str) -> None:
         import tensorflow_datasets as tfds
@@ -240,11 +237,13 @@ def _open_stdlib(cache_dir: str) -> Source:
         from sct_jax.data import stdlib_text
 
         tfds.disable_progress_bar()
-        builder = stdlib_text.StdlibText(data_dir=folder, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself.
+        builder = stdlib_text.StdlibText(
+            root, paths, data_dir=folder, file_format="array_record"
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a banner
             builder.download_and_prepare()
 
-    def read(split: str) -> Iterator[tuple[str, bytes | None]]:
+    def read(part: str) -> Iterator[tuple[str, bytes | None]]:
         from tensorflow_datasets.core import read_only_builder
 
         cache.folder(
@@ -255,21 +254,26 @@ def _open_stdlib(cache_dir: str) -> Source:
             ),
         )
         builder = read_only_builder.builder_from_files("stdlib_text", data_dir=data_dir)
-        missing = {path for path in files if split_of(path) == split}
-        for row in _rows(builder, split):
+        missing = set(paths[part])
+        for row in _rows(builder, part):
             path = os.fsdecode(row["path"])
             missing.discard(path)
             yield path, row["text"]
         yield from ((path, None) for path in sorted(missing))
 
-    return Source(name="stdlib", fingerprint=fingerprint, files=len(files), read=read)
+    source = Source(name="stdlib", fingerprint=fingerprint, files=len(files), read=read)
+    if split == "files":
+        return source
+    return dataclasses.replace(
+        source, fingerprint=_fingerprint(fingerprint, split), cut=splits.cut_pieces
+    )
 
 
 # --- TFDS.
 
 
 def _rows(builder: Any, split: str) -> Iterator[dict[str, Any]]:
-    """The examples of a split; read many at a time, since each alone is a seek."""
+    """Yields the examples of a split, read in blocks: one alone costs a seek."""
     rows = builder.as_data_source(split=split)
     for start in range(0, len(rows), _TFDS_READ_AHEAD):
         stop = min(start + _TFDS_READ_AHEAD, len(rows))
@@ -288,7 +292,7 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
         "and set TFDS_DATA_DIR if it is not in ~/tensorflow_datasets"
     )
     try:
-        # Looks at the disk alone: `tfds.builder` would run code and ask the network.
+        # Reads the disk alone: `tfds.builder` would run code and use the network.
         builder: Any = read_only_builder.builder_from_files(
             dataset, data_dir=os.environ.get("TFDS_DATA_DIR")
         )
@@ -302,24 +306,24 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
         ) from error
     if text_field not in builder.info.features:
         raise errors.UserError(
-            f"data.text_field: {name!r} has no field {text_field!r}, but "
-            f"{', '.join(sorted(builder.info.features))}"
+            f"data.text_field: {name!r} has no field {text_field!r} (fields: "
+            f"{', '.join(sorted(builder.info.features))})"
         )
-    splits = builder.info.splits
-    if "train" not in splits:
+    found = builder.info.splits
+    if "train" not in found:
         raise errors.UserError(
-            f"data.source: {name!r} has no split 'train', but {', '.join(splits)}"
+            f"data.source: {name!r} has no split 'train' (splits: {', '.join(found)})"
         )
     parts = {"train": "train", "validation": "validation"}
-    if "validation" not in splits:
-        border = f"{100 - _VALIDATION_PERCENT}%"
+    if "validation" not in found:
+        border = f"{100 - splits.VALIDATION_PERCENT}%"
         parts = {"train": f"train[:{border}]", "validation": f"train[{border}:]"}
     try:
         builder.as_data_source(split="train")
     except NotImplementedError as error:
         raise errors.UserError(
-            f"data.source: {name!r} is prepared in a format that cannot be read at "
-            f"random ({builder.info.file_format}); remove {builder.data_path} and {how}"
+            f"data.source: {name!r} is prepared in a format without random access "
+            f"({builder.info.file_format}); remove {builder.data_path} and {how}"
         ) from error
 
     def read(split: str) -> Iterator[tuple[str, bytes | None]]:
@@ -327,8 +331,8 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
             text = row[text_field]
             if not isinstance(text, bytes):
                 raise errors.UserError(
-                    f"data.text_field: {text_field!r} of {name!r} is not text but "
-                    f"{type(text).__name__}"
+                    f"data.text_field: {text_field!r} of {name!r} is "
+                    f"{type(text).__name__}, not text; name a field of text"
                 )
             yield f"{parts[split]}[{number}]", text
 
@@ -336,7 +340,7 @@ def _open_tfds(name: str, *, text_field: str) -> Source:
         name,
         text_field,
         str(builder.data_path),
-        {key: [part.num_examples, int(part.num_bytes)] for key, part in splits.items()},
+        {key: [part.num_examples, int(part.num_bytes)] for key, part in found.items()},
         (builder.data_path / "dataset_info.json").stat().mtime,
     )
     return Source(name=name, fingerprint=fingerprint, files=0, read=read)
@@ -361,8 +365,8 @@ def _open_files(pattern: str, *, text_field: str) -> Source:
         f"{paths[0]!r} is neither text nor JSON lines ({', '.join(_JSON_LINES)}); "
         "unpack or convert it",
     )
-    # Identities are relative to the part of the pattern that is no wildcard, so that a
-    # corpus keeps its splits when it is moved.
+    # A moved corpus keeps its splits: identities are relative to the folder before the
+    # first wildcard.
     fixed = re.split(r"[*?[]", os.path.abspath(os.path.expanduser(pattern)))[0]
     root = os.path.dirname(fixed)
 
@@ -370,7 +374,7 @@ def _open_files(pattern: str, *, text_field: str) -> Source:
         for path in paths:
             identity = os.path.relpath(path, root)
             lines = path.lower().endswith(_JSON_LINES)
-            if not lines and split_of(identity) != split:
+            if not lines and splits.split_of(identity) != split:
                 continue
             try:
                 with open(path, "rb") as file:
@@ -379,12 +383,12 @@ def _open_files(pattern: str, *, text_field: str) -> Source:
                     else:
                         for number, offset, line in _lines(file):
                             where = f"{identity}:{number}"
-                            if split_of(where) == split:
+                            if splits.split_of(where) == split:
                                 at = f"{path} line {number} (byte {offset})"
                                 yield where, _json_text(line, text_field, at=at)
             except OSError:
                 if lines and split != "train":
-                    continue  # Has been counted.
+                    continue  # counted in the training split
                 yield identity, None
 
     fingerprint = _fingerprint(
@@ -394,7 +398,7 @@ def _open_files(pattern: str, *, text_field: str) -> Source:
 
 
 def _lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, byte offset, line) of every line that is not blank."""
+    """Yields (number from 1, byte offset, line) of every line that is not blank."""
     offset = 0
     for number, line in enumerate(file, start=1):
         start, offset = offset, offset + len(line)
@@ -405,7 +409,7 @@ def _lines(file: io.BufferedReader) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _json_text(line: bytes, text_field: str, *, at: str) -> bytes:
-    """The text of a JSON line; bytes that are not UTF-8 if the line or it is not."""
+    """Returns the text of a JSON line; invalid UTF-8 if the line or text is invalid."""
     try:
         text = line.decode()
     except UnicodeDecodeError:
@@ -414,13 +418,13 @@ def _json_text(line: bytes, text_field: str, *, at: str) -> bytes:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise errors.UserError(
-            f"data.source: {at} is not valid JSON ({error}); mend or remove the line"
+            f"data.source: {at} is not valid JSON ({error}); fix or remove the line"
         ) from error
     value = entry.get(text_field) if isinstance(entry, dict) else None
     if not isinstance(value, str):
-        has = ", ".join(map(repr, entry)) if isinstance(entry, dict) else "no fields"
+        has = ", ".join(map(repr, entry)) if isinstance(entry, dict) else "none"
         raise errors.UserError(
-            f"data.text_field: {at} has no text under {text_field!r}; it has {has}"
+            f"data.text_field: {at} has no text under {text_field!r} (fields: {has})"
         )
-    # JSON can escape half of a surrogate pair, which is not text: no UTF-8 holds it.
+    # JSON can escape half of a surrogate pair, which UTF-8 cannot represent.
     return value.encode("utf-8", "surrogatepass")

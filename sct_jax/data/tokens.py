@@ -1,7 +1,7 @@
-"""One flat, memory-mapped file of tokens per split, and windows into it.
+"""Flat, memory-mapped files of tokens, one per split, and windows into them.
 
-Every document is preceded by the document mark, so that its first token has something
-to be predicted from, and so that its end is the prediction of the next mark.
+A document mark precedes every document. The first token of a document is predicted
+from its mark, and the end of a document by predicting the next mark.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sct_jax.data import sources
+from sct_jax.data import sources, splits
 from sct_jax.data import tokenizer as tokenizer_lib
 
-# Part of every cache key: raise it when the same text would give other files.
+# Part of every cache key. Raise it if the same text would give different files.
 FORMAT = "1"
 
-# What is encoded at once: enough to keep the cores busy, about 200 MB of memory.
+# Encoded at once: keeps the cores busy, in about 200 MB of memory.
 _BATCH_CHARACTERS = 1 << 20
 _METADATA = "metadata.json"
 _TOKENIZER = "tokenizer.json"
@@ -28,11 +28,11 @@ _TOKENIZER = "tokenizer.json"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Window i is tokens[i seq_len : i seq_len + seq_len + 1].
+    """Window i is tokens[i seq_len : (i + 1) seq_len + 1].
 
-    Inputs and targets of a window are its first and last seq_len tokens, so over all
-    windows each token but the first is a target once (an incomplete last window is
-    left out). A random access source in the sense of grain.
+    Inputs are its first seq_len tokens, targets its last seq_len tokens. Every token
+    but the first is a target once; an incomplete last window is dropped. Implements
+    grain's `RandomAccessDataSource`.
     """
 
     tokens: np.ndarray
@@ -53,9 +53,9 @@ def build(
     summary: sources.Summary,
     tokenizer: tokenizer_lib.Tokenizer,
 ) -> None:
-    """`folder` holds the tokenizer, the tokens of both splits, and the metadata.
+    """Writes the tokenizer, the tokens of both splits, and metadata into `folder`.
 
-    Streams: memory does not grow with the corpus, only with its longest document.
+    Documents stream: memory grows with the longest document, not with the corpus.
     """
     tokenizer.save(os.path.join(folder, _TOKENIZER))
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
@@ -66,7 +66,7 @@ def build(
             tokenizer=tokenizer,
             dtype=dtype,
         )
-        for split in sources.SPLITS
+        for split in splits.SPLITS
     }
     metadata = dataclasses.asdict(summary) | {
         "tokens": counts,
@@ -84,29 +84,29 @@ def write(
     tokenizer: tokenizer_lib.Tokenizer,
     dtype: np.dtype,
 ) -> int:
-    """`path` holds the ids of each document after a mark; returns how many in all."""
+    """Writes a mark and the ids of each document to `path`; returns the token count."""
     count = 0
     with open(path, "wb") as file:
         for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([piece for _, piece in batch])
+            encoded = tokenizer.encode_batch([chunk for _, chunk in batch])
             ids: list[int] = []
-            for (is_first, _), piece_ids in zip(batch, encoded, strict=True):
+            for (is_first, _), chunk_ids in zip(batch, encoded, strict=True):
                 if is_first:
                     ids.append(tokenizer.document_mark)
-                ids += piece_ids
+                ids += chunk_ids
             np.asarray(ids, dtype).tofile(file)
             count += len(ids)
     return count
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
-    """(is the first of its document, piece) of all pieces, some at a time."""
+    """Yields lists of (is the first of its document, chunk), in order."""
     batch: list[tuple[bool, str]] = []
     size = 0
     for document in documents:
-        for number, piece in enumerate(tokenizer_lib.pieces(document)):
-            batch.append((number == 0, piece))
-            size += len(piece)
+        for number, chunk in enumerate(tokenizer_lib.chunks(document)):
+            batch.append((number == 0, chunk))
+            size += len(chunk)
             if size >= _BATCH_CHARACTERS:
                 yield batch
                 batch, size = [], 0
@@ -115,47 +115,47 @@ def _batches(documents: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:
 
 
 def read_metadata(folder: str) -> dict[str, Any] | None:
-    """What `build` recorded; None unless the folder is whole.
+    """Returns the metadata that `build` wrote, or None for an incomplete folder.
 
-    Checked are the hash of the tokenizer and the sizes of the token files.
+    Checks the hash of the tokenizer and the sizes of the token files.
     """
     try:
         with open(os.path.join(folder, _METADATA), encoding="utf-8") as file:
             metadata = json.load(file)
         width = np.dtype(metadata["dtype"]).itemsize
-        whole = all(
+        complete = all(
             os.path.getsize(os.path.join(folder, _file_name(split)))
             == metadata["tokens"][split] * width
-            for split in sources.SPLITS
+            for split in splits.SPLITS
         )
         tokenizer_hash = _file_hash(os.path.join(folder, _TOKENIZER))
-        whole = whole and metadata["tokenizer_hash"] == tokenizer_hash
+        complete = complete and metadata["tokenizer_hash"] == tokenizer_hash
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return metadata if whole else None
+    return metadata if complete else None
 
 
 def load(
     folder: str, *, metadata: dict[str, Any]
 ) -> tuple[tokenizer_lib.Tokenizer, dict[str, np.memmap]]:
-    """The tokenizer and each split's tokens, of a whole folder."""
-    splits = {
+    """Returns the tokenizer and the tokens of each split, from a complete folder."""
+    mapped = {
         split: np.memmap(
             os.path.join(folder, _file_name(split)),
             dtype=np.dtype(metadata["dtype"]),
             mode="r",
         )
-        for split in sources.SPLITS
+        for split in splits.SPLITS
     }
-    return tokenizer_lib.Tokenizer.load(os.path.join(folder, _TOKENIZER)), splits
+    return tokenizer_lib.Tokenizer.load(os.path.join(folder, _TOKENIZER)), mapped
 
 
 def sample(source: sources.Source, *, every: int) -> Iterator[str]:
-    """Each `every`-th piece of the training documents, from the first."""
-    pieces = itertools.chain.from_iterable(
-        map(tokenizer_lib.pieces, sources.documents(source, "train"))
+    """Returns every `every`-th chunk of the training documents, from the first."""
+    chunks = itertools.chain.from_iterable(
+        map(tokenizer_lib.chunks, sources.documents(source, "train"))
     )
-    return itertools.islice(pieces, 0, None, every)
+    return itertools.islice(chunks, 0, None, every)
 
 
 def _file_name(split: str) -> str:

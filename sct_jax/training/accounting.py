@@ -1,6 +1,7 @@
-"""Exact parameters, bytes and FLOPs of a model and its step, from shapes alone."""
+"""Exact counts of parameters, bytes and FLOPs, from shapes alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,19 +16,19 @@ from sct_jax.training import state as state_lib
 
 
 def count(tree: Any) -> int:
-    """Returns the number of entries of all leaves (arrays or abstract arrays)."""
+    """Returns the number of entries in all leaves, arrays or abstract arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def num_bytes(tree: Any) -> int:
-    """Returns the size in bytes of all leaves (arrays or abstract arrays)."""
+    """Returns the bytes of all leaves, arrays or abstract arrays."""
     return sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )
 
 
 def dense_config(config: model.ModelConfig) -> model.ModelConfig:
-    """Returns the same model with every matrix dense."""
+    """Returns the configuration with every matrix dense."""
     return dataclasses.replace(
         config,
         spectral=(),
@@ -37,21 +38,21 @@ def dense_config(config: model.ModelConfig) -> model.ModelConfig:
 
 
 def block_parameters(config: model.ModelConfig) -> int:
-    """Returns the number of parameters of one layer: seven matrices and its norms."""
+    """Returns the number of parameters of one layer: seven matrices and the norms."""
     return count(
         jax.eval_shape(lambda key: model.init_block(key, config), jax.random.key(0))
     )
 
 
 def parameters(config: model.ModelConfig) -> int:
-    """Returns the number of stored parameters of the whole model."""
+    """Returns the number of stored parameters of the model."""
     return count(jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0)))
 
 
 def matrix_flops(config: model.ModelConfig, name: str) -> int:
     """Returns the forward FLOPs per token of one matrix, 2 per multiply-add.
 
-    A dense embedding is a look-up and costs none; a factorised one costs its v.
+    A dense embedding is a lookup, at 0 FLOPs. A factorised one multiplies by v.
     """
     fan_in, fan_out = config.matrix_shapes()[name]
     rank = config.matrix_rank(name)
@@ -61,7 +62,7 @@ def matrix_flops(config: model.ModelConfig, name: str) -> int:
 
 
 def head_flops(config: model.ModelConfig) -> int:
-    """Returns the forward FLOPs per token of the head, tied or not."""
+    """Returns the forward FLOPs per token of the head, tied or untied."""
     if not config.tie_embeddings:
         return matrix_flops(config, "head")
     rank = config.matrix_rank("embedding")
@@ -71,17 +72,17 @@ def head_flops(config: model.ModelConfig) -> int:
 
 
 def block_flops(config: model.ModelConfig, *, seq_len: int) -> int:
-    """Returns the forward FLOPs per token of one layer, causal attention at half."""
+    """Returns the forward FLOPs per token of one layer, with causal attention."""
     matrices = sum(matrix_flops(config, name) for name in model.BLOCK_MATRICES)
-    # Scores and weighted values, 2 FLOPs each, over half of the keys on average.
+    # Scores and weighted values: 2 FLOPs each, over half of the keys on average.
     return matrices + 2 * seq_len * config.d_model
 
 
 def flops_per_token(config: model.ModelConfig, *, seq_len: int) -> int:
-    """Returns the training FLOPs per token: forward, and backward at twice that.
+    """Returns the training FLOPs per token: a backward pass costs two forward passes.
 
-    Matrix products alone, 2 per multiply-add, head included; recomputation under
-    rematerialisation and the optimizer are not counted.
+    Counts matrix products, head included, at 2 FLOPs per multiply-add. Does not count
+    recomputation under rematerialisation, and the optimizer.
     """
     forward = (
         config.num_layers * block_flops(config, seq_len=seq_len)
@@ -94,9 +95,9 @@ def flops_per_token(config: model.ModelConfig, *, seq_len: int) -> int:
 def step_bytes(
     config: model.ModelConfig, tx: optax.GradientTransformation
 ) -> dict[str, int]:
-    """Returns bytes of parameters, gradients and optimizer state, and their total.
+    """Returns the bytes of parameters, gradients and optimizer state, and their total.
 
-    Over all devices; activations are not included.
+    Sums over all devices. Does not count activations.
     """
     state = state_lib.abstract(config, tx)
     sizes = {
@@ -108,12 +109,13 @@ def step_bytes(
 
 
 def matrix_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
-    """Returns bytes to train one matrix by Adam in float32; rank None: a dense one.
+    """Returns the bytes to train one matrix with Adam in float32.
 
-    Weight, gradient and two moments, 16 bytes for each of R (I + O + 1) or I O numbers.
+    Weight, gradient and two moments take 16 bytes per parameter. There are I O
+    parameters in a dense matrix (rank None), R (I + O + 1) in a spectral one.
 
     References:
-      Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026 (the table of
+      Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026 (table of
       memory per layer)
     """
     if rank is None:
@@ -124,13 +126,13 @@ def matrix_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
 def layerwise_bytes(
     stack: layerwise.Stack, tx: optax.GradientTransformation, batch: Any
 ) -> dict[str, int]:
-    """Returns the bytes of a step of `layerwise` at its fullest moment, and the total.
+    """Returns the peak bytes of a step of `layerwise` by kind, and their total.
 
-    The state; and the most of what its moments hold beside it, which are the head and
-    loss, a block, and the embedding: gradients (a tied embedding has two, one from
-    either end), what the forward pass leaves for the backward pass ("streams"), and
-    what the backward pass of this piece keeps of its own forward pass ("activations").
-    Temporary copies inside of a compiled function are not included.
+    The state exists throughout. On top of it come, in turn, the head and loss, a block,
+    and the embedding; the largest of the three counts. Each holds gradients (two of a
+    tied embedding), what the forward pass saved for the backward pass ("streams"), and
+    the residuals of its own forward pass ("activations"). Temporaries of compiled
+    functions are not counted.
 
     Args:
       stack: the model.
@@ -141,54 +143,57 @@ def layerwise_bytes(
     state = jax.eval_shape(step.init, jax.random.key(0))
     params, layer = state.params, state.params["layers"][0]
     tape = jax.eval_shape(step.forward, params, batch)
-    entering, leaving = (
+    embedded, head = (
         {key: params[key] for key in keys}
-        for keys in (stack.enter_keys, stack.leave_keys)
+        for keys in (stack.embed_keys, stack.head_keys)
     )
-    lent = num_bytes({key: params[key] for key in entering.keys() & leaving.keys()})
+    tied = num_bytes({key: params[key] for key in embedded.keys() & head.keys()})
     stream, streams = tape.streams[0], num_bytes((tape.streams, tape.bottlenecks))
-    block = lambda layer, x, batch: stack.block(layer, x, batch, spectral.linear)
+    linear = functools.partial(spectral.linear, flatten_rows=True)  # as in the step
+    head_loss = lambda ends, x, batch: stack.head_loss(ends, x, batch, linear)
+    block = lambda layer, x, batch: stack.block(layer, x, batch, linear)
     moments = [
         {
             "gradients": gradients,
             "streams": streams_left,
-            "activations": _bytes_for_pull_back(function, arguments, batch),
+            "activations": _residual_bytes(function, arguments, batch),
         }
         for gradients, streams_left, function, arguments in (
-            (num_bytes(leaving), streams, stack.leave, (leaving, stream)),
-            (lent + num_bytes(layer), streams, block, (layer, stream)),
-            (lent + num_bytes(entering), 0, stack.enter, (entering,)),
+            (num_bytes(head), streams, head_loss, (head, stream)),
+            (tied + num_bytes(layer), streams, block, (layer, stream)),
+            (tied + num_bytes(embedded), 0, stack.embed, (embedded,)),
         )
     ]
-    fullest = max(moments, key=lambda sizes: sum(sizes.values()))
+    largest = max(moments, key=lambda sizes: sum(sizes.values()))
     sizes = {
         "parameters": num_bytes(params),
         "optimizer": num_bytes(state.opt_state),
-    } | fullest
+    } | largest
     return sizes | {"total": sum(sizes.values())}
 
 
-def _bytes_for_pull_back(
+def _residual_bytes(
     function: Callable[..., Any], arguments: tuple[Any, ...], batch: Any
 ) -> int:
-    """What the backward pass of a function keeps, beside its arguments and batch."""
+    """Bytes that the backward pass keeps, without the arguments and the batch."""
 
     def pull_back(arguments, batch):
         return jax.vjp(lambda *xs: function(*xs, batch), *arguments)[1]
 
     jaxpr = jax.make_jaxpr(pull_back)(arguments, batch).jaxpr
-    there = set(jaxpr.invars)
+    inputs = set(jaxpr.invars)
     for equation in jaxpr.eqns:  # a product reads either order of the axes
-        if equation.primitive.name == "transpose" and there.issuperset(equation.invars):
-            there.update(equation.outvars)
+        is_view = equation.primitive.name == "transpose"
+        if is_view and inputs.issuperset(equation.invars):
+            inputs.update(equation.outvars)
     kept = {v for v in jaxpr.outvars if isinstance(v, jax.extend.core.Var)}
-    return num_bytes([v.aval for v in kept - there])
+    return num_bytes([v.aval for v in kept - inputs])
 
 
 def summary(
     config: model.ModelConfig, tx: optax.GradientTransformation, *, seq_len: int
 ) -> dict[str, Any]:
-    """Returns what `summary.json` holds: the counts of this model, as integers."""
+    """Returns the counts of a model, as integers: the contents of `summary.json`."""
     return {
         "parameters": parameters(config),
         "dense_equivalent_parameters": parameters(dense_config(config)),

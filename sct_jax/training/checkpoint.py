@@ -1,9 +1,9 @@
-"""Checkpoints of a run: orbax behind one door.
+"""Checkpoints of a run, written and read by orbax.
 
-A checkpoint is a step folder with the state (its arrays by name, those of every layer
-apart, so that either layout opens it) and a JSON record: the step, the position in the
-data, the configuration, and shape, dtype and checksum of every array: orbax keeps no
-checksums.
+A checkpoint is a step folder with the state and a JSON record. The state is stored as
+arrays by name, with separate layers, so that either layout can open it. The record
+holds the step, the position in the data, the configuration, and shape, dtype and
+checksum of every array, as orbax keeps no checksums.
 """
 
 import logging
@@ -22,15 +22,14 @@ from jax.sharding import Mesh
 from sct_jax import errors, model, sharding
 from sct_jax.training import state as state_lib
 
-# From an abstract state and a checkpoint's record to the abstract state it holds.
-Adapt = Callable[[state_lib.TrainState, dict[str, Any]], state_lib.TrainState]
+Record = dict[str, Any]
 
 
 class Checkpointer:
-    """Saves asynchronously, and restores the newest checkpoint that is whole.
+    """Saves asynchronously and restores the newest whole checkpoint.
 
-    Step N means N applied updates. One process writes at a time; with `read_only`
-    nothing in the folder is touched, so that a run in progress can be looked at.
+    Step N means N applied updates. One process may write at a time. With `read_only`
+    nothing in the folder changes, so that others can read a run in progress.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int, read_only: bool = False):
@@ -50,14 +49,14 @@ class Checkpointer:
         )
         logger = logging.getLogger("absl")
         level = logger.level
-        logger.setLevel(logging.ERROR)  # orbax warns that what is read-only is so
+        logger.setLevel(logging.ERROR)  # orbax warns about every read-only manager
         try:
             return ocp.CheckpointManager(self._directory, options=options)
         finally:
             logger.setLevel(level)
 
     def latest_step(self) -> int | None:
-        """Returns the newest step with a readable record, None without any."""
+        """Returns the newest step with a readable record; None if there is none."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 self._read_record(step)
@@ -69,21 +68,20 @@ class Checkpointer:
     def save(
         self, step: int, state: state_lib.TrainState, *, record: dict[str, Any]
     ) -> None:
-        """Starts saving; returns once the state may be donated to the next step.
+        """Starts a save and returns once the state may be donated.
 
-        Does nothing where the step is saved already. An error of an earlier save is
-        raised here.
+        Does nothing if the step is already saved. Raises the error of an earlier save.
 
         Args:
           step: number of applied updates.
           state: in either layout.
-          record: what belongs beside it, as JSON: configuration, data position.
+          record: JSON to save beside it: configuration, position in the data.
         """
         if step in self._manager.all_steps():
             return
         self._manager.wait_until_finished()
-        # Views: a second copy of a large state may not fit in memory. Orbax takes its
-        # own copy of host arrays.
+        # Views, as a second copy of a large state may not fit in memory. Orbax copies
+        # host arrays itself.
         arrays = _by_name(model.unstack_layers(jax.tree.map(np.asarray, state)))
         record = record | {"step": step, "leaves": _describe(arrays)}
         self._manager.save(
@@ -95,33 +93,29 @@ class Checkpointer:
 
     def restore(
         self,
-        abstract: state_lib.TrainState,
+        abstract_at: Callable[[Record], state_lib.TrainState],
         mesh: Mesh,
-        *,
-        adapt: Adapt | None = None,
-    ) -> tuple[state_lib.TrainState, dict[str, Any]] | None:
-        """Returns the newest whole checkpoint and its record; None where there is none.
+    ) -> tuple[state_lib.TrainState, Record] | None:
+        """Returns the newest whole checkpoint and its record; None if there is none.
 
-        A damaged one is reported and the next older one is tried; once one is found,
-        the damaged ones are set aside as `damaged-<step>`, unless `read_only`.
+        Warns about a damaged checkpoint and tries the next older one. Once one is
+        found, renames the damaged ones to `damaged-<step>`, unless `read_only`.
 
         Args:
-          abstract: shapes and dtypes of the state, in the layout to return.
-          mesh: where it goes.
-          adapt: what the record of a checkpoint changes about `abstract`, where shapes
-            change during a run.
+          abstract_at: from the record of a checkpoint to shapes and dtypes of its
+            state, in the layout to return.
+          mesh: the devices to restore to.
 
         Raises:
-          UserError: where there are checkpoints and none can be read, so that nothing
-            starts from scratch over them; and where the newest readable one holds other
-            shapes. Then the folder stays as it is.
+          UserError: where checkpoints exist but none can be read, so that no run
+            restarts over them, and where the newest readable one has other shapes. The
+            folder stays unchanged.
         """
-        stacked = not isinstance(abstract.params["layers"], tuple)
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 record = self._read_record(step)
-                wanted = adapt(abstract, record) if adapt else abstract
+                wanted = abstract_at(record)
                 state = self._restore_step(step, record, wanted, mesh)
             except (
                 errors.UserError,
@@ -129,26 +123,26 @@ class Checkpointer:
                 PermissionError,
                 jax.errors.JaxRuntimeError,  # the memory of a device, for one
             ):
-                raise  # says nothing about the checkpoint
+                raise  # not the fault of the checkpoint
             except Exception as error:
                 damaged.append(step)
                 reason = str(error).strip().split("\n")[0]
                 warnings.warn(
-                    f"checkpoint {step} cannot be used, trying an older one: "
+                    f"checkpoint {step} is damaged, trying an older one: "
                     f"{type(error).__name__}: {reason}",
                     stacklevel=2,
                 )
                 continue
             self._set_aside(damaged)
-            if stacked:
+            if not isinstance(wanted.params["layers"], tuple):
                 state = model.stack_layers(state, stack_arrays=_stack_and_free)
                 state = jax.device_put(state, sharding.shardings(wanted, mesh))
             return state, record
         errors.check(
             "workdir",
             not damaged,
-            f"no checkpoint in {self._directory} can be read; choose another workdir "
-            "to start afresh",
+            f"no checkpoint in {self._directory} can be read; choose another --workdir "
+            "to start from scratch",
         )
         return None
 
@@ -174,7 +168,7 @@ class Checkpointer:
         for name, leaf in _describe(restored).items():
             saved = record["leaves"][name]
             if leaf != saved:
-                raise ValueError(f"{name} is not as it was saved: {leaf}, not {saved}")
+                raise ValueError(f"{name} differs from its record: {leaf}, not {saved}")
         return jax.tree.unflatten(
             jax.tree.structure(apart), [restored[name] for name in target]
         )
@@ -194,17 +188,17 @@ class Checkpointer:
         self._manager = self._open()
 
     def wait(self) -> None:
-        """Returns once every started save is committed; raises what went wrong."""
+        """Returns once every started save is committed; raises if one failed."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and frees the background threads."""
+        """Waits for saves and frees the background threads."""
         self._manager.wait_until_finished()
         self._manager.close()
 
 
 def _by_name(state: state_lib.TrainState) -> dict[str, Any]:
-    """The arrays alone, in order: what is masked differs between the layouts."""
+    """The arrays in order, without masked leaves, which differ between the layouts."""
     return {
         sharding.path_name(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -212,7 +206,7 @@ def _by_name(state: state_lib.TrainState) -> dict[str, Any]:
 
 
 def _stack_and_free(arrays: Sequence[jax.Array]) -> jax.Array:
-    """One array of those of all layers, which go: a state may not fit twice."""
+    """Stacks the arrays of all layers and frees them: a state may not fit twice."""
     stacked = jax.block_until_ready(jnp.stack(arrays))
     for array in arrays:
         array.delete()
@@ -234,16 +228,17 @@ def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _check_shapes(
     target: dict[str, Any], leaves: dict[str, dict[str, Any]], step: int
 ) -> None:
-    """Raises UserError, listing what differs, where the run is of another shape."""
+    """Raises UserError, listing the arrays whose shape or dtype differs."""
     wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in target.items()}
     saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()}
     found = [
-        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} asked"
+        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} now"
         for name in sorted(wanted.keys() | saved.keys())
         if wanted.get(name) != saved.get(name)
     ]
     errors.check(
         "workdir",
         not found,
-        f"checkpoint {step} is of another shape:\n  " + "\n  ".join(found[:20]),
+        f"checkpoint {step} has other arrays than this configuration; choose another "
+        "--workdir, or undo:\n  " + "\n  ".join(found[:20]),
     )

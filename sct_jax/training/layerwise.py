@@ -1,16 +1,18 @@
 """The training step that walks the layers backwards, one at a time.
 
-For each layer in turn it computes the gradient, runs the optimizer chain and replaces
-the parameters, so that gradients never exist all at once and nothing of the state is
-copied: the memory of a step is parameters, optimizer state, one residual stream per
-layer, and the gradients of one layer, or two while work is dispatched ahead. The loop
-runs on the host, over functions that are compiled once per shape of layer or matrix (as
-a `lax.fori_loop` XLA would copy the state).
+For each layer in turn the step computes the gradient, runs the optimizer chain and
+replaces the parameters. Gradients never exist all at once, and no part of the state is
+copied. The memory of a step is parameters, optimizer state, one residual stream per
+layer, and the gradients of one layer, or of two while dispatch runs ahead.
 
-It takes the chains of `optimizers` as they are, where their rules are local: what a
-weight does may depend on no other layer. `check_local` says which are.
+The loop runs on the host, over functions compiled once per shape of layer or matrix:
+inside a `lax.fori_loop` XLA would copy the state.
+
+Any chain of `optimizers` works whose rules are local: the update of a weight depends on
+no other layer. `check_local` tells which chains are.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,49 +22,52 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from sct_jax import errors, losses, model, optimizers, sharding, spectral
+from sct_jax import errors, losses, model, sharding, spectral
+from sct_jax.training import optimizer_config
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
-# Up to so many rows a weight's gradient is cheaper to compute again than to read.
+# Up to this many rows, recomputing a weight's gradient is cheaper than reading it.
 _FEW_ROWS = 16
 
 
 class Stack(NamedTuple):
     """A model in the pieces that the step handles one at a time.
 
+    `block` and `head_loss` multiply by their matrices with `linear` (see
+    `spectral.linear`), in the same order on every call.
+
     Attributes:
-      num_layers: how many blocks there are.
-      init_ends: from a key to the parameters outside the layers, a dict.
-      init_layer: from a key to the parameters of one block.
-      enter: (ends, batch) -> x, the stream before the first block.
-      block: (layer, x, batch, linear) -> x, which multiplies by its matrices with
-        `linear`, see `spectral.linear`, in the same order every time.
-      leave: (ends, x, batch) -> loss.
-      enter_keys: which of the ends `enter` reads.
-      leave_keys: which of the ends `leave` reads.
+      num_layers: number of blocks.
+      init_ends: key -> parameters outside the layers, a dict.
+      init_layer: key -> parameters of one block.
+      embed: (ends, batch) -> x, the stream before the first block.
+      block: (layer, x, batch, linear) -> x.
+      head_loss: (ends, x, batch, linear) -> loss.
+      embed_keys: the ends that `embed` reads.
+      head_keys: the ends that `head_loss` reads.
     """
 
     num_layers: int
     init_ends: Callable[[PRNGKeyArray], dict[str, Any]]
     init_layer: Callable[[PRNGKeyArray], Any]
-    enter: Callable[[dict[str, Any], Any], Array]
+    embed: Callable[[dict[str, Any], Any], Array]
     block: Callable[[Any, Array, Any, model.Linear], Array]
-    leave: Callable[[dict[str, Any], Array, Any], Float[Array, ""]]
-    enter_keys: tuple[str, ...]
-    leave_keys: tuple[str, ...]
+    head_loss: Callable[[dict[str, Any], Array, Any, model.Linear], Float[Array, ""]]
+    embed_keys: tuple[str, ...]
+    head_keys: tuple[str, ...]
 
 
 def stack_of(config: model.ModelConfig) -> Stack:
-    """Returns the pieces of the transformer of `model`."""
+    """Returns the pieces of the transformer in `model`."""
 
     def block(layer, x, batch, linear):
         rope, mask = model.positions(batch["inputs"], config, batch.get("segment_ids"))
         return model.block(layer, x, rope, mask, config=config, linear=linear)
 
-    def leave(ends, x, batch):
-        scores = model.logits(ends, x, config)
-        return losses.next_token_cross_entropy(scores, batch["targets"])
+    def head_loss(ends, x, batch, linear):
+        logits = model.logits(ends, x, config, linear=linear)
+        return losses.next_token_cross_entropy(logits, batch["targets"])
 
     return Stack(
         num_layers=config.num_layers,
@@ -72,27 +77,27 @@ def stack_of(config: model.ModelConfig) -> Stack:
         init_layer=lambda key: model.orthonormalize(
             model.init_block(key, config), config
         ),
-        enter=lambda ends, batch: model.embed(ends, batch["inputs"], config),
+        embed=lambda ends, batch: model.embed(ends, batch["inputs"], config),
         block=block,
-        leave=leave,
-        enter_keys=("embedding",),
-        leave_keys=(
+        head_loss=head_loss,
+        embed_keys=("embedding",),
+        head_keys=(
             "final_norm",
             "embedding" if config.tie_embeddings else "head",
         ),
     )
 
 
-def check_local(config: optimizers.OptimizerConfig) -> None:
+def check_local(config: optimizer_config.OptimizerConfig) -> None:
     """Raises UserError, naming the field, for a rule that needs all gradients."""
     for field, reason in (
-        ("grad_clip", "the norm of all gradients is known when all exist at once"),
-        ("retraction_tolerance", "the largest error of all factors decides"),
+        ("grad_clip", "the global norm needs all gradients at once"),
+        ("retraction_tolerance", "it depends on the largest error of all factors"),
     ):
         errors.check(
             f"optimizer.{field}",
-            getattr(config, field) is None,
-            f'not with step = "layerwise": {reason}; set it to none '
+            getattr(config, field, None) is None,
+            f'does not work with step = "layerwise": {reason}; set it to none '
             "(max_update_norm is local, and bounds every weight)",
         )
 
@@ -100,68 +105,81 @@ def check_local(config: optimizers.OptimizerConfig) -> None:
 def make_train_step(
     stack: Stack, tx: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> "LayerwiseStep":
-    """Returns `step(state, batch, diagnose) -> (state, metrics)`, not to be jitted.
+    """Returns `step(state, batch, diagnose) -> (state, metrics)`; do not jit it.
 
-    The same result as the step of `step_lib.make_train_step`, to rounding, for chains
-    that `check_local` lets pass. The state is donated: what was passed is gone
-    afterwards. Requires separate layers (`scan_layers=False`), of any ranks.
+    The step donates the state. Its result equals that of `step_lib.make_train_step` up
+    to rounding. Metrics have the same names; `grad_norm` is summed over the layers.
 
-    Metrics are those of the ordinary step; `grad_norm` is summed up over the layers.
+    Requires chains that pass `check_local`, and separate layers (`scan_layers=False`)
+    of any ranks.
 
     Args:
       stack: the model, see `stack_of`.
       tx: a chain with local rules.
       mesh: devices over which the state is sharded; None for one device.
     """
-    return LayerwiseStep(stack, tx, mesh)
+    # The same rule as in `spectral.linear`: joining a sharded axis moves activations.
+    flatten_rows = mesh is None or mesh.size == 1
+    return LayerwiseStep(stack, tx, mesh=mesh, flatten_rows=flatten_rows)
 
 
 class LayerwiseStep:
-    """What `make_train_step` returns: `forward`, then `backward`, or both by a call."""
+    """The step of `make_train_step`: call it, or `forward` and then `backward`."""
 
-    def __init__(self, stack, tx, mesh):
-        self._stack: Stack = stack
+    def __init__(
+        self,
+        stack: Stack,
+        tx: optax.GradientTransformation,
+        *,
+        mesh: Mesh | None,
+        flatten_rows: bool,
+    ):
+        self._stack = stack
         self._tx = optax.with_extra_args_support(tx)
-        self._mesh: Mesh | None = mesh
-        self._own = tuple(k for k in stack.leave_keys if k not in stack.enter_keys)
-        self._lent = tuple(k for k in stack.leave_keys if k in stack.enter_keys)
-        self._draw_ends = jax.jit(
+        self._mesh = mesh
+        self._linear = functools.partial(spectral.linear, flatten_rows=flatten_rows)
+        self._head_only = tuple(k for k in stack.head_keys if k not in stack.embed_keys)
+        self._tied = tuple(k for k in stack.head_keys if k in stack.embed_keys)
+        self._init_ends = jax.jit(
             lambda key: self._with_state(stack.init_ends(key) | {"layers": ()})
         )
-        self._draw_layer = jax.jit(
+        self._init_layer = jax.jit(
             lambda key: self._with_state({"layers": (stack.init_layer(key),)})
         )
-        self._enter = jax.jit(stack.enter)
+        self._embed = jax.jit(stack.embed)
         self._forward = jax.jit(self._forward_fn)
-        self._leave_grads = jax.jit(self._leave_grads_fn)
-        # The stream that comes out takes the place of the one that goes in.
+        self._head_grads = jax.jit(self._head_grads_fn)
+        # The gradient of a block's input replaces the gradient of its output.
         self._block_grads = jax.jit(self._block_grads_fn, donate_argnames="dx")
-        self._enter_grads = jax.jit(self._enter_grads_fn)
+        self._embed_grads = jax.jit(self._embed_grads_fn)
         self._update = jax.jit(
             self._update_fn,
             static_argnames=("layout", "diagnose"),
-            donate_argnames=("params", "mirrors"),
+            donate_argnames=("params", "per_param_state"),
         )
         self._summarise = jax.jit(_summarise)
 
     def init(
         self, key: PRNGKeyArray, *, num_layers: int | None = None
     ) -> state_lib.TrainState:
-        """Returns the state before the first update, drawn a layer at a time.
+        """Returns the state before the first update, initialised layer by layer.
 
-        The same numbers as `state_lib.init` draws, with separate layers; to rounding,
-        where small matrices need the guard of the retraction. Beside the state itself
-        it needs the memory of one layer. A smaller `num_layers` than the model's gives
-        a model of the first layers, for a look at what a step does.
+        Its numbers equal those of `state_lib.init` with separate layers, up to rounding
+        where the retraction guards small matrices. Peak memory is the state and one
+        more layer.
+
+        Args:
+          key: random key.
+          num_layers: keep only so many layers, the first ones; None for all.
         """
         keys = model.layer_keys(key, self._stack.num_layers)[:num_layers]
-        parts = [self._draw_ends(key), *(self._draw_layer(k) for k in keys)]
-        whole = _join(parts, _merge)
-        *_, layout = _take_apart(jax.eval_shape(self._tx.init, whole.params))
+        parts = [self._init_ends(key), *(self._init_layer(k) for k in keys)]
+        whole = _join_parts(parts, _merge)
+        *_, layout = _split_state(jax.eval_shape(self._tx.init, whole.params))
         return state_lib.TrainState(
             step=jnp.zeros([], jnp.int32),
             params=whole.params,
-            opt_state=_put_together(whole.mirrors, whole.shared, layout),
+            opt_state=_join_state(whole.per_param_state, whole.shared, layout),
         )
 
     def __call__(
@@ -175,13 +193,13 @@ class LayerwiseStep:
         return self.backward(state, tape, batch, bool(diagnose))
 
     def forward(self, params: model.Params, batch: Any) -> "Tape":
-        """Returns what the backward pass needs of the forward pass."""
-        x = self._enter(_only(params, self._stack.enter_keys), batch)
+        """Runs the forward pass; returns what `backward` needs."""
+        x = self._embed(_only(params, self._stack.embed_keys), batch)
         streams, bottlenecks = [x], []
         for layer in params["layers"]:
-            x, narrow = self._forward(layer, x, batch)
+            x, block_bottlenecks = self._forward(layer, x, batch)
             streams.append(x)
-            bottlenecks.append(narrow)
+            bottlenecks.append(block_bottlenecks)
         return Tape(streams, bottlenecks)
 
     def backward(
@@ -193,14 +211,14 @@ class LayerwiseStep:
     ) -> tuple[state_lib.TrainState, step_lib.Metrics]:
         """Returns the updated state and metrics; consumes `state` and `tape`."""
         params = state.params
-        mirrors, shared, layout = _take_apart(state.opt_state)
+        per_param_state, shared, layout = _split_state(state.opt_state)
         metrics = []
 
-        def update(grads: dict[str, Any], take: Callable[[Any], Any]) -> _Part:
-            """The part that `take` takes of everything, after the chain."""
+        def update(grads: dict[str, Any], select: Callable[[Any], Any]) -> _Part:
+            """Returns the part of the model that `select` selects, updated."""
             *part, part_metrics = self._update(
-                take(params),
-                [take(node) for node in mirrors],
+                select(params),
+                [select(node) for node in per_param_state],
                 shared,
                 grads,
                 layout=layout,
@@ -209,14 +227,17 @@ class LayerwiseStep:
             metrics.append(part_metrics)
             return _Part(*part)
 
-        lent = _only(params, self._lent)
-        loss, grads, lent_grads, dx = self._leave_grads(
-            _only(params, self._own), lent, tape.streams.pop(), batch
+        loss, grads, tied_grads, dx = self._head_grads(
+            _only(params, self._head_only),
+            _only(params, self._tied),
+            tape.streams.pop(),
+            batch,
         )
-        parts = [update(grads | {"layers": ()}, lambda node: _ends(node, self._own))]
+        head_only = self._head_only
+        parts = [update(grads | {"layers": ()}, lambda node: _ends(node, head_only))]
         for index in reversed(range(len(params["layers"]))):
-            # Dispatch runs ahead of the device, and what it allocates with it: without
-            # this wait the gradients of many layers would exist.
+            # Dispatch allocates ahead of the device. Without this wait the gradients of
+            # many layers would exist at once.
             jax.block_until_ready(parts[-2:][0].params)
             grads, dx = self._block_grads(
                 params["layers"][index],
@@ -235,60 +256,61 @@ class LayerwiseStep:
                 for keys in _weights_of(params["layers"][index])
             ]
             del grads
-            parts.append(_join(pieces, _merge_layer))
-        entering = self._stack.enter_keys
-        grads = self._enter_grads(_only(params, entering), lent_grads, dx, batch)
-        parts.append(update(grads | {"layers": ()}, lambda node: _ends(node, entering)))
-        parts.reverse()  # the layers were met from the last to the first
+            parts.append(_join_parts(pieces, _merge_layer))
+        embedded = self._stack.embed_keys
+        grads = self._embed_grads(_only(params, embedded), tied_grads, dx, batch)
+        parts.append(update(grads | {"layers": ()}, lambda node: _ends(node, embedded)))
+        parts.reverse()  # the backward pass visits the last layer first
 
-        whole = _join(parts, _merge)
+        whole = _join_parts(parts, _merge)
         step, summary = self._summarise(state.step, loss, metrics)
         new_state = state_lib.TrainState(
             step=step,
             params=whole.params,
-            opt_state=_put_together(whole.mirrors, whole.shared, layout),
+            opt_state=_join_state(whole.per_param_state, whole.shared, layout),
         )
         return new_state, summary
 
-    def _with_state(self, part):
-        mirrors, shared, _ = _take_apart(self._tx.init(part))
-        return _Part(part, mirrors, shared)
+    def _with_state(self, params):
+        per_param_state, shared, _ = _split_state(self._tx.init(params))
+        return _Part(params, per_param_state, shared)
 
     def _forward_fn(self, layer, x, batch):
-        narrow = []
-        x = self._stack.block(layer, x, batch, _recording(narrow))
-        return x, narrow
+        bottlenecks = []
+        linear = _recording(bottlenecks, dense=self._linear)
+        return self._stack.block(layer, x, batch, linear), bottlenecks
 
-    def _leave_grads_fn(self, own, lent, x, batch):
-        def loss_fn(own, lent, x):
-            return self._stack.leave(own | lent, x, batch)
+    def _head_grads_fn(self, head_only, tied, x, batch):
+        def loss_fn(head_only, tied, x):
+            return self._stack.head_loss(head_only | tied, x, batch, self._linear)
 
-        loss, grads = jax.value_and_grad(loss_fn, (0, 1, 2))(own, lent, x)
+        loss, grads = jax.value_and_grad(loss_fn, (0, 1, 2))(head_only, tied, x)
         return loss, *grads
 
-    def _block_grads_fn(self, layer, x, narrow, dx, batch):
+    def _block_grads_fn(self, layer, x, bottlenecks, dx, batch):
         def block(layer, x):
-            return self._stack.block(layer, x, batch, _replaying(narrow))
+            linear = _replaying(bottlenecks, dense=self._linear)
+            return self._stack.block(layer, x, batch, linear)
 
         _, pull_back = jax.vjp(block, layer, x)
         return pull_back(dx)
 
-    def _enter_grads_fn(self, ends, lent_grads, dx, batch):
-        _, pull_back = jax.vjp(lambda ends: self._stack.enter(ends, batch), ends)
+    def _embed_grads_fn(self, ends, tied_grads, dx, batch):
+        _, pull_back = jax.vjp(lambda ends: self._stack.embed(ends, batch), ends)
         (grads,) = pull_back(dx)
-        for name, lent in lent_grads.items():
-            grads[name] = jax.tree.map(jnp.add, grads[name], lent)
+        for name, of_head in tied_grads.items():
+            grads[name] = jax.tree.map(jnp.add, grads[name], of_head)
         return grads
 
-    def _update_fn(self, params, mirrors, shared, grads, *, layout, diagnose):
-        opt_state = _put_together(mirrors, shared, layout)
+    def _update_fn(self, params, per_param_state, shared, grads, *, layout, diagnose):
+        opt_state = _join_state(per_param_state, shared, layout)
         updates, opt_state = self._tx.update(grads, opt_state, params)
         new = optax.apply_updates(params, updates)
         metrics = {"squared_grad_norm": optax.tree.norm(grads, squared=True)}
         if diagnose:
             metrics |= step_lib.diagnose(params, new)
-        mirrors, shared, _ = _take_apart(self._place(opt_state))
-        return self._place(new), mirrors, shared, metrics
+        per_param_state, shared, _ = _split_state(self._place(opt_state))
+        return self._place(new), per_param_state, shared, metrics
 
     def _place(self, tree):
         if self._mesh is None:
@@ -298,12 +320,12 @@ class LayerwiseStep:
 
 
 class Tape(NamedTuple):
-    """What the forward pass leaves for the backward pass.
+    """What the forward pass saves for the backward pass.
 
     Attributes:
       streams: (B, L, D) before every block, and after the last one.
       bottlenecks: per block, (B L, R) of every factorised matrix in order of use. They
-        are small, and half of the products that the backward pass would repeat.
+        are small, and save half of the products that the backward pass would repeat.
     """
 
     streams: list[Array]
@@ -320,28 +342,31 @@ def _summarise(step, loss, parts: Sequence[step_lib.Metrics]):
     return step + 1, {"loss": loss, "grad_norm": jnp.sqrt(jnp.sum(squares))} | largest
 
 
-def _recording(narrow: list[Array]) -> model.Linear:
-    """`spectral.linear` that leaves its bottlenecks in a list."""
+def _recording(bottlenecks: list[Array], *, dense: model.Linear) -> model.Linear:
+    """`spectral.linear` that appends its bottlenecks to a list."""
 
     def expand(rows, w):
-        narrow.append(spectral.contract(rows, w))
-        return spectral.expand(narrow[-1], w)
+        bottlenecks.append(spectral.contract(rows, w))
+        return spectral.expand(bottlenecks[-1], w)
 
-    return _linear_by(expand)
-
-
-def _replaying(narrow: Sequence[Array]) -> model.Linear:
-    """`spectral.linear` that takes its bottlenecks from a list."""
-    remaining = iter(narrow)
-    return _linear_by(lambda rows, w: _expand_known(rows, w, next(remaining)))
+    return _with_factors(expand, dense)
 
 
-def _linear_by(expand: Callable[[Array, Any], Array]) -> model.Linear:
-    """`spectral.linear`, with another way from rows (N, I) and factors to (N, O)."""
+def _replaying(bottlenecks: Sequence[Array], *, dense: model.Linear) -> model.Linear:
+    """`spectral.linear` that takes its bottlenecks from a list, in order."""
+    remaining = iter(bottlenecks)
+    expand = lambda rows, w: _expand_known(rows, w, next(remaining))
+    return _with_factors(expand, dense)
+
+
+def _with_factors(
+    expand: Callable[[Array, Any], Array], dense: model.Linear
+) -> model.Linear:
+    """`dense` for arrays; for factors `expand`: rows (N, I) and factors -> (N, O)."""
 
     def linear(x, w):
         if not spectral.is_factors(w):
-            return spectral.linear(x, w)
+            return dense(x, w)
         y = expand(x.reshape(-1, x.shape[-1]), w)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -354,7 +379,7 @@ def _expand_known(
     w: spectral.SpectralFactors | spectral.LowRankFactors,
     h: Float[Array, "N R"],
 ) -> Float[Array, "N O"]:
-    """`spectral.linear` for a known h = `contract(x, w)`, with its gradient."""
+    """`spectral.linear(x, w)`, given h = `spectral.contract(x, w)`."""
     del x
     return spectral.expand(h, w)
 
@@ -381,9 +406,9 @@ _expand_known.defvjp(_expand_known_forward, _expand_known_backward)
 
 
 def _outer_sum(x: Float[Array, "N I"], h: Float[Array, "N R"], dtype) -> Array:
-    """x.T @ h; for few rows as a sum that fuses into what is done with each entry.
+    """x.T @ h; for few rows, a sum that fuses into the update of each entry.
 
-    A product would be written to memory and read again by every part of an update.
+    XLA would write a product to memory, and every part of the update would read it.
     """
     if x.shape[0] > _FEW_ROWS:
         return (x.T @ h).astype(dtype)
@@ -394,15 +419,15 @@ def _outer_sum(x: Float[Array, "N I"], h: Float[Array, "N R"], dtype) -> Array:
     return jnp.asarray(total)
 
 
-# A part of a model is a tree of the same form with some of its keys: what a chain does
-# by path or by name it does to a part as to the whole.
+# A part of a model is a tree of the same form with only some of the keys. A chain that
+# selects leaves by path or name therefore treats a part like the whole.
 
 
 class _Part(NamedTuple):
-    """Parameters of a part, and the optimizer state that belongs to them."""
+    """Parameters of a part, and their optimizer state."""
 
     params: dict[str, Any]
-    mirrors: Sequence[dict[str, Any]]
+    per_param_state: Sequence[dict[str, Any]]
     shared: Sequence[Any]
 
 
@@ -415,9 +440,9 @@ def _ends(node: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _weights_of(layer: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Keys of a layer that are updated together: one matrix, the first with all norms.
+    """Groups of keys to update together: each matrix alone, the first with all norms.
 
-    A matrix, its moments and all that an update makes of it then fit into a cache.
+    A matrix, its moments and the temporaries of its update then fit into a cache.
     """
     is_matrix = lambda key: spectral.is_factors(layer[key]) or layer[key].ndim >= 2
     matrices = [key for key in layer if is_matrix(key)]
@@ -425,17 +450,17 @@ def _weights_of(layer: dict[str, Any]) -> list[tuple[str, ...]]:
     return [(*matrices[:1], *others), *((key,) for key in matrices[1:])]
 
 
-def _join(parts: Sequence[_Part], merge: Callable[[Sequence[Any]], Any]) -> _Part:
-    mirrors = zip(*(part.mirrors for part in parts), strict=True)
+def _join_parts(parts: Sequence[_Part], merge: Callable[[Sequence[Any]], Any]) -> _Part:
+    per_param_state = zip(*(part.per_param_state for part in parts), strict=True)
     return _Part(
         merge([part.params for part in parts]),
-        [merge(nodes) for nodes in mirrors],
+        [merge(nodes) for nodes in per_param_state],
         parts[0].shared,
     )
 
 
 def _merge(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ends and layers of several parts, in order, as one model."""
+    """Joins the ends and layers of several parts, in order, into one model."""
     merged: dict[str, Any] = {}
     for node in nodes:
         merged |= node
@@ -443,7 +468,7 @@ def _merge(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merge_layer(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Matrices of one layer, each in a part of its own, as a part with that layer."""
+    """Joins parts with some keys of one layer into a part with all of them."""
     layer: dict[str, Any] = {}
     for node in nodes:
         layer |= node["layers"][0]
@@ -453,17 +478,20 @@ def _merge_layer(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
 _Layout = tuple[Any, tuple[bool, ...]]
 
 
-def _take_apart(opt_state: Any) -> tuple[list[dict[str, Any]], list[Any], _Layout]:
-    """What mirrors the parameters, what all parts share (counts), how they stood."""
+def _split_state(opt_state: Any) -> tuple[list[dict[str, Any]], list[Any], _Layout]:
+    """Splits a state into trees shaped like the parameters, and shared leaves (counts).
+
+    The layout is what `_join_state` needs to undo this.
+    """
     nodes, treedef = jax.tree.flatten(opt_state, is_leaf=model.has_layers)
-    mirrored = tuple(map(model.has_layers, nodes))
-    kinds = list(zip(nodes, mirrored, strict=True))
-    mirrors = [node for node, is_mirror in kinds if is_mirror]
-    shared = [node for node, is_mirror in kinds if not is_mirror]
-    return mirrors, shared, (treedef, mirrored)
+    is_per_param = tuple(map(model.has_layers, nodes))
+    kinds = list(zip(nodes, is_per_param, strict=True))
+    per_param_state = [node for node, per_param in kinds if per_param]
+    shared = [node for node, per_param in kinds if not per_param]
+    return per_param_state, shared, (treedef, is_per_param)
 
 
-def _put_together(mirrors: Sequence[Any], shared: Sequence[Any], layout: _Layout):
-    treedef, mirrored = layout
-    of_kind = {True: iter(mirrors), False: iter(shared)}
-    return jax.tree.unflatten(treedef, [next(of_kind[kind]) for kind in mirrored])
+def _join_state(per_param_state: Sequence[Any], shared: Sequence[Any], layout: _Layout):
+    treedef, is_per_param = layout
+    of_kind = {True: iter(per_param_state), False: iter(shared)}
+    return jax.tree.unflatten(treedef, [next(of_kind[kind]) for kind in is_per_param])

@@ -1,58 +1,49 @@
-"""What a person and a program see of a run: start table, progress, metrics.jsonl."""
+"""What a program sees of a run: metrics.jsonl, event files, and the clock."""
 
+import contextlib
 import json
-import math
 import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import rich.console
-import rich.progress
-import rich.table
+import optax
 
-from sct_jax import errors
+from sct_jax import errors, files, rank
 
 Row = Mapping[str, int | float]
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where rows go."""
+    """A destination of rows."""
 
     def write(self, row: Row) -> None:
-        """Takes one row; may buffer."""
+        """Accepts one row; may buffer it."""
 
     def flush(self) -> None:
-        """Returns once all rows taken are stored."""
+        """Returns once all accepted rows are stored."""
 
     def close(self) -> None:
         """Flushes and frees the sink."""
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that holds the old text or the new one, whenever it is cut off."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    aside.replace(path)
-
-
 class JsonLines:
     """One JSON object per row, appended to a file.
 
-    Opening drops a torn last line and every row beyond `resume_step`, so that a step
-    that is computed again after a resume stands once.
+    Opening drops a torn last line and every row beyond `resume_step`, so that a resumed
+    run logs each step once.
     """
 
     def __init__(self, path: pathlib.Path, *, resume_step: int):
         rows = [row for row in read_rows(path) if row["step"] <= resume_step]
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        files.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", buffering=1)  # a line at a time, for `tail -f`
 
     def write(self, row: Row) -> None:
-        """Appends one row, to be read at once; `flush` makes it survive the machine."""
+        """Appends one row, visible to readers at once; durable after `flush`."""
         self._file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
@@ -67,7 +58,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files beside metrics.jsonl, where tensorboardX is installed."""
+    """TensorBoard event files, written by tensorboardX."""
 
     def __init__(self, directory: pathlib.Path, *, resume_step: int):
         import tensorboardX
@@ -92,9 +83,10 @@ class TensorBoard:
 
 
 class Sinks:
-    """Several sinks as one. One that fails is dropped with a warning, not the run.
+    """Several sinks as one.
 
-    The first is the record of the run and may not fail.
+    The first is the record of the run: its errors propagate. Any other sink that fails
+    is dropped with a warning.
     """
 
     def __init__(self, record: Sink, *others: Sink):
@@ -122,14 +114,14 @@ class Sinks:
                 call(sink)
             except Exception as error:
                 warnings.warn(
-                    f"{type(sink).__name__} failed and is dropped: {error}",
+                    f"{type(sink).__name__} failed and gets no further rows: {error}",
                     stacklevel=3,
                 )
                 self._others.remove(sink)
 
 
 def open_sinks(workdir: pathlib.Path, *, resume_step: int) -> Sinks:
-    """Returns metrics.jsonl, and TensorBoard events where that extra is installed."""
+    """Returns metrics.jsonl, and TensorBoard events if tensorboardX is installed."""
     others: list[Sink] = []
     try:
         others.append(TensorBoard(workdir / "tensorboard", resume_step=resume_step))
@@ -139,10 +131,10 @@ def open_sinks(workdir: pathlib.Path, *, resume_step: int) -> Sinks:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows of a file of JSON lines, without a torn last one.
+    """Returns the rows of a file of JSON lines; skips a torn last line.
 
     Raises:
-      UserError: for any other line that is no JSON, naming it.
+      UserError: for any other line that is not JSON, naming it.
     """
     if not path.exists():
         return []
@@ -157,108 +149,73 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_table(
-    summary: Mapping[str, Any],
-    *,
-    devices: str,
-    mesh: Mapping[str, int],
-    tokens_per_step: int,
-    num_steps: int,
-) -> rich.table.Table:
-    """Returns the table printed before a run, from `accounting.summary`."""
-    stored = summary["parameters"]
-    dense = summary["dense_equivalent_parameters"]
-    sizes = summary["bytes"]
-    table = rich.table.Table(show_header=False, title="sct_jax", title_justify="left")
-    rows = {
-        "parameters (stored)": f"{stored:,}",
-        "parameters (dense equivalent)": f"{dense:,}",
-        "compression": f"{dense / stored:.2f}x",
-        **{
-            f"bytes, {name}": f"{size:,} ({_human(size)})"
-            for name, size in sizes.items()
-        },
-        "bytes, activations": "not counted",
-        "FLOPs per token": f"{summary['flops_per_token']:,}",
-        "tokens per step": f"{tokens_per_step:,}",
-        "tokens in all": f"{tokens_per_step * num_steps:,}",
-        "devices": devices,
-        "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+def rank_row(step: int, change: rank.Change) -> Row:
+    """Returns the row of a change of ranks: stored columns, and the mean in use."""
+    return (
+        {"step": step}
+        | {f"rank/{name}": stored for name, stored in change.ranks.items()}
+        | {f"active_rank/{n}": float(a.mean()) for n, a in change.active.items()}
+    )
 
 
-def _human(size: int) -> str:
-    units = ("B", "KB", "MB", "GB", "TB")
-    power = min(int(math.log(max(size, 1), 1000)), len(units) - 1)
-    return f"{size / 1000**power:.3g} {units[power]}"
+class StepLog:
+    """The rows of training steps, each written while the next step runs.
 
-
-def say(console: rich.console.Console, text: str) -> None:
-    """Prints a line as it is: no markup, no wrapping at the console's width."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class Progress:
-    """A live bar on a terminal, plain lines elsewhere: loss, rate, tokens/s, ETA."""
+    `hold` keeps a step's values on the device. `flush` fetches them, once the next step
+    has been dispatched, so that the device never waits for the host.
+    """
 
     def __init__(
-        self, console: rich.console.Console, *, start_step: int, num_steps: int
+        self,
+        sink: Sink,
+        *,
+        learning_rate: optax.Schedule,
+        tokens_per_step: int,
+        start_step: int,
     ):
-        self._console = console
-        self._num_steps = num_steps
-        self._start_step = start_step
-        self._began = time.monotonic()
-        self._printed = -math.inf
-        self._bar: rich.progress.Progress | None = None
-        if console.is_terminal:
-            self._bar = rich.progress.Progress(
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(),
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.TimeRemainingColumn(),
-                console=console,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(
-                "compiling", total=num_steps, completed=start_step
-            )
+        self._sink = sink
+        self._learning_rate = learning_rate
+        self._tokens_per_step = tokens_per_step
+        self._held: tuple[int, Mapping[str, Any]] | None = None
+        self._step = start_step
+        self._time = time.monotonic()
 
-    def begin(self) -> None:
-        """Starts the clock of the ETA: compilation is over."""
-        self._began = time.monotonic()
+    def start(self) -> None:
+        """Starts the clock of the first row."""
+        self._time = time.monotonic()
 
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+    def hold(self, step: int, values: Mapping[str, Any]) -> None:
+        """Keeps the metrics of a step: scalars on the device, `loss` among them."""
+        self._held = (step, values)
 
-    def show(self, row: Row) -> None:
-        """Shows a logged row: in the bar, or as a line at most every two seconds."""
-        text = (
-            f"loss {row['train/loss']:.4f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s"
-        )
-        step = int(row["step"])
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
-            return
+    def flush(self) -> Row | None:
+        """Writes the held row and returns it; None if there is none.
+
+        Adds the learning rate of the step, the tokens so far, and tokens per second
+        since the last row.
+        """
+        if self._held is None:
+            return None
+        step, held = self._held
+        self._held = None
+        values = {name: float(value) for name, value in held.items()}
         now = time.monotonic()
-        if now - self._printed >= 2 or step == self._num_steps:
-            self._printed = now
-            rate = (now - self._began) / max(step - self._start_step, 1)
-            eta = round(rate * (self._num_steps - step))
-            self.print(
-                f"step {step}/{self._num_steps}  {text}  ETA {eta // 60}:{eta % 60:02d}"
-            )
+        tokens = self._tokens_per_step * (step - self._step)
+        row = {
+            "step": step,
+            "train/loss": values.pop("loss"),
+            "learning_rate": float(self._learning_rate(step - 1)),
+            "tokens": self._tokens_per_step * step,
+            "tokens_per_second": tokens / max(now - self._time, 1e-9),
+            **values,
+        }
+        self._step, self._time = step, now
+        self._sink.write(row)
+        return row
 
-    def print(self, text: str) -> None:
-        """Prints a line, above the bar where there is one."""
-        say(self._console, text)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar:
-            self._bar.stop()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the block from the time of the current row."""
+        began = time.monotonic()
+        yield
+        self._time += time.monotonic() - began

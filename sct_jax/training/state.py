@@ -1,5 +1,6 @@
-"""What a run carries from step to step."""
+"""The state that a run carries from step to step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -14,7 +15,7 @@ from sct_jax import model
 class TrainState(flax.struct.PyTreeNode):
     """Parameters and optimizer state after `step` applied updates.
 
-    Leaves are arrays, or what a tree map puts in their place: shapes, shardings.
+    Leaves are arrays, or their shapes or shardings in trees of those.
     """
 
     step: Any
@@ -26,16 +27,34 @@ def init(
     key: PRNGKeyArray,
     model_config: model.ModelConfig,
     tx: optax.GradientTransformation,
+    *,
+    init_params: Callable[[PRNGKeyArray], model.Params] | None = None,
 ) -> TrainState:
-    """Returns the state before the first update. Meant for jit with out_shardings."""
-    params = model.init(key, model_config)
+    """Returns the state before the first update. Jit it with `out_shardings`.
+
+    Args:
+      key: random key.
+      model_config: shape of the model.
+      tx: the update rule.
+      init_params: key -> parameters; `model.init` if None.
+    """
+    if init_params is None:
+        params = model.init(key, model_config)
+    else:
+        params = init_params(key)
     return TrainState(
         step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
     )
 
 
 def abstract(
-    model_config: model.ModelConfig, tx: optax.GradientTransformation
+    model_config: model.ModelConfig,
+    tx: optax.GradientTransformation,
+    *,
+    init_params: Callable[[PRNGKeyArray], model.Params] | None = None,
 ) -> TrainState:
-    """Returns shapes and dtypes of the state; allocates nothing."""
-    return jax.eval_shape(lambda key: init(key, model_config, tx), jax.random.key(0))
+    """Returns the shapes and dtypes of `init`; allocates nothing."""
+    return jax.eval_shape(
+        lambda key: init(key, model_config, tx, init_params=init_params),
+        jax.random.key(0),
+    )

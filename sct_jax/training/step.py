@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step, as pure functions of the state."""
+"""The training step and the evaluation step, as pure functions of the state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +13,7 @@ from sct_jax.training import state as state_lib
 
 Batch = dict[str, Int[Array, "B L"]]
 Metrics = dict[str, Float[Array, ""]]
+Diagnose = Callable[[Any, Any], Metrics]  # (old params, new params) -> scalars
 TrainStep = Callable[
     [state_lib.TrainState, Batch, Bool[Array, ""]],
     tuple[state_lib.TrainState, Metrics],
@@ -37,28 +38,45 @@ def loss_fn(
     return losses.next_token_cross_entropy(logits, batch["targets"])
 
 
+def diagnose(old: Any, new: Any) -> Metrics:
+    """Returns the orthonormality error of the new parameters, and the largest update.
+
+    `orthonormality_error` is max |x.T x - I| over all u and v, `composite_update_norm`
+    the largest ||W' - W||_2. Returns an empty dict for parameters without factors.
+    """
+    leaves = jax.tree.leaves(old, is_leaf=spectral.is_factors)
+    if not any(map(spectral.is_factors, leaves)):
+        return {}
+    return {
+        "orthonormality_error": spectral.orthonormality_error(new),
+        "composite_update_norm": spectral.max_composite_update_norm(old, new),
+    }
+
+
 def make_train_step(
     config: model.ModelConfig,
     tx: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
     linear_at: Callable[[Int[Array, ""]], model.Linear] = lambda _: spectral.linear,
+    diagnose: Diagnose = diagnose,
 ) -> TrainStep:
-    """Returns `train_step(state, batch, diagnose) -> (state, metrics)`, to be jitted.
+    """Returns `train_step(state, batch, diagnose) -> (state, metrics)`; jit it.
 
-    Gradients of `num_microbatches` equal shares of the batch are averaged by a scan;
-    factors are orthonormal throughout, as the retraction belongs to the update.
+    A scan averages the gradients of `num_microbatches` equal shares of the batch.
+    Factors are orthonormal after every step, because the retraction is part of `tx`.
 
-    Metrics are `loss` and `grad_norm` (before clipping) and, where there are factors,
-    `orthonormality_error` and `composite_update_norm` of the applied update. Those two
-    are computed where `diagnose` is true, and 0 elsewhere.
+    Metrics are `loss`, `grad_norm` (before clipping), and the results of the function
+    `diagnose`. The latter are computed where the step's argument `diagnose` is true,
+    and 0 elsewhere.
 
     Args:
       config: shape of the model.
       tx: the update rule.
       num_microbatches: divides the batch size.
-      linear_at: what multiplies by the matrices of a layer, from the number of updates
-        already applied: for methods that change the forward pass.
+      linear_at: number of applied updates -> function that multiplies by every matrix
+        of the layers and the head, for methods that change the forward pass.
+      diagnose: (old parameters, new parameters) -> dict of scalars to report.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -77,12 +95,17 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zeros, shares)
         return jax.tree.map(lambda x: x / num_microbatches, total)
 
-    def train_step(state, batch, diagnose):
+    def diagnostics(old, new, wanted):
+        shapes = jax.eval_shape(diagnose, old, new)
+        skip = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(wanted, lambda: diagnose(old, new), skip)
+
+    def train_step(state, batch, wanted):
         loss, grads = accumulate(state.params, batch, linear_at(state.step))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        metrics |= _diagnostics(state.params, params, diagnose)
+        metrics |= diagnostics(state.params, params, wanted)
         new_state = state_lib.TrainState(
             step=state.step + 1, params=params, opt_state=opt_state
         )
@@ -97,13 +120,13 @@ def make_eval_step(
     num_microbatches: int = 1,
     linear: model.Linear = spectral.linear,
 ) -> Callable[[model.Params, Batch], Float[Array, ""]]:
-    """Returns `eval_step(params, batch) -> loss` in nats per token, to be jitted.
+    """Returns `eval_step(params, batch) -> loss` in nats per token; jit it.
 
     Args:
-      config: the model.
-      num_microbatches: how many shares of the batch go one after the other, so that
-        evaluation fits into memory where training does.
-      linear: what multiplies by the matrices of a layer, see `model.block`.
+      config: shape of the model.
+      num_microbatches: evaluate the batch in so many shares, one after the other.
+        Evaluation then fits into memory wherever training does.
+      linear: multiplies by every matrix of the layers and the head.
     """
 
     def eval_step(params, batch):
@@ -115,32 +138,11 @@ def make_eval_step(
     return eval_step
 
 
-def _shares(batch: Batch, count: int) -> dict[str, Int[Array, "N M L"]]:
-    """The batch in N shares of M rows.
+def _shares(batch: Batch, num_shares: int) -> dict[str, Int[Array, "N M L"]]:
+    """Splits the batch into N shares of M rows.
 
-    Share i takes every count-th row: each device keeps its rows.
+    Share i holds every N-th row, so that every device keeps its rows.
     """
     return jax.tree.map(
-        lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+        lambda x: x.reshape(-1, num_shares, *x.shape[1:]).swapaxes(0, 1), batch
     )
-
-
-def _diagnostics(old: Any, new: Any, wanted: Bool[Array, ""]) -> Metrics:
-    shapes = jax.eval_shape(diagnose, old, new)
-    skip = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.cond(wanted, lambda: diagnose(old, new), skip)
-
-
-def diagnose(old: Any, new: Any) -> Metrics:
-    """Returns how far an update left the manifold, and how far it moved any W.
-
-    `orthonormality_error` and `composite_update_norm` of two trees of parameters;
-    nothing where there are no factors.
-    """
-    leaves = jax.tree.leaves(old, is_leaf=spectral.is_factors)
-    if not any(map(spectral.is_factors, leaves)):
-        return {}
-    return {
-        "orthonormality_error": spectral.orthonormality_error(new),
-        "composite_update_norm": spectral.max_composite_update_norm(old, new),
-    }

@@ -1,12 +1,12 @@
-"""optax transformations for trees in which factor tuples stand among other arrays.
+"""optax transformations for trees that hold factor tuples beside other arrays.
 
-Each needs only `params`, treats a factor tuple as one weight, and passes every other
-leaf on unchanged, so that it can be chained, masked and partitioned freely; Adam
-(`scale_by_adam`) takes all leaves alike. Never split the u, s and v of one weight over
-two partitions.
+Each transformation treats a factor tuple as one weight and passes every other leaf
+through unchanged; Adam (`scale_by_adam`) treats all leaves alike. They need `params`,
+and compose with `optax.chain`, `optax.masked` and `optax.partition`. Never split the u,
+s and v of one weight over two partitions.
 """
 
-from sct_jax.transforms._clipping import LOSSLESS, clip_by_composite_spectral_norm
+from sct_jax.transforms._clipping import clip_by_composite_spectral_norm
 from sct_jax.transforms._common import CountState, ScalarOrSchedule
 from sct_jax.transforms._inactive import (
     ActiveColumns,
@@ -18,6 +18,7 @@ from sct_jax.transforms._low_precision import (
     scale_by_adam,
     scale_by_low_precision_adam,
 )
+from sct_jax.transforms._moments import is_second_moment, map_first_moments
 from sct_jax.transforms._retraction import project_to_tangent, retract_to_stiefel
 from sct_jax.transforms._scaling import limit_rotation, scale_components
 from sct_jax.transforms._spectron import PowerVectors, SpectronState, scale_by_spectron
@@ -31,7 +32,6 @@ from sct_jax.transforms._transport import retract_by_svd, transport_moments
 
 __all__ = [
     "COORDINATES",
-    "LOSSLESS",
     "ActiveColumns",
     "CountState",
     "FreezeInactiveColumnsState",
@@ -42,7 +42,9 @@ __all__ = [
     "StiefelMuonState",
     "clip_by_composite_spectral_norm",
     "freeze_inactive_columns",
+    "is_second_moment",
     "limit_rotation",
+    "map_first_moments",
     "project_to_tangent",
     "retract_by_svd",
     "retract_to_stiefel",

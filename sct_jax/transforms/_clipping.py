@@ -1,4 +1,4 @@
-"""The bound of what an update does to the composite W."""
+"""Clips updates by the spectral norm of the change of the composite W."""
 
 import functools
 from collections.abc import Callable
@@ -12,67 +12,64 @@ from jaxtyping import Array, Float, Int
 from sct_jax import linalg, spectral, stiefel
 from sct_jax.transforms import _common
 
-LOSSLESS = "lossless"  # keeps all of the product, see `_transport.retract_by_svd`
-
-# With eight squarings the norm used to clip lies above the true one by at most 0.6 %
-# for ranks up to 256; the promise is 1 %.
+# Eight squarings overestimate the norm by at most 0.6 % for ranks up to 256. The
+# documented tolerance is 1 %.
 _SQUARINGS = 8
-_AIM = 0.97  # of the bound: where the next trial should land
-_ENOUGH = 0.95  # of the bound: then the search ends; the norm itself is above 0.9
+_TARGET = 0.97  # of the bound: the norm that the next trial aims at
+_ENOUGH = 0.95  # of the bound: the search ends here, with a true norm above 0.9
 _MAX_ROUNDS = 14
-_TOO_LARGE = 1e37  # the reciprocal of more is no normal float32 number
+_TOO_LARGE = 1e37  # beyond, reciprocals soon become subnormal in float32
 
 
 def clip_by_composite_spectral_norm(
     max_norm: _common.ScalarOrSchedule, *, retraction: str = "cholesky_qr"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the update of each weight so that it moves W by at most `max_norm`.
+    r"""Scales the update of each weight so that W moves by at most `max_norm`.
 
-    For every SpectralFactors the update (du, ds, dv) is multiplied by the c in [0, 1]
-    for which
+    Multiplies the update (du, ds, dv) of every SpectralFactors by a c in [0, 1] with
 
     .. math::
       \|W' - W\|_2 \le \text{max\_norm}, \qquad
       W' = R(u + c\,du)\,\mathrm{diag}(s + c\,ds)\,R(v + c\,dv)^T
 
-    holds for the update as applied, retraction R included; c = 1 wherever that holds
-    already. Stands before `retract_to_stiefel` with the same method.
+    The bound holds for the applied update, including the retraction R. c is 1 where the
+    full update satisfies it. Place it before `retract_to_stiefel` with the same method.
 
-    Requires factors orthonormal to 1e-5, and a retraction on every step. Ensures the
-    bound to 1 % and float32 rounding (16 eps max|s| sqrt(R)), for any update. One with
-    a NaN, an infinity or an entry beyond 1e37 becomes zero. Where such a gradient may
-    come, the chain belongs into `optax.apply_if_finite`: Adam's moments stay NaN once
-    they are, and the weight would never move again.
+    Requires factors orthonormal to 1e-5 and a retraction on every step. Ensures the
+    bound to 1 % plus float32 rounding (16 eps max|s| sqrt(R)), for any update. Updates
+    with a NaN, an infinity or an entry beyond 1e37 become zero. If gradients may be
+    non-finite, wrap the chain in `optax.apply_if_finite`: NaN persists in Adam's
+    moments, and the weight would never move again.
 
-    How: the whole path W'(c) lives in the span of [u, E_u] and [v, E_v], E = du - u u.T
-    du, whatever c is. Two products with each factor (6 R FLOPs per entry) give 2R x 2R
-    matrices in which every trial of c is small work. A bound from Frobenius norms comes
-    first, and where it decides for all weights nothing else is computed.
+    Method: for every c, W'(c) lies in the span of [u, E_u] and [v, E_v], with E = du -
+    u u.T du. Two products with each factor (6 R FLOPs per entry) reduce the search for
+    c to 2R x 2R matrices. A bound by Frobenius norms comes first. If it decides every
+    weight, nothing else is computed.
 
     Args:
       max_norm: bound, or schedule of it.
-      retraction: method of the `retract_to_stiefel` that follows, or "lossless" inside
+      retraction: method of the following `retract_to_stiefel`; "svd" inside
         `retract_by_svd`, where W' = (u + c du) diag(s + c ds) (v + c dv).T.
 
     Returns:
       A transformation that needs `params`.
 
     Raises:
-      ValueError: for an unknown retraction, or a max_norm that is not positive.
+      ValueError: for an unknown retraction or max_norm <= 0.
 
     References:
       Spectron, arXiv 2602.12429, 2026, section 4. `Deviation:` the paper bounds a sum
-      of norms by step radii and orthogonalised momentum, to first order; here the
-      applied change itself is bounded, for any update.
+      of norms to first order, by step radii and orthogonalised momentum. This
+      transformation bounds the applied change itself, for any update.
     """
-    if retraction != LOSSLESS:
+    if retraction != "svd":
         stiefel.check_method(retraction)
     if not callable(max_norm) and not isinstance(max_norm, jax.Array) and max_norm <= 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _common.require(params, "clip_by_composite_spectral_norm")
+        params = _common.require_params(params, "clip_by_composite_spectral_norm")
         factors, rebuild = _common.select_spectral(updates, params)
         new_state = state.next()
         if not factors:
@@ -92,11 +89,12 @@ def _scales(
     bound: Float[Array, ""],
     retraction: str,
 ) -> list[Float[Array, "*L"]]:
-    """The c of every weight; compiled once, for those who update outside of a jit."""
+    """The c of every weight; jitted for updates outside of a jit."""
     decided = [_cheap_bound(p, d, retraction) <= bound for p, d in factors]
     return jax.lax.cond(
         jnp.all(jnp.stack([jnp.all(x) for x in decided])),
-        # All are true: 1, as varied over the axes of a shard_map as the other branch.
+        # All ones. Under shard_map both branches must vary over the same axes, which
+        # constants would not.
         lambda: [x.astype(jnp.float32) for x in decided],
         lambda: _admissible_scales(factors, bound, retraction),
     )
@@ -105,7 +103,7 @@ def _scales(
 def _scale_update(
     d: spectral.SpectralFactors, c: Float[Array, "*L"]
 ) -> spectral.SpectralFactors:
-    """The update times c; exactly zero where c is, even for infinities."""
+    """The update times c; exactly zero where c is zero, even for infinities."""
 
     def scale(x, c):
         return jnp.where(c > 0, x * c, 0).astype(x.dtype)
@@ -119,11 +117,12 @@ def _scale_update(
 def _cheap_bound(
     p: spectral.SpectralFactors, d: spectral.SpectralFactors, retraction: str
 ) -> Float[Array, "*L"]:
-    """An upper bound of ||W' - W||_2 by elementwise work; NaN for a NaN in d.
+    """An upper bound of ||W' - W||_2 by elementwise operations; NaN for a NaN in d.
 
-    For orthonormal x and ||e||_F < 1 both retractions satisfy ||R(x + e) - x||_F <=
-    (1 + sqrt 2) ||e||_F / (1 - ||e||_F) (Sun, Perturbation bounds for the Cholesky and
-    QR factorizations, BIT 31, 1991); and whatever e is, ||W' - W|| <= ||W'|| + ||W||.
+    For orthonormal x and ||e||_F < 1, QR and polar retractions satisfy ||R(x + e) -
+    x||_F <= (1 + sqrt 2) ||e||_F / (1 - ||e||_F) (Sun, Perturbation bounds for the
+    Cholesky and QR factorizations, BIT 31, 1991). For every e, ||W' - W|| <= ||W'|| +
+    ||W||.
     """
     old_s = jnp.max(jnp.abs(p.s), axis=-1)
     new_s = jnp.max(jnp.abs(p.s + d.s), axis=-1)
@@ -134,12 +133,12 @@ def _cheap_bound(
     def rotation(e):
         return (1 + 2**0.5) * jnp.where(e < 1, e / (1 - e), jnp.inf)
 
-    if retraction == LOSSLESS:
+    if retraction == "svd":
         moved = new_s * (size_u + size_v + size_u * size_v) + change_s
     else:
         moved = new_s * rotation(size_u) + change_s + old_s * rotation(size_v)
         moved = jnp.minimum(moved, old_s + new_s)
-    # Squares that overflow decide nothing; nor may a NaN pass as decided.
+    # Squares may overflow, and a NaN must not pass as decided.
     usable = jnp.isfinite(size_u + size_v + change_s)
     return jnp.where(usable, moved, jnp.inf)
 
@@ -149,14 +148,14 @@ def _admissible_scales(
     bound: Float[Array, ""],
     retraction: str,
 ) -> list[Float[Array, "*L"]]:
-    """The c of every weight, found in the small space for all weights at once."""
+    """The c of every weight, by one search over the small matrices of all weights."""
     operands: list[tuple[Array, ...]] = []
     units, valid = [], []
     for p, d in factors:
         p, d = jax.tree.map(lambda x: x.astype(jnp.float32), (p, d))
         peak = jnp.maximum(_peak(d.u, (-2, -1)), _peak(d.v, (-2, -1)))
         finite = peak + _peak(d.s, (-1,)) < _TOO_LARGE
-        # In units of its largest entry the square of a huge update cannot overflow.
+        # In units of its largest entry, the square of a huge update cannot overflow.
         unit = jnp.where(finite, jnp.maximum(peak, 1.0), 1.0)
         d = _scale_update(d, jnp.where(finite, 1 / unit, 0))
         p_u, e_u = spectral.split_along(p.u, d.u)
@@ -187,18 +186,19 @@ def _search_scales(
     bound: Float[Array, ""],
     retraction: str,
 ) -> Float[Array, " N"]:
-    """The c in [0, unit] for which the applied update keeps the bound, per weight.
+    """The c in [0, unit] with which the applied update satisfies the bound, per weight.
 
-    `s`, `ds` and `unit` come as diagonal matrices, so that one padding serves all.
+    `s`, `ds` and `unit` are diagonal matrices, because `linalg.map_batched` pads square
+    matrices.
     """
     s, ds, unit = (jnp.diagonal(x, axis1=-2, axis2=-1) for x in (s, ds, unit))
     unit = unit[:, 0]
-    # By as much may `spectral_radius_bound` lie above the norm itself.
+    # `spectral_radius_bound` may overestimate the norm by this factor.
     accepted = bound * 1.0005 * (2 * s.shape[-1]) ** (0.5 / 2 ** (_SQUARINGS + 1))
     norm_at = _norm_along_path(
         p_u, q_u, p_v, q_v, s, ds, accepted=accepted, retraction=retraction
     )
-    # Beyond displacements of norm 1 the path is no longer near a straight line.
+    # For displacements of norm above 1, the path is far from a straight line.
     lengths = [
         jnp.sqrt(jnp.sum(jnp.square(p), (-2, -1)) + jnp.trace(q, axis1=-2, axis2=-1))
         for p, q in ((p_u, q_u), (p_v, q_v))
@@ -220,11 +220,11 @@ def _norm_along_path(
 ) -> Callable[[Float[Array, " N"]], Float[Array, " N"]]:
     """The function c -> ||W'(c) - W||_2, per weight.
 
-    Exact only as far as to tell it from `accepted`; infinite where the step is too
-    large to be judged in float32.
+    Accurate enough to compare with `accepted`. Infinite where float32 cannot represent
+    the step.
     """
     eye = jnp.eye(s.shape[-1], dtype=s.dtype)
-    # Columns of E in units of their lengths, so that no product is out of balance.
+    # Columns of E in units of their lengths, to keep all products well scaled.
     lengths_u, lengths_v = (
         linalg.safe_divisor(jnp.sqrt(jnp.diagonal(q, axis1=-2, axis2=-1)))
         for q in (q_u, q_v)
@@ -242,7 +242,7 @@ def _norm_along_path(
         ]
         z_u, z_v = (
             [jnp.broadcast_to(eye, g.shape) for g in grams]
-            if retraction == LOSSLESS
+            if retraction == "svd"
             else stiefel.retraction_matrices(grams, method=retraction)
         )
         k = spectral.small_space_difference(
@@ -274,18 +274,23 @@ def largest_admissible(
     bound: Float[Array, ""],
     accepted: Float[Array, ""],
 ) -> Float[Array, " N"]:
-    """A c of [0, unit] with norm_at(c) <= accepted: unit, or one near the bound.
+    """Returns a c in [0, unit] with norm_at(c) <= accepted: unit, or near the bound.
 
-    `norm_at` is about proportional to c up to `straight`.
+    Args:
+      norm_at: from c to the norm.
+      unit: largest c.
+      straight: the norm is about proportional to c up to here.
+      bound: desired norm.
+      accepted: largest norm that counts as within the bound.
     """
 
     def propose(b: _Bracket) -> Array:
         shrunk = b.high * jnp.where(
             jnp.isfinite(b.high_norm),
-            jnp.minimum(_AIM * bound / b.high_norm, 1.0),
+            jnp.minimum(_TARGET * bound / b.high_norm, 1.0),
             0.25,
         )
-        # Between an accepted scale and a rejected one: as if the norm were c^p.
+        # Between an accepted and a rejected c, interpolate as if the norm were c^p.
         tiny = jnp.finfo(unit.dtype).tiny
         low, low_norm = jnp.maximum(b.low, tiny), jnp.maximum(b.low_norm, tiny)
         slope = jnp.log(b.high / low) / jnp.log(b.high_norm / low_norm)
@@ -323,7 +328,7 @@ def largest_admissible(
 
 
 class _Bracket(NamedTuple):
-    """The largest scale known to keep the bound, the least known not to, per weight."""
+    """The largest accepted and the smallest rejected c so far, per weight."""
 
     low: Float[Array, " N"]
     low_norm: Float[Array, " N"]

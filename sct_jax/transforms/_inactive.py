@@ -1,4 +1,4 @@
-"""Columns that a weight holds in store but does not use."""
+"""Freezes the columns that a weight stores but does not use."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from sct_jax.transforms import _common
 
 
 class ActiveColumns(NamedTuple):
-    """Which singular triples of a weight count; s is 0 in the others."""
+    """Marks the singular triples that a weight uses; s is 0 in the others."""
 
     active: Bool[Array, "*layers R"]
 
@@ -24,11 +24,11 @@ class FreezeInactiveColumnsState(NamedTuple):
 
 
 def freeze_inactive_columns() -> optax.GradientTransformationExtraArgs:
-    """Holds s at zero, and u and v in place, in the columns that its state marks.
+    """Keeps s at zero, and u and v constant, in the columns marked as inactive.
 
-    Stacked layers share one stored rank; a layer that needs less has columns that are
-    not active. All are active at first: `rank.resize` sets the marks. After the
-    learning rate, before the clip and the retraction.
+    Stacked layers share one stored rank. A layer that needs a lower rank has inactive
+    columns. All columns start active; `rank.resize` changes the marks in the state.
+    Place it after the learning rate, before the clip and the retraction.
 
     Returns:
       A transformation that needs `params`.
@@ -45,9 +45,9 @@ def freeze_inactive_columns() -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _common.require(params, "freeze_inactive_columns")
+        params = _common.require_params(params, "freeze_inactive_columns")
 
-        def hold(d, p, columns):
+        def freeze(d, p, columns):
             if not _common.is_whole_spectral(d):
                 return d
             active = columns.active
@@ -59,7 +59,7 @@ def freeze_inactive_columns() -> optax.GradientTransformationExtraArgs:
             )
 
         updates = jax.tree.map(
-            hold, updates, params, state.columns, is_leaf=_common.is_weight
+            freeze, updates, params, state.columns, is_leaf=_common.is_weight
         )
         return updates, state
 

@@ -1,4 +1,4 @@
-"""Adam with moments in bfloat16, rounded at random so that small changes are kept."""
+"""Adam, with moments in float32 or in stochastically rounded bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -14,18 +14,23 @@ def scale_by_low_precision_adam(
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam's direction, with both moments stored in bfloat16: 4 bytes per parameter.
+    r"""Rescales updates by Adam with both moments in bfloat16: 4 bytes per parameter.
 
     .. math::
       m \leftarrow b_1 m + (1 - b_1) g, \quad v \leftarrow b_2 v + (1 - b_2) g^2, \quad
       \Delta = \frac{m / (1 - b_1^t)}{\sqrt{v / (1 - b_2^t)} + \epsilon}
 
-    in float32, the result in the type of the parameters; what is stored is m and v
-    rounded stochastically, so that the stored moment is right on average. To the
-    nearest number, a v that has nothing added would stay for ever: with b2 = .999 it
-    falls by 1/1000 a step, and neighbouring bfloat16 numbers are 1/256 to 1/128 apart.
+    Computes in float32 and returns updates in the dtype of the parameters. The state
+    stores m and v, rounded stochastically, so stored moments are unbiased. Rounding to
+    nearest would keep v from decaying: b2 = .999 lowers it by 1/1000 per step, but
+    neighbouring bfloat16 numbers are 1/256 to 1/128 apart.
 
     The state is `optax.ScaleByAdamState`. All leaves are treated alike.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
 
     References:
       Kingma, Ba, Adam: a method for stochastic optimization, arXiv 1412.6980, 2014
@@ -51,11 +56,13 @@ def scale_by_low_precision_adam(
             state.nu,
             updates,
         )
-        seen_1, seen_2 = (_common.share_seen(b, count) for b in (b1, b2))
+        correction_1, correction_2 = (
+            _common.bias_correction(b, count) for b in (b1, b2)
+        )
         directions = jax.tree.map(
-            lambda m, v, p: ((m / seen_1) / (jnp.sqrt(v / seen_2) + eps)).astype(
-                p.dtype
-            ),
+            lambda m, v, p: (
+                (m / correction_1) / (jnp.sqrt(v / correction_2) + eps)
+            ).astype(p.dtype),
             mu,
             nu,
             like,
@@ -76,19 +83,27 @@ def scale_by_adam(
     *,
     moment_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns Adam by optax, or for bfloat16 `scale_by_low_precision_adam`.
+    """Rescales updates by `optax.scale_by_adam` or `scale_by_low_precision_adam`.
 
-    Float32 moments are that for leaves of less precision too: a second moment in
-    bfloat16 to the nearest number, as optax has it for those, never falls.
+    Unlike in optax, float32 moments are float32 for leaves of lower precision too: a
+    bfloat16 second moment that is rounded to nearest never decays.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      moment_dtype: of both moments, float32 or bfloat16.
 
     Raises:
-      ValueError: for another type of the moments.
+      ValueError: for another dtype of the moments.
     """
     dtype = jnp.dtype(moment_dtype)
     if dtype == jnp.bfloat16:
         return scale_by_low_precision_adam(b1, b2, eps)
     if dtype != jnp.float32:
-        raise ValueError(f"moments are float32 or bfloat16, not {dtype.name}")
+        raise ValueError(
+            f"moment_dtype must be float32 or bfloat16, got {dtype.name!r}"
+        )
     tx = optax.scale_by_adam(b1, b2, eps)
 
     def init_fn(params):
@@ -109,16 +124,16 @@ def scale_by_adam(
 def round_stochastically(
     x: Float[Array, "*N"], salt: Int[Array, ""]
 ) -> Float[Array, "*N"]:
-    """Returns x in bfloat16: one of its two neighbours, the nearer one more often.
+    """Returns x in bfloat16, rounded up or down at random to a neighbour.
 
-    Up with the probability of what is cut off, over all values of `salt`. The random
-    bits are a hash of x, of its place in the last two axes, and of salt, so equal
-    arguments give equal results, whatever the sharding; and so do matrices, whatever
-    layers they are stacked with. Infinities and NaN stay.
+    The probability of rounding up is the fraction cut off, over all values of `salt`.
+    The random bits are a hash of x, its position in the last two axes, and salt. So
+    equal arguments give equal results under any sharding, and a layer is rounded alike
+    alone and in a stack. Infinities and NaN stay.
 
     Args:
       x: float32.
-      salt: another one at each step.
+      salt: a different integer at each step.
 
     References:
       Wellons, Prospecting for hash functions, 2018, https://nullprogram.com/blog/2018
@@ -126,15 +141,15 @@ def round_stochastically(
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = bits + salt.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-    # Over a mesh with Explicit axes every device would count the places of all.
+    # Without a sharding, every device of an Explicit mesh would hold the whole iota.
     sharding = jax.typeof(x).sharding
     explicit = AxisType.Explicit in sharding.mesh.axis_types
-    # Equal numbers at different places are rounded apart; layers need not be.
+    # Equal numbers at different positions get different noise, but layers may share it.
     for axis, odd in zip(range(x.ndim)[-2:], (0x85EBCA6B, 0xC2B2AE35), strict=False):
-        place = jax.lax.broadcasted_iota(
+        position = jax.lax.broadcasted_iota(
             jnp.uint32, x.shape, axis, out_sharding=sharding if explicit else None
         )
-        noise = noise + place * jnp.uint32(odd)
+        noise = noise + position * jnp.uint32(odd)
     noise = (noise ^ (noise >> 16)) * jnp.uint32(0x21F0AAAD)
     noise = (noise ^ (noise >> 15)) * jnp.uint32(0x735A2D97)
     noise = (noise ^ (noise >> 15)) & jnp.uint32(0xFFFF)

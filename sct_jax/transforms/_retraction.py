@@ -1,4 +1,4 @@
-"""Retractions and projections of whole trees, as additive updates."""
+"""Retractions and tangent projections of whole trees, as additive updates."""
 
 import functools
 
@@ -17,21 +17,21 @@ def retract_to_stiefel(
     every: int | jax.Array = 1,
     tolerance: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Changes updates so that `params + updates` has orthonormal u and v.
+    r"""Modifies updates so that `params + updates` has orthonormal u and v.
 
     .. math::
       \Delta u \leftarrow R(u + \Delta u) - u, \qquad
       \Delta v \leftarrow R(v + \Delta v) - v
 
-    Must stand last in a chain, after the learning rate. Ensures an orthonormality error
-    below 4e-6 for factors stored in float32; rounding to bfloat16 alone costs up to
-    2e-2, the more the smaller a factor is.
+    Place it last in a chain, after the learning rate. Ensures an orthonormality error
+    below 4e-6 for factors in float32. Rounding to bfloat16 alone costs up to 2e-2, more
+    for smaller factors.
 
     Args:
       method: retraction, see `stiefel.retract`.
-      every: lazy retraction, on every so many updates only.
-      tolerance: lazy retraction, only where max |x.T x - I| of some factor would pass
-        this value; with `every`, whichever comes first.
+      every: lazy retraction: number of updates between retractions.
+      tolerance: lazy retraction: retract when max |x.T x - I| of any factor would
+        exceed this value. With `every`, retract when either condition holds.
 
     Returns:
       A transformation that needs `params`.
@@ -52,7 +52,7 @@ def retract_to_stiefel(
       TSVD, arXiv 2605.28573, 2026 (lazy orthonormality; the rule is our own)
     """
     stiefel.check_method(method)
-    # What `optax.inject_hyperparams` hands on has a value only within the update.
+    # Arrays may be tracers, as under `optax.inject_hyperparams`: do not read them.
     if not isinstance(every, jax.Array) and every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     if (
@@ -65,7 +65,7 @@ def retract_to_stiefel(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _common.require(params, "retract_to_stiefel")
+        params = _common.require_params(params, "retract_to_stiefel")
         factors, rebuild = _common.select_spectral(updates, params)
         if not factors:
             return updates, state.next()
@@ -79,7 +79,8 @@ def retract_to_stiefel(
                     stiefel.orthonormality_error(x) for x in jax.tree.leaves(moved)
                 ]
                 drifted = jnp.max(jnp.stack(errors)) > tolerance
-                due = (due & (every > 1)) | drifted  # of every update no lazy one
+                # The default every = 1 would always be due: the tolerance decides.
+                due = (due & (every > 1)) | drifted
             retracted = _retract_when(due, moved, method)
         updates = rebuild(
             [
@@ -96,23 +97,24 @@ def retract_to_stiefel(
 def _retract_when(
     due: Bool[Array, ""], moved: list[tuple[Array, Array]], method: str
 ) -> list[tuple[Array, Array]]:
-    """Retracted or as it is; compiled once, for those who update outside of a jit."""
+    """Retracted points if due, else `moved`; jitted for updates outside of a jit."""
     retraction = functools.partial(stiefel.retract, method=method)
     return jax.lax.cond(due, retraction, lambda x: x, moved)
 
 
 def project_to_tangent() -> optax.GradientTransformationExtraArgs:
-    r"""Projects the updates of u and v on the tangent space of the Stiefel manifold.
+    r"""Projects the updates of u and v onto the tangent space of the Stiefel manifold.
 
     .. math::
       \Delta u \leftarrow \Delta u - u\,\mathrm{sym}(u^T \Delta u), \qquad
       \Delta v \leftarrow \Delta v - v\,\mathrm{sym}(v^T \Delta v)
 
-    First in a chain it makes Riemannian gradients; before the retraction it removes the
-    part of a displacement that the retraction would undo. 4 R FLOPs per factor entry.
+    At the start of a chain it turns gradients into Riemannian gradients. Before the
+    retraction it removes the part of a displacement that the retraction would undo.
+    Costs 4 R FLOPs per factor entry.
 
     Returns:
-      A transformation that needs `params`, without state.
+      A transformation that needs `params` and has no state.
 
     References:
       Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, eq.
@@ -121,14 +123,14 @@ def project_to_tangent() -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _common.require(params, "project_to_tangent")
+        params = _common.require_params(params, "project_to_tangent")
         return tangent_projection(updates, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def tangent_projection(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-    """Returns a tree like params, with u and v as `project_to_tangent` leaves them."""
+    """Returns the updates with u and v projected as in `project_to_tangent`."""
     factors, rebuild = _common.select_spectral(updates, params)
     return rebuild(
         [

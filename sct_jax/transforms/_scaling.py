@@ -1,4 +1,4 @@
-"""A rate of its own for every component of a weight."""
+"""Learning-rate multipliers per component, and a bound on the rotation of columns."""
 
 from typing import Any
 
@@ -17,46 +17,46 @@ def scale_components(
     dense: _common.ScalarOrSchedule = 1.0,
     base_width: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by a rate of their own for u and v, s, and other arrays.
+    """Scales the updates of u and v, of s, and of other arrays by separate multipliers.
 
-    Adam moves every entry of u by the learning rate, so its columns turn by that rate
-    times sqrt(fan_in). With `base_width` the rates of u and v are further multiplied by
-    sqrt(base_width / fan), and columns turn alike at every width. LowRankFactors are
-    scaled as u and v are, without the width.
+    Adam moves every entry of u by the learning rate, so columns rotate by the learning
+    rate times sqrt(fan_in). `base_width` multiplies the updates of u and v by another
+    sqrt(base_width / fan), which makes the rotation independent of the width.
+    LowRankFactors are scaled by `uv`, without the width.
 
     Args:
-      uv: factor, or schedule of it, for u and v.
-      s: the same for singular values.
-      dense: the same for arrays outside factor tuples.
-      base_width: fan at which `uv` applies as it is; None switches the scaling off.
+      uv: multiplier, or schedule of it, for u and v.
+      s: multiplier, or schedule of it, for singular values.
+      dense: multiplier, or schedule of it, for arrays outside factor tuples.
+      base_width: fan at which `uv` applies unscaled; None for no scaling by width.
     """
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        rate_uv, rate_s, rate_dense = (
-            _common.value_of(r, state.count) for r in (uv, s, dense)
+        uv_now, s_now, dense_now = (
+            _common.value_of(x, state.count) for x in (uv, s, dense)
         )
 
-        def times(x: Any, rate: Any) -> Any:
-            # `optax.masked` may have taken leaves out, even of a factor tuple.
+        def times(x: Any, multiplier: Any) -> Any:
+            # `optax.masked` may remove single leaves of a factor tuple.
             masked = isinstance(x, optax.MaskedNode)
-            return x if masked else (x * rate).astype(x.dtype)
+            return x if masked else (x * multiplier).astype(x.dtype)
 
-        def turn(x: Any) -> Any:
+        def times_uv(x: Any) -> Any:
             if base_width is None or isinstance(x, optax.MaskedNode):
-                return times(x, rate_uv)
-            return times(x, rate_uv * (base_width / x.shape[-2]) ** 0.5)
+                return times(x, uv_now)
+            return times(x, uv_now * (base_width / x.shape[-2]) ** 0.5)
 
         def scale(update):
             if spectral.is_spectral(update):
                 return spectral.SpectralFactors(
-                    turn(update.u),
-                    times(update.s, rate_s),
-                    turn(update.v),
+                    times_uv(update.u),
+                    times(update.s, s_now),
+                    times_uv(update.v),
                 )
             if spectral.is_factors(update):
-                return jax.tree.map(lambda x: times(x, rate_uv), update)
-            return times(update, rate_dense)
+                return jax.tree.map(lambda x: times(x, uv_now), update)
+            return times(update, dense_now)
 
         updates = jax.tree.map(scale, updates, is_leaf=spectral.is_factors)
         return updates, state.next()
@@ -67,10 +67,14 @@ def scale_components(
 def limit_rotation(
     max_rotation: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shortens every column of the updates of u and v to at most `max_rotation`.
+    """Clips the norm of every column of the updates of u and v to `max_rotation`.
 
-    A column of norm 1 that moves by d turns by about d radians. For rules that divide
-    by s, where small singular values would turn without bound. After the learning rate.
+    A column of norm 1 that moves by d rotates by about d radians. Use it with rules
+    that divide by s, under which columns of small singular values would rotate without
+    bound. Place it after the learning rate.
+
+    Args:
+      max_rotation: bound, in radians.
     """
 
     def shorten(x):

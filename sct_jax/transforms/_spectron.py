@@ -1,4 +1,4 @@
-"""Spectron: orthogonalised momentum within a radius set by the factors' norms."""
+"""Spectron: orthogonalised momentum, divided by the norms of the factors."""
 
 from typing import Any, NamedTuple
 
@@ -12,14 +12,14 @@ from sct_jax.transforms import _common
 
 
 class PowerVectors(NamedTuple):
-    """Estimates of the first right singular vectors of a and b, kept between steps."""
+    """Estimates of the top right singular vectors of a and b, kept between steps."""
 
     right_a: Float[Array, "*layers R"]
     right_b: Float[Array, "*layers R"]
 
 
 class SpectronState(NamedTuple):
-    """State of `scale_by_spectron`; a `MaskedNode` for whatever is no LowRankFactors.
+    """State of `scale_by_spectron`; a `MaskedNode` outside LowRankFactors.
 
     Attributes:
       mu: mean of the gradients, LowRankFactors per weight.
@@ -37,28 +37,29 @@ def scale_by_spectron(
     nesterov: bool = False,
     shape_factor: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Orthogonalises the momentum of a and b and divides by their spectral norms.
+    r"""Orthogonalises the momentum of a and b, and divides by their spectral norms.
 
     .. math::
       M_A \leftarrow b_1 M_A + (1 - b_1) G_A, \qquad
       \Delta A = \frac{\mathrm{NS}(M_A)}{\|A\|_2 + \|B\|_2 + 1}
 
-    and the same for B. After `optax.scale_by_learning_rate(eta)` this is Algorithm 1,
-    and the change of W = A B.T is at most eta to first order.
+    B is updated likewise. With `optax.scale_by_learning_rate(eta)` after it, this is
+    Algorithm 1, and W = A B.T changes by at most eta to first order.
 
-    `Deviation:` Newton-Schulz runs in float32 on the Gram matrix, which changes
-    rounding alone. The bound is as loose as the paper's: five quintic steps leave
-    singular values in about [.5, 1.5], and one power iteration underestimates.
+    `Deviation:` Newton-Schulz runs in float32 on the Gram matrix, which differs from
+    the paper by rounding only. The bound is as loose as in the paper: five quintic
+    steps leave singular values in about [.5, 1.5], and one power iteration
+    underestimates the norm.
 
     Args:
-      b1: decay of the mean of gradients.
-      newton_schulz_steps: steps of Muon's quintic; to `optax.inject_hyperparams` one of
-        the `static_args`.
-      nesterov: as the authors' code: orthogonalise b1 M + (1 - b1) G in the place of M.
-      shape_factor: as the authors' code: times sqrt(max(1, rows / columns)).
+      b1: decay of the mean of the gradients.
+      newton_schulz_steps: steps of Muon's quintic. Name it in the `static_args` of
+        `optax.inject_hyperparams`.
+      nesterov: orthogonalise b1 M + (1 - b1) G instead of M, as in the authors' code.
+      shape_factor: multiply by sqrt(max(1, rows / columns)), as in the authors' code.
 
     Returns:
-      A transformation that needs `params`. Leaves other than LowRankFactors pass.
+      A transformation that needs `params`. It passes all leaves but LowRankFactors.
 
     Example:
       >>> import jax, optax
@@ -76,7 +77,7 @@ def scale_by_spectron(
     def init_fn(params):
         def vectors(w):
             shape = (*w.a.shape[:-2], w.a.shape[-1])
-            # Two arrays: one that stands twice in a state cannot be donated.
+            # A state that holds one array twice cannot be donated.
             start = lambda: jnp.full(shape, w.a.shape[-1] ** -0.5, jnp.float32)
             return PowerVectors(start(), start())
 
@@ -89,7 +90,7 @@ def scale_by_spectron(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _common.require(params, "scale_by_spectron")
+        params = _common.require_params(params, "scale_by_spectron")
         leaves, treedef = jax.tree.flatten(updates, is_leaf=_common.is_weight)
         chosen = [i for i, g in enumerate(leaves) if _is_low_rank(g)]
         weights, means, vectors = (
@@ -128,7 +129,7 @@ def _is_low_rank(x: Any) -> bool:
 def _radius(
     w: spectral.LowRankFactors, vectors: PowerVectors
 ) -> tuple[Float[Array, "*L 1 1"], PowerVectors]:
-    """1 / (||a|| + ||b|| + 1) by one power iteration each, and the vectors after it."""
+    """1 / (||a|| + ||b|| + 1) by one power iteration each, and the new vectors."""
     w = jax.tree.map(linalg.as_float32, w)
     norm_a, right_a = linalg.power_iteration(w.a, vectors.right_a)
     norm_b, right_b = linalg.power_iteration(w.b, vectors.right_b)

@@ -1,4 +1,4 @@
-"""Muon for SpectralFactors: orthogonalised momentum on u and v, Adam on s."""
+"""Stiefel Muon: orthogonalised momentum on u and v, Adam on s."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ COORDINATES = ("factors", "svd")
 
 
 class SecondMoment(NamedTuple):
-    """Of the singular values alone; u and v have none."""
+    """Second moment of s; u and v have none."""
 
     s: Float[Array, "*layers R"]
 
@@ -24,8 +24,8 @@ class StiefelMuonState(NamedTuple):
 
     Attributes:
       count: number of updates seen.
-      mu: mean of the gradients, SpectralFactors per weight; in the "svd" coordinates those of
-        u and v are divided by s.
+      mu: mean of the gradients, SpectralFactors per weight. In the coordinates "svd",
+        gradients of u and v are divided by s.
       nu: mean of the squared gradients of s, `SecondMoment` per weight.
     """
 
@@ -45,33 +45,35 @@ def scale_by_stiefel_muon(
     coordinates: str = "factors",
     shares: tuple[float, float, float] = (0.4, 0.2, 0.4),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Orthogonalises the momentum of u and v, and scales that of s by Adam.
+    r"""Orthogonalises the momentum of u and v, and rescales s by Adam.
 
-    With msign by Newton-Schulz and M the mean of gradients, in the coordinates "factors"
+    M is the mean of the gradients, msign its orthogonal factor by Newton-Schulz. In the
+    coordinates "factors",
 
     .. math::
       \Delta u = \mathrm{msign}(M_u), \qquad \Delta v = \mathrm{msign}(M_v), \qquad
       \Delta s = \mathrm{Adam}(G_s)
 
-    so that a learning rate eta turns every column by about eta. In the coordinates "svd" M is
-    the mean of G_u / s = G_W v, and shares (a_u, a_s, a_v) of one step of W are
+    so a learning rate eta rotates every column by about eta. In the coordinates "svd",
+    M_u is the mean of G_u / s = G_W v, and the shares (a_u, a_s, a_v) split a step of W
+    into
 
     .. math::
       \Delta u = a_u\,\mathrm{msign}(M_u)\,\mathrm{diag}(1/s), \qquad
       |\Delta s| \le a_s, \qquad \Delta v = a_v\,\mathrm{msign}(M_v)\,\mathrm{diag}(1/s)
 
-    with 1/s damped: before the retraction a rate eta changes W by at most eta (a_u +
-    a_s + a_v) to first order, times the overshoot of Newton-Schulz. Pair it with
-    `limit_rotation`, with `retract_by_svd`, which keeps s descending, and with the
-    clip, which bounds what the retraction adds.
+    with 1/s damped. Before the retraction, a learning rate eta then changes W by at
+    most eta (a_u + a_s + a_v) to first order, times the overshoot of Newton-Schulz.
+    Combine it with `limit_rotation`, with `retract_by_svd`, which keeps s descending,
+    and with the clip, which bounds the change by the retraction.
 
-    The update rule is our own; see the references for its parts.
+    The update rule is our own; the references cover its parts.
 
     Args:
       b1: decay of the mean of the gradients of u and v.
-      nesterov: orthogonalise b1 M + (1 - b1) G in the place of M.
-      newton_schulz_steps: steps of Muon's quintic; to `optax.inject_hyperparams` one of
-        the `static_args`.
+      nesterov: orthogonalise b1 M + (1 - b1) G instead of M.
+      newton_schulz_steps: steps of Muon's quintic. Name it in the `static_args` of
+        `optax.inject_hyperparams`.
       s_b1: decay of the first moment of s.
       s_b2: decay of the second moment of s.
       eps: added to the root of the second moment of s.
@@ -79,10 +81,10 @@ def scale_by_stiefel_muon(
       shares: (a_u, a_s, a_v), for the coordinates "svd".
 
     Returns:
-      A transformation that needs `params`. Leaves other than SpectralFactors pass.
+      A transformation that needs `params`. It passes all leaves but SpectralFactors.
 
     Raises:
-      ValueError: for another coordinates.
+      ValueError: for unknown coordinates.
 
     References:
       Jordan et al., Muon: an optimizer for hidden layers, 2024,
@@ -91,7 +93,8 @@ def scale_by_stiefel_muon(
     """
     if coordinates not in COORDINATES:
         raise ValueError(
-            f"unknown coordinates {coordinates!r}: choose one of {', '.join(COORDINATES)}"
+            f"unknown coordinates {coordinates!r}: choose one of "
+            f"{', '.join(COORDINATES)}"
         )
     a_u, a_s, a_v = shares
 
@@ -102,7 +105,7 @@ def scale_by_stiefel_muon(
         return StiefelMuonState(
             count=jnp.zeros([], jnp.int32),
             mu=per_weight(lambda w: jax.tree.map(jnp.zeros_like, w)),
-            # In bfloat16 to the nearest number it would never fall.
+            # A bfloat16 second moment that is rounded to nearest never decays.
             nu=per_weight(
                 lambda w: SecondMoment(jnp.zeros_like(w.s, dtype=jnp.float32))
             ),
@@ -110,7 +113,7 @@ def scale_by_stiefel_muon(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _common.require(params, "scale_by_stiefel_muon")
+        params = _common.require_params(params, "scale_by_stiefel_muon")
         count = jnp.asarray(optax.safe_increment(state.count))
         leaves, treedef = jax.tree.flatten(updates, is_leaf=_common.is_weight)
         chosen = [i for i, g in enumerate(leaves) if _common.is_whole_spectral(g)]
@@ -132,10 +135,12 @@ def scale_by_stiefel_muon(
                 u, v = mean(u, g.u, b1), mean(v, g.v, b1)
             directions.append((u, v))
         directions = linalg.newton_schulz(directions, steps=newton_schulz_steps)
-        seen_1, seen_2 = (_common.share_seen(b, count) for b in (s_b1, s_b2))
+        correction_1, correction_2 = (
+            _common.bias_correction(b, count) for b in (s_b1, s_b2)
+        )
         for i, (u, v) in zip(chosen, directions, strict=True):
-            mean_s = means[i].s / seen_1
-            root = jnp.sqrt(squares[i].s / seen_2)
+            mean_s = means[i].s / correction_1
+            root = jnp.sqrt(squares[i].s / correction_2)
             s = mean_s / (root + eps)
             if coordinates == "svd":
                 inverse = _transport.damped_inverse(weights[i].s)[..., None, :]

@@ -1,4 +1,4 @@
-"""Moments that follow the factors: transport, and the lossless retraction."""
+"""Transformations that move the first moments along with the factors."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,9 @@ import optax
 from jaxtyping import Array, Float
 
 from sct_jax import linalg, spectral, stiefel
-from sct_jax.transforms import _common, _retraction
+from sct_jax.transforms import _common, _moments, _retraction
 
-# 1 / s is damped to s / (s^2 + (DAMPING max|s|)^2) wherever a moment is divided by s.
+# Moments are divided by s through the damped s / (s^2 + (DAMPING max|s|)^2).
 DAMPING = 0.1
 
 MOMENTS = ("gradient", "whitened")
@@ -19,15 +19,15 @@ MOMENTS = ("gradient", "whitened")
 def transport_moments(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Carries the first moments of u and v into the tangent space where they are used.
+    """Projects the first moments of `inner` onto the current tangent space.
 
-    Before each update of `inner` the fields `mu` of its state are projected on the
-    tangent space at `params`: the vector transport by projection from the point of the
-    last step, applied once that point has moved. 4 R FLOPs per factor entry.
+    Projects the fields `mu` of the state of `inner` onto the tangent space at `params`,
+    before each update. This is vector transport by projection, from the point of the
+    last step to the current one. Costs 4 R FLOPs per factor entry.
 
     Args:
-      inner: `optax.scale_by_adam`, a chain or partition that holds one, or any
-        transformation that calls its mean of gradients `mu`.
+      inner: `optax.scale_by_adam`, a chain or partition with it, or any transformation
+        whose state names the mean of the gradients `mu`.
 
     Returns:
       A transformation that needs `params`, with the state of `inner`.
@@ -39,8 +39,8 @@ def transport_moments(
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
-        params = _common.require(params, "transport_moments")
-        state = _common.map_first_moments(
+        params = _common.require_params(params, "transport_moments")
+        state = _moments.map_first_moments(
             state, lambda mu: _retraction.tangent_projection(mu, params)
         )
         return inner.update(updates, state, params, **extra_args)
@@ -49,7 +49,7 @@ def transport_moments(
 
 
 class Rotation(NamedTuple):
-    """What the lossless retraction did to one weight: u'' = q_u p, v'' = q_v z."""
+    """Change of basis of one weight by `retract_by_svd`: u'' = q_u p, v'' = q_v z."""
 
     p: Float[Array, "*L R R"]
     z: Float[Array, "*L R R"]
@@ -60,35 +60,35 @@ class Rotation(NamedTuple):
 def retract_by_svd(
     inner: optax.GradientTransformation, *, moments: str | None = "gradient"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Makes the updates of `inner` end on the manifold with nothing of them lost.
+    r"""Retracts the updates of `inner` by an SVD that keeps the whole product W'.
 
     A retraction of u and v alone drops the triangular factors, 13-36 % of a step. With
-    u + du = Q_u R_u, v + dv = Q_v R_v and s' = s + ds the whole product is kept:
+    u + du = Q_u R_u, v + dv = Q_v R_v and s' = s + ds, this one keeps them:
 
     .. math::
       (u + du)\,\mathrm{diag}(s')\,(v + dv)^T = Q_u (R_u\,\mathrm{diag}(s') R_v^T) Q_v^T
       = (Q_u P)\,\mathrm{diag}(s'')\,(Q_v Z)^T
 
-    so s is positive and descending after every step. Costs 8 R FLOPs per factor entry
-    and an SVD of R x R per weight and layer (`linalg.jacobi_svd`), which is
-    some hundred small operations in sequence: by far the slowest of the retractions.
+    So s is positive and descending after every step. Costs 8 R FLOPs per factor entry
+    and an R x R SVD per weight and layer (`linalg.jacobi_svd`). The SVD is a sequence
+    of some hundred small operations, so this is by far the slowest retraction.
 
-    Stands around a whole chain that ends with the learning rate (and a clip, with
-    `retraction="lossless"`), in the place of `retract_to_stiefel`.
+    Wrap it around a whole chain instead of appending `retract_to_stiefel`. The chain
+    ends with the learning rate, or with a clip that has `retraction="svd"`.
 
     Args:
       inner: the chain.
-      moments: what the first moments (fields `mu`) of u and v are, which turn with the
-        basis. "gradient": means of G_u = G_W v diag(s), so that mu_u becomes mu_u
-        diag(1 / s) Z diag(s''), with 1 / s damped, and mu_v likewise with P.
-        "whitened": means of G_W v, so that mu_u becomes mu_u Z. None: they stay. The
-        moments of s, and second moments, always stay.
+      moments: meaning of the first moments (fields `mu`) of u and v, which determines
+        how they change with the basis. "gradient": means of G_u = G_W v diag(s), so
+        mu_u becomes mu_u diag(1 / s) Z diag(s''), with 1 / s damped, and mu_v likewise
+        with P. "whitened": means of G_W v, so mu_u becomes mu_u Z. None: no change.
+        Moments of s and second moments never change.
 
     Returns:
       A transformation that needs `params`, with the state of `inner`.
 
     Raises:
-      ValueError: for another value of `moments`.
+      ValueError: for unknown `moments`.
     """
     if moments not in (None, *MOMENTS):
         raise ValueError(
@@ -97,7 +97,7 @@ def retract_by_svd(
     inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
-        params = _common.require(params, "retract_by_svd")
+        params = _common.require_params(params, "retract_by_svd")
         updates, state = inner.update(updates, state, params, **extra_args)
         factors, rebuild = _common.select_spectral(updates, params)
         moved = [
@@ -113,7 +113,7 @@ def retract_by_svd(
             new.append(jax.tree.map(lambda x, y: (x - y).astype(y.dtype), w, p))
             rotations.append(rotation)
         if moments is not None:
-            state = _common.map_first_moments(
+            state = _moments.map_first_moments(
                 state, lambda mu: _turn(mu, rebuild(rotations), moments)
             )
         return rebuild(new), state
@@ -139,14 +139,17 @@ def _assemble(
     s: Float[Array, "*L R"],
     z: Float[Array, "*L R R"],
 ) -> tuple[spectral.SpectralFactors, Rotation]:
-    """q_u p diag(s) z.T q_v.T with s positive and descending, and u near the old."""
+    """The factors of q_u p diag(s) z.T q_v.T, and the change of basis.
+
+    s becomes positive and descending. Signs are chosen to keep u near the old one.
+    """
     order = jnp.argsort(-jnp.abs(s), axis=-1)
     p = jnp.take_along_axis(p, order[..., None, :], axis=-1)
     z = jnp.take_along_axis(z, order[..., None, :], axis=-1)
     s = jnp.take_along_axis(s, order, axis=-1)
     z = z * jnp.where(s < 0, -1.0, 1.0).astype(z.dtype)[..., None, :]
     u = linalg.matmul(q_u, p)
-    # Of the two signs of a pair the one that keeps u: moments then stay meaningful.
+    # Keep the sign of u, so that moments that do not change stay meaningful.
     along = jnp.sum(u * linalg.as_float32(old.u), axis=-2, keepdims=True)
     sign = jnp.where(along < 0, -1.0, 1.0).astype(u.dtype)
     p, z, s = p * sign, z * sign, jnp.abs(s)
@@ -155,7 +158,7 @@ def _assemble(
 
 
 def _turn(mu: Any, rotations: Any, moments: str | None) -> Any:
-    """First moments in the new basis; `rotations` stand where the weights stand."""
+    """First moments in the new basis; `rotations` mirrors the tree of weights."""
 
     def turn(m, rotation, r):
         x = linalg.as_float32(m)

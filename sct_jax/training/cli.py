@@ -1,0 +1,38 @@
+"""Pre-trains a language model.
+
+python -m experiments.pretrain --config=configs/smollm_r128.py:tiny
+sct-train --config=my_config.py --config.seed=1
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+# Silences JAX about absent accelerators, and TFDS about TensorFlow.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from sct_jax import errors
+from sct_jax.training import huge_pages, loop, overrides, signals
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of a run.
+
+    0 finished (or finished earlier), 1 diverged, 2 bad input, 130 after SIGINT and 143
+    after SIGTERM, both once the state is saved.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    experiment, workdir, flags = overrides.parse_experiment(argv, __doc__ or "")
+    try:
+        result = loop.train(experiment, workdir, dry_run=flags.dry_run)
+    except errors.UserError as error:
+        overrides.fail(str(error))
+    if result.signal is not None:
+        return signals.exit_code(result.signal)
+    return 1 if result.status == "diverged" else 0
+
+
+def console_script() -> int:
+    """Runs `main` as a program of its own, in huge memory pages where they help."""
+    huge_pages.restart_with_huge_pages()
+    return main()

@@ -1,0 +1,201 @@
+"""What a person sees of a run: the start table, progress and messages."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+from jax.sharding import Mesh
+
+from sct_jax import rank
+from sct_jax.training import config as config_lib
+from sct_jax.training import metrics
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Prints text verbatim: no markup, no wrapping."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_start(
+    console: rich.console.Console,
+    config: config_lib.ExperimentConfig,
+    summary: Mapping[str, Any],
+    mesh: Mesh,
+) -> None:
+    """Prints the start table and a note for each setting without effect.
+
+    Args:
+      console: where to print.
+      config: the run.
+      summary: from `accounting.summary`.
+      mesh: the devices.
+    """
+    devices = jax.devices()
+    console.print(
+        start_table(
+            summary,
+            devices=f"{len(devices)} x {devices[0].device_kind}",
+            mesh=mesh.shape,
+            tokens_per_step=config.data.tokens_per_step,
+            num_steps=config.num_steps,
+        )
+    )
+    for note in (*config.model.clamped_ratios(), *config.unused_fields()):
+        say(console, f"note: {note}")
+
+
+def start_table(
+    summary: Mapping[str, Any],
+    *,
+    devices: str,
+    mesh: Mapping[str, int],
+    tokens_per_step: int,
+    num_steps: int,
+) -> rich.table.Table:
+    """Returns the table printed before a run, from `accounting.summary`."""
+    stored = summary["parameters"]
+    dense = summary["dense_equivalent_parameters"]
+    sizes = summary["bytes"]
+    table = rich.table.Table(show_header=False, title="sct_jax", title_justify="left")
+    rows = {
+        "parameters (stored)": f"{stored:,}",
+        "parameters (dense equivalent)": f"{dense:,}",
+        "compression": f"{dense / stored:.2f}x",
+        **{
+            f"bytes, {name}": f"{size:,} ({_human(size)})"
+            for name, size in sizes.items()
+        },
+        "bytes, activations": "not counted",
+        "FLOPs per token": f"{summary['flops_per_token']:,}",
+        "tokens per step": f"{tokens_per_step:,}",
+        "tokens in total": f"{tokens_per_step * num_steps:,}",
+        "devices": devices,
+        "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _human(size: int) -> str:
+    units = ("B", "KB", "MB", "GB", "TB")
+    power = min(int(math.log(max(size, 1), 1000)), len(units) - 1)
+    return f"{size / 1000**power:.3g} {units[power]}"
+
+
+def describe_ranks(step: int, before: Mapping[str, int], change: rank.Change) -> str:
+    """Returns a line about a change of ranks: stored ones, and the mean in use."""
+    changed = [
+        f"{name} {before[name]} -> {stored}"
+        for name, stored in change.ranks.items()
+        if before[name] != stored
+    ]
+    in_use = [f"{name} {np.mean(a):.1f}" for name, a in change.active.items()]
+    return (
+        f"step {step}: stored ranks {', '.join(changed) or 'unchanged'}; in use "
+        + ", ".join(in_use)
+    )
+
+
+def describe_evaluation(step: int, row: metrics.Row) -> str:
+    """Returns a line about an evaluation."""
+    return (
+        f"step {step}: held-out loss {row['eval/loss']:.4f} nats per token, "
+        f"perplexity {row['eval/perplexity']:.2f}, "
+        f"{row['eval/bits_per_byte']:.4f} bits per byte"
+    )
+
+
+def describe_passes(config: config_lib.ExperimentConfig, num_tokens: int) -> str:
+    """Returns a line about how often a run reads `num_tokens` of training text."""
+    tokens = config.num_steps * config.data.tokens_per_step
+    return (
+        f"data: {tokens:,} tokens in {config.num_steps:,} steps, "
+        f"{tokens / num_tokens:.3g} passes over the training text"
+    )
+
+
+def describe_divergence(step: int, name: str, value: Any, kept: int | None) -> str:
+    """Returns what is not finite, what remains, and what to try.
+
+    Args:
+      step: number of applied updates.
+      name: what is not finite.
+      value: its value.
+      kept: step of the newest checkpoint, None without one.
+    """
+    last = f"the checkpoint of step {kept} is kept" if kept else "nothing is saved"
+    return (
+        f"diverged: the {name} of step {step} is {float(value)}; {last}. Lower "
+        "optimizer.peak_learning_rate, or bound the update with "
+        "optimizer.max_update_norm, in another --workdir"
+    )
+
+
+class Progress:
+    """A live bar on a terminal, plain lines elsewhere: loss, rate, tokens/s, ETA."""
+
+    def __init__(
+        self, console: rich.console.Console, *, start_step: int, num_steps: int
+    ):
+        self._console = console
+        self._num_steps = num_steps
+        self._start_step = start_step
+        self._began = time.monotonic()
+        self._printed = -math.inf
+        self._bar: rich.progress.Progress | None = None
+        if console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed}/{task.total}"),
+                rich.progress.BarColumn(),
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.TimeRemainingColumn(),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "compiling", total=num_steps, completed=start_step
+            )
+
+    def begin(self) -> None:
+        """Starts the clock of the ETA once compilation is over."""
+        self._began = time.monotonic()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, row: metrics.Row) -> None:
+        """Shows a logged row: in the bar, or as a line at most every two seconds."""
+        text = (
+            f"loss {row['train/loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
+        )
+        step = int(row["step"])
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+            return
+        now = time.monotonic()
+        if now - self._printed >= 2 or step == self._num_steps:
+            self._printed = now
+            rate = (now - self._began) / max(step - self._start_step, 1)
+            eta = round(rate * (self._num_steps - step))
+            self.print(
+                f"step {step}/{self._num_steps}  {text}  ETA {eta // 60}:{eta % 60:02d}"
+            )
+
+    def print(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        say(self._console, text)
+
+    def close(self) -> None:
+        """Leaves the bar at its last step."""
+        if self._bar:
+            self._bar.stop()

@@ -1,0 +1,464 @@
+"""Configuration files, and the flags that override their fields.
+
+A configuration file is a Python module with `get_config(variant=...)`. It returns a
+typed configuration that states only what differs from the defaults.
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import traceback
+import types
+import typing
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from sct_jax import errors
+from sct_jax.training import config as config_lib
+from sct_jax.training import optimizer_config
+
+T = TypeVar("T")
+
+Pairs = Iterable[tuple[str, str]]  # dotted fields and their values as text
+
+
+@typing.runtime_checkable
+class Validated(Protocol):
+    """A configuration that checks itself."""
+
+    def validate(self) -> None:
+        """Raises UserError, naming the field."""
+
+
+V = TypeVar("V", bound=Validated)
+
+
+# --- Files.
+
+
+def load(spec: str, pairs: Pairs = ()) -> config_lib.ExperimentConfig:
+    """Returns the validated configuration of "path.py" or "path.py:variant".
+
+    Args:
+      spec: configuration file, with the variant after a colon.
+      pairs: overrides, see `apply`.
+
+    Raises:
+      UserError: for an unknown file, variant or field, and for a value that does not
+        fit.
+    """
+    return load_as(config_lib.ExperimentConfig, spec, pairs)
+
+
+def load_as(kind: type[V], spec: str, pairs: Pairs = ()) -> V:
+    """Returns what `load` does, for a file whose `get_config` returns a `kind`."""
+    path, _, variant = spec.partition(":")
+    config = _call_get_config(pathlib.Path(path), variant)
+    errors.check(
+        "--config",
+        isinstance(config, kind),
+        f"get_config of {path} returned {type(config).__name__}, not {kind.__name__}",
+    )
+    config = apply(config, pairs)
+    config.validate()
+    return config
+
+
+def default_workdir(spec: str) -> str:
+    """Returns runs/<file stem>-<variant>, with the file's default variant."""
+    path, _, variant = spec.partition(":")
+    if not variant:
+        get_config = _load_module(pathlib.Path(path)).get_config
+        parameter = inspect.signature(get_config).parameters.get("variant")
+        variant = parameter.default if parameter else ""
+    stem = pathlib.Path(path).stem
+    return os.path.join("runs", f"{stem}-{variant}" if variant else stem)
+
+
+def _call_get_config(path: pathlib.Path, variant: str) -> Any:
+    module = _load_module(path)
+    if variant:
+        variants = tuple(getattr(module, "VARIANTS", ()))
+        errors.check_choice("--config variant", variant, variants)
+    with _errors_with_line(path):
+        return module.get_config(variant=variant) if variant else module.get_config()
+
+
+def _load_module(path: pathlib.Path) -> types.ModuleType:
+    if not path.is_file():
+        siblings = sorted(str(p) for p in path.parent.glob("*.py"))
+        raise errors.UserError(
+            f"--config: no file {str(path)!r}{errors.nearest(str(path), siblings)}"
+        )
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise errors.UserError(f"--config: {str(path)!r} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    with _errors_with_line(path):
+        module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise errors.UserError(f"--config: {path} has no get_config(variant=...)")
+    return module
+
+
+@contextlib.contextmanager
+def _errors_with_line(path: pathlib.Path) -> Iterator[None]:
+    """Turns an error in a configuration file into a UserError that names its line."""
+    try:
+        yield
+    except errors.UserError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+        where = f"{path}:{line}" if line else str(path)
+        raise errors.UserError(
+            f"--config: {where}: {type(error).__name__}: {error}"
+        ) from error
+
+
+# --- Overrides.
+
+
+def override(config: T, field: str, text: str) -> T:
+    """Returns the configuration with one dotted field set, see `apply`."""
+    return apply(config, [(field, text)])
+
+
+def apply(config: T, pairs: Pairs) -> T:
+    """Returns the configuration with dotted fields set to parsed text.
+
+    Later pairs win. The order does not matter otherwise: `optimizer.name` may come
+    before or after the fields of its chain.
+
+    Raises:
+      UserError: for an unknown field (names the nearest), or text that is not a value
+        of the field's type.
+    """
+    changes: dict[str, Any] = {}
+    for field, text in pairs:
+        field, text = _current_names(field, text)
+        group, keys = changes, field.split(".")
+        value = _parse_field(config, keys, text)
+        for key in keys[:-1]:
+            group = group.setdefault(key, {})
+        group[keys[-1]] = value
+    return _replace(config, changes)
+
+
+def _replace(config: Any, changes: dict[str, Any]) -> Any:
+    """The configuration with nested changes; a chain may change its class."""
+    if isinstance(config, optimizer_config.OptimizerConfig):
+        before = {"name": config.name} | config.set_fields()
+        # None asks for the default of the chain.
+        unset = {k for k, v in changes.items() if v is _CHAIN_DEFAULT}
+        after = {k: v for k, v in (before | changes).items() if k not in unset}
+        return optimizer_config.from_fields(after)
+    values = {
+        key: _replace(getattr(config, key), value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return dataclasses.replace(config, **values)
+
+
+def _current_names(field: str, text: str) -> tuple[str, str]:
+    """Field and value under the names of this version; warns about earlier ones."""
+    name = field
+    for old, new in config_lib.RENAMED_FIELDS.items():
+        if field == old or field.startswith(f"{old}."):
+            name = new + field.removeprefix(old)
+    value = config_lib.RENAMED_VALUES.get(name, {}).get(text, text)
+    if (name, value) != (field, text):
+        message = f"{field}={text} is now {name}={value}"
+        if name != field:
+            message = f"{field} is now {name}"
+        warnings.warn(
+            f"{message}; the next release drops the earlier name",
+            FutureWarning,
+            stacklevel=4,
+        )
+    return name, value
+
+
+_CHAIN_DEFAULT = object()
+
+
+def _parse_field(config: Any, keys: list[str], text: str) -> Any:
+    """The value of `text` for the field that a path of keys names."""
+    kind: Any = type(config)
+    for depth, key in enumerate(keys):
+        name = ".".join(keys[: depth + 1])
+        hints = _hints(kind)
+        if key not in hints:
+            raise errors.UserError(
+                f"unknown config field {name!r}{errors.suggestion(_near(key, hints))}"
+            )
+        kind = hints[key]
+        last = depth == len(keys) - 1
+        if dataclasses.is_dataclass(kind) and last:
+            fields = ", ".join(_hints(kind))
+            raise errors.UserError(
+                f"{name}: this is a group; set one of {name}.[{fields}]"
+            )
+        if not dataclasses.is_dataclass(kind) and not last:
+            raise errors.UserError(f"unknown config field {'.'.join(keys)!r}")
+    field = ".".join(keys)
+    if field in config_lib.CHAIN_DEFAULTS and text.lower() in ("none", "null"):
+        return _CHAIN_DEFAULT
+    return _parse(field, kind, text)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of the fields of a dataclass; of every chain, as `name` may change it."""
+    if kind is optimizer_config.OptimizerConfig:
+        return {
+            field: typing.get_type_hints(owner)[field]
+            for field, owner in optimizer_config.field_kinds().items()
+        }
+    return typing.get_type_hints(kind)
+
+
+# What other projects call a field.
+ALIASES = {
+    "batch": "data.batch_size",
+    "context_length": "data.seq_len",
+    "hidden_size": "model.d_model",
+    "intermediate_size": "model.d_ff",
+    "learning_rate": "optimizer.peak_learning_rate",
+    "lr": "optimizer.peak_learning_rate",
+    "max_steps": "num_steps",
+    "n_layers": "model.num_layers",
+    "num_hidden_layers": "model.num_layers",
+    "num_train_steps": "num_steps",
+    "sequence_length": "data.seq_len",
+    "steps": "num_steps",
+    "warmup": "optimizer.warmup_steps",
+    "wd": "optimizer.weight_decay",
+}
+
+
+def _near(key: str, hints: Iterable[str]) -> str | None:
+    """The field that a wrong key probably means: a neighbour, or one of any group."""
+    near = ALIASES.get(key) or errors.closest(key, tuple(hints))
+    if near:
+        return near
+    names: dict[str, str] = {}
+    for name, _, _ in fields_of(config_lib.ExperimentConfig()):
+        names.setdefault(name.rpartition(".")[2], name)
+    leaf = errors.closest(key, tuple(names), cutoff=0.7)
+    return names[leaf] if leaf else None
+
+
+def _parse(name: str, kind: Any, text: str) -> Any:
+    """The value of `text` for a field of type `kind`."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        try:
+            if option is bool:
+                return {"true": True, "1": True, "false": False, "0": False}[
+                    text.lower()
+                ]
+            if option is int:
+                number = float(text) if "e" in text.lower() else int(text)
+                if number == int(number):
+                    return int(number)
+            if option is float:
+                return float(text)
+            if option is str:
+                return text
+            if typing.get_origin(option) is tuple:
+                item_kind = typing.get_args(option)[0]
+                return tuple(_parse(name, item_kind, x) for x in _split_tuple(text))
+        except (KeyError, ValueError, OverflowError):
+            continue
+    wanted = " or ".join(
+        "none" if option is type(None) else getattr(option, "__name__", str(option))
+        for option in options
+    )
+    raise errors.UserError(f"{name}: {text!r} is not a value of type {wanted}")
+
+
+def _split_tuple(text: str) -> tuple[str, ...]:
+    if text.startswith(("(", "[")):
+        try:
+            return tuple(str(item) for item in ast.literal_eval(text))
+        except (SyntaxError, TypeError) as error:
+            raise ValueError(text) from error
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+# --- Command lines.
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Command-line flags: - and _ alike, no abbreviations, typos answered, exit 2."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse(
+        self, argv: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+        """Returns the flags, and the --config.field=value overrides in order."""
+        plain: list[str] = []
+        pairs: list[tuple[str, str]] = []
+        words = iter(argv)
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not name.startswith("--"):
+                plain.append(word)
+                continue
+            name = "--" + name[2:].replace("-", "_")
+            if name.startswith("--config."):
+                if not equals:
+                    value = next(words, None)
+                    if value is None:
+                        self.error(f"{name} needs a value")
+                pairs.append((name.removeprefix("--config."), value))
+            else:
+                plain.append(name + equals + value)
+        namespace, unknown = self.parse_known_args(plain)
+        if unknown:
+            known = [option for a in self._actions for option in a.option_strings]
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unknown argument {flag!r}{errors.nearest(flag, known)}")
+        return namespace, pairs
+
+    def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Returns the flags of a command that has no configuration to override."""
+        flags, pairs = self.parse(argv)
+        if pairs:
+            self.error("--config: this command has no configuration")
+        return flags
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with code 2."""
+        self.exit(2, f"error: {message}\n(--help lists the flags)\n")
+
+
+def parse_experiment(
+    argv: Sequence[str], description: str
+) -> tuple[config_lib.ExperimentConfig, pathlib.Path, argparse.Namespace]:
+    """Returns configuration, workdir and flags of a training command.
+
+    Exits with code 2 and one message for bad input.
+    """
+    parser = FlagParser(description + "\n\n" + field_help())
+    parser.add_argument(
+        "--config", required=True, help="config file, with :variant if it has several"
+    )
+    parser.add_argument(
+        "--workdir", help="folder of the run (default: runs/<file>-<variant>)"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the start table, write summary.json, and stop",
+    )
+    flags, pairs = parser.parse(argv)
+    try:
+        with notes_on_renames():
+            experiment = load(flags.config, pairs)
+    except errors.UserError as error:
+        parser.error(str(error))
+    workdir = flags.workdir or default_workdir(flags.config)
+    return experiment, pathlib.Path(workdir), flags
+
+
+@contextlib.contextmanager
+def notes_on_renames() -> Iterator[None]:
+    """Prints warnings about earlier names as notes on standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        yield
+    for warning in caught:
+        if warning.category is FutureWarning:
+            print(f"note: {warning.message}", file=sys.stderr)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+def fail(message: str) -> NoReturn:
+    """Prints one line to standard error and exits with code 2, for bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --- Help.
+
+_WIDTH = 88
+# An entry of a docstring: an indented "name: text", continued on deeper lines.
+_ENTRY = re.compile(r"^( +)(\w+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
+
+
+def field_help() -> str:
+    """Returns every field of an experiment with its default and its meaning."""
+    lines = ["Fields, with their defaults:"]
+    indent = " " * 6
+    said = ""
+    defaults = config_lib.ExperimentConfig()
+    chains = [
+        field
+        for kind in optimizer_config.CHAINS.values()
+        for field in fields_of(kind(), "optimizer.")
+    ]
+    entries: dict[str, tuple[str, Any, str]] = {}
+    for entry in (*fields_of(defaults), *chains):
+        entries.setdefault(entry[0], entry)
+    groups = {name.partition(".")[0]: None for name in entries}
+    ordered = sorted(
+        entries.values(), key=lambda e: list(groups).index(e[0].partition(".")[0])
+    )
+    for name, value, meaning in ordered:
+        text = ",".join(value) if isinstance(value, tuple) else value
+        lines.append(f"  --config.{name}={text}")
+        if meaning != said:
+            lines += textwrap.wrap(
+                meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent
+            )
+        said = meaning
+    return "\n".join(lines)
+
+
+def fields_of(
+    settings: Any, prefix: str = "", meaning: str = ""
+) -> Iterator[tuple[str, Any, str]]:
+    """Yields dotted name, value and meaning of every field, nested ones included.
+
+    The meaning comes from the docstring of the dataclass or its bases. A dataclass
+    without attributes in its docstring passes on the meaning of its group.
+    """
+    entries: dict[str, str] = {}
+    for kind in reversed(type(settings).__mro__):
+        text = inspect.cleandoc(kind.__doc__ or "")
+        entries |= {
+            name: " ".join(said.split()) for _, name, said in _ENTRY.findall(text)
+        }
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), prefix + field.name
+        own = entries.get(field.name, "") if entries else meaning
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{name}.", own)
+        else:
+            yield name, value, own

@@ -1,0 +1,251 @@
+"""Everything that runs on the devices for one configuration and mesh.
+
+`loop.train` and the trials of `experiments.studies` drive the same `Trainer`: it owns
+the shape and sharding of the state, the compiled step, evaluation, and changes of rank.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from sct_jax import data, errors, model, rank, sharding, spectral
+from sct_jax.training import config as config_lib
+from sct_jax.training import evaluation, layerwise, metrics
+from sct_jax.training import state as state_lib
+from sct_jax.training import step as step_lib
+
+HostBatch = dict[str, np.ndarray]
+
+
+class Trainer:
+    """Initialises, trains and evaluates the model of one configuration on one mesh.
+
+    Attributes:
+      config: the run.
+      mesh: the devices.
+      tx: the chain that updates the parameters.
+      abstract_state: shapes, dtypes and shardings of the state before the first step.
+    """
+
+    def __init__(
+        self,
+        config: config_lib.ExperimentConfig,
+        mesh: Mesh,
+        *,
+        tx: optax.GradientTransformation | None = None,
+        linear: model.Linear | None = None,
+        linear_at: Callable[[Int[Array, ""]], model.Linear] | None = None,
+        init_params: Callable[[PRNGKeyArray], model.Params] | None = None,
+        diagnose: Callable[[Any, Any], step_lib.Metrics] = step_lib.diagnose,
+    ):
+        """Allocates nothing and compiles nothing.
+
+        Args:
+          config: a valid configuration.
+          mesh: the devices; its axes `data` and `fsdp` divide the rows of a batch.
+          tx: replaces the chain of the configuration.
+          linear: multiplies by every matrix of the layers and the head;
+            `spectral.linear` if None.
+          linear_at: from the number of applied updates to the `linear` of a training
+            step, for a forward pass that changes during training.
+          init_params: from a key to the parameters; `model.init` if None.
+          diagnose: from old and new parameters to scalars, see `step`.
+
+        Raises:
+          UserError: where the mesh does not divide the batch or the parameters.
+        """
+        self.config = config
+        self.mesh = mesh
+        self.tx = config.build_optimizer() if tx is None else tx
+        if linear is None:
+            linear = functools.partial(spectral.linear, flatten_rows=mesh.size == 1)
+        _check_batch(config.data, mesh)
+        self._init = functools.partial(
+            state_lib.init,
+            model_config=config.model,
+            tx=self.tx,
+            init_params=init_params,
+        )
+        abstract = jax.eval_shape(self._init, jax.random.key(0))
+        self.abstract_state = self._with_shardings(abstract)
+        self._rank_budget = rank.num_parameters(abstract.params)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._jitted_step: Any = None
+        if config.step == "fused":
+            step = step_lib.make_train_step(
+                config.model,
+                self.tx,
+                num_microbatches=config.data.num_microbatches,
+                linear_at=linear_at or (lambda _: linear),
+                diagnose=diagnose,
+            )
+            self._jitted_step = jax.jit(
+                step,
+                donate_argnums=0,
+                out_shardings=(self._shardings(abstract), None),
+            )
+        else:
+            self._layerwise_step = layerwise.make_train_step(
+                layerwise.stack_of(config.model), self.tx, mesh=mesh
+            )
+        self._eval_step = jax.jit(
+            step_lib.make_eval_step(
+                config.model,
+                num_microbatches=config.data.num_microbatches,
+                linear=linear,
+            )
+        )
+
+    # --- State.
+
+    def init(self, key: PRNGKeyArray) -> state_lib.TrainState:
+        """Returns the state before the first step, drawn where its shards live."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        return jax.jit(self._init, out_shardings=shardings)(key)
+
+    def abstract_at(self, record: dict[str, Any]) -> state_lib.TrainState:
+        """Returns the abstract state of a checkpoint, whose ranks may have changed.
+
+        Args:
+          record: the JSON record of the checkpoint.
+        """
+        if self.config.adaptive_rank.energy is None:
+            return self.abstract_state
+        return rank.with_ranks(self.abstract_state, record["ranks"])
+
+    def place(self, batch: HostBatch) -> step_lib.Batch:
+        """Returns a batch on the devices, its rows sharded over `data` and `fsdp`."""
+        return jax.device_put(batch, NamedSharding(self.mesh, sharding.BATCH))
+
+    # --- Training.
+
+    def compile(self, state: state_lib.TrainState) -> float:
+        """Compiles the step for a state of these shapes and returns the seconds taken.
+
+        Does nothing where that is done, or where `step` is "layerwise", which compiles
+        as it goes.
+        """
+        key = _shapes(state)
+        if self._jitted_step is None or key in self._compiled:
+            return 0.0
+        shape = (self.config.data.batch_size, self.config.data.seq_len)
+        rows = NamedSharding(self.mesh, sharding.BATCH)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+            for name in ("inputs", "targets", "segment_ids")
+        }
+        began = time.monotonic()
+        lowered = self._jitted_step.lower(
+            self._with_shardings(state), batch, jnp.array(True)
+        )
+        self._compiled[key] = lowered.compile()
+        return time.monotonic() - began
+
+    def step(
+        self, state: state_lib.TrainState, batch: HostBatch, *, diagnose: bool
+    ) -> tuple[state_lib.TrainState, step_lib.Metrics]:
+        """Returns the state after one update, and its metrics; consumes `state`.
+
+        Metrics are scalars on the device: `loss` in nats per token, `grad_norm`, and
+        the results of `diagnose`, which are 0 unless asked for.
+
+        Args:
+          state: donated, so gone afterwards.
+          batch: (B, L) arrays, on the host or already placed.
+          diagnose: whether to compute the costly metrics.
+        """
+        placed, wanted = self.place(batch), jnp.asarray(diagnose)
+        if self._jitted_step is None:
+            return self._layerwise_step(state, placed, wanted)
+        self.compile(state)
+        return self._compiled[_shapes(state)](state, placed, wanted)
+
+    def change_ranks(
+        self, state: state_lib.TrainState, step: int
+    ) -> tuple[state_lib.TrainState, rank.Change | None]:
+        """Returns the state at the ranks that `adaptive_rank` now asks for.
+
+        The change is None, and the state the same object, where nothing changes.
+
+        Args:
+          state: the current state.
+          step: number of applied updates, which seeds new columns.
+        """
+        change = rank.next_change(
+            state.params,
+            state.opt_state,
+            self.config.adaptive_rank,
+            budget=self._rank_budget,
+        )
+        if change is None:
+            return state, None
+
+        def resize(state, active, key):
+            params, opt_state = rank.resize(
+                state.params,
+                state.opt_state,
+                active=active,
+                ranks=change.ranks,
+                key=key,
+            )
+            return state.replace(params=params, opt_state=opt_state)
+
+        after = rank.with_ranks(jax.eval_shape(lambda x: x, state), change.ranks)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        resized = jax.jit(resize, out_shardings=self._shardings(after))(
+            state, change.active, key
+        )
+        return resized, change
+
+    # --- Evaluation.
+
+    def held_out(self, corpus: data.Corpus) -> evaluation.HeldOut:
+        """Returns the held-out text of the run, on the devices."""
+        return evaluation.held_out(self.config, corpus, self.place)
+
+    def evaluate(self, params: model.Params, text: evaluation.HeldOut) -> metrics.Row:
+        """Returns the figures of `evaluation.summarise` for these parameters."""
+        losses = [self._eval_step(params, batch) for batch in text.batches]
+        return evaluation.summarise(losses, text)
+
+    def _shardings(self, tree: Any) -> Any:
+        if self.mesh.size == 1:  # no rule needs to cover parameters of one's own
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            return jax.tree.map(lambda _: whole, tree)
+        return sharding.shardings(tree, self.mesh)
+
+    def _with_shardings(self, tree: Any) -> Any:
+        return sharding.abstract(tree, self._shardings(tree))
+
+
+@jax.jit
+def largest_magnitude(params: model.Params) -> Float[Array, ""]:
+    """Returns the largest magnitude of all parameters; NaN if one is NaN."""
+    return jnp.max(
+        jnp.stack(
+            [jnp.max(jnp.abs(p)).astype(jnp.float32) for p in jax.tree.leaves(params)]
+        )
+    )
+
+
+def _shapes(state: state_lib.TrainState) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(state.params))
+
+
+def _check_batch(config: data.DataConfig, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = config.batch_size // config.num_microbatches
+    errors.check(
+        "data.batch_size",
+        share % shards == 0,
+        f"{config.batch_size} in {config.num_microbatches} micro-batches is not "
+        f"divisible by mesh.data x mesh.fsdp = {shards}",
+    )
