@@ -9,31 +9,37 @@ import jax
 import pytest
 
 from configs.studies import compare_methods
-from experiments.studies import grid
-from sct_jax import model, sharding
-from sct_jax.training import accounting, config
+from experiments.studies import grid, search
+from sct_jax import sharding
+from sct_jax.training import accounting, config, overrides
 from sct_jax.training import state as state_lib
 
-FOLDER = pathlib.Path(__file__).parent.parent / "configs"
-FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "__init__")
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDER = ROOT / "configs"
+FILES = sorted(path for path in FOLDER.rglob("*.py") if path.stem != "__init__")
+SMOLLM = FOLDER / "smollm_r128.py"
+
+
+def module_of(path):
+    return importlib.import_module(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    )
 
 
 def variants(path):
-    module = importlib.import_module(f"configs.{path.stem}")
-    return getattr(module, "VARIANTS", ())
+    return getattr(module_of(path), "VARIANTS", ())
 
 
 def kind(path):
-    """What `get_config` says that it returns."""
-    module = importlib.import_module(f"configs.{path.stem}")
-    return inspect.signature(module.get_config).return_annotation
+    """Returns the return annotation of `get_config`."""
+    return inspect.signature(module_of(path).get_config).return_annotation
 
 
 def specs(paths):
     return [
         spec
         for path in paths
-        for spec in [str(path), *(f"{path}:{name}" for name in variants(path))]
+        for spec in ([f"{path}:{name}" for name in variants(path)] or [str(path)])
     ]
 
 
@@ -45,16 +51,27 @@ each_spec = pytest.mark.parametrize(
 
 
 def test_there_are_configs():
-    assert f"{FOLDER / 'smollm_r128.py'}:tiny" in SPECS
-    assert f"{FOLDER / 'compare_methods.py'}:small" in STUDIES
+    assert f"{SMOLLM}:tiny" in SPECS
+    assert f"{FOLDER / 'studies' / 'compare_methods.py'}:small" in STUDIES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_default_is_one_of_the_variants(path):
+    module = module_of(path)
+    if variants(path):
+        defaults = inspect.signature(module.get_config).parameters["variant"].default
+        assert defaults in variants(path)
+        if kind(path) is config.ExperimentConfig:
+            assert module.get_config() == module.get_config(variant=defaults)
 
 
 @each_spec
-def test_a_config_loads_and_its_state_has_a_place(spec):
-    experiment = config.load(spec)  # validates
-    tx = experiment.optimizer.build(experiment.num_steps, decay_mask=model.decay_mask)
-    state = state_lib.abstract(experiment.model, tx)
-    # Shapes alone: the largest of these has billions of bytes.
+def test_a_config_loads_and_its_state_can_be_sharded(spec):
+    experiment = overrides.load(spec)  # validates
+    assert experiment.unused_fields() == []
+    # Layers are alike, and the shapes of two take less time to trace.
+    shape = dataclasses.replace(experiment.model, num_layers=2)
+    state = state_lib.abstract(shape, experiment.build_optimizer())
     leaves = jax.tree.leaves(state)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     for sizes in ({}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
@@ -64,26 +81,27 @@ def test_a_config_loads_and_its_state_has_a_place(spec):
 
 
 @each_spec
-def test_a_config_trains_for_as_long_as_its_schedule(spec):
-    experiment = config.load(spec)
+def test_the_schedule_of_a_config_covers_the_run(spec):
+    experiment = overrides.load(spec)
     rate = experiment.optimizer.learning_rate(experiment.num_steps)
     peak = experiment.optimizer.peak_learning_rate
-    steps = range(0, experiment.num_steps, max(experiment.num_steps // 200, 1))
+    warmup = experiment.optimizer.warmup_steps
+    assert warmup < experiment.num_steps
+    steps = (0, warmup // 2, warmup, experiment.num_steps - 1)
     rates = [float(rate(step)) for step in steps]
-    assert 0 < rates[0] <= max(rates) <= peak * (1 + 1e-6)
-    assert max(rates) == pytest.approx(peak)
-    assert experiment.optimizer.warmup_steps < experiment.num_steps
+    assert 0 < min(rates) <= max(rates) <= peak * (1 + 1e-6)
+    assert rates[2] == pytest.approx(peak)
 
 
 @pytest.mark.parametrize("spec", STUDIES, ids=lambda spec: pathlib.Path(spec).name)
-def test_a_study_loads_with_trials_of_its_own(spec):
-    study = config.load_as(kind(pathlib.Path(spec.partition(":")[0])), spec)
-    trials = (
-        grid.missing(study, {}, seconds={a.name: (1.0, 1.0) for a in study.arms})
-        if isinstance(study, grid.Comparison)
-        else study.trials()
-    )
-    assert len({trial.key for trial in trials}) == len(trials) > 0
+def test_a_study_loads_and_has_distinct_trials(spec):
+    study = overrides.load_as(kind(pathlib.Path(spec.partition(":")[0])), spec)
+    if isinstance(study, grid.Comparison):
+        seconds = {method.name: (1.0, 1.0) for method in study.methods}
+        trials = search.missing(study, {}, seconds=seconds)
+    else:
+        trials = study.trials({})
+    assert len({trial.identity for trial in trials}) == len(trials) > 0
     for trial in trials:
         trial.validate()
 
@@ -99,15 +117,14 @@ def test_a_study_loads_with_trials_of_its_own(spec):
         ("small", "data.seq_len", "512"),
     ],
 )
-def test_the_narrow_arm_has_the_flops_of_the_low_rank_ones(variant, field, value):
+def test_the_narrow_method_has_the_flops_of_the_low_rank_ones(variant, field, value):
     study = compare_methods.get_config(variant)
-    base = config.override(study.base, field, value)
+    base = overrides.override(study.base, field, value)
     study = dataclasses.replace(study, base=base)
+    methods = {method.name: method for method in study.methods}
     (muon, narrow, ours) = (
-        study.trial(arm, arm.rates[0], 0)
+        study.trial(methods[name], methods[name].learning_rates[0], 0)
         for name in ("dense Muon", "dense Muon (narrow)", "Stiefel Muon")
-        for arm in study.arms
-        if arm.name == name
     )
     assert narrow.flops(1) == pytest.approx(ours.flops(1), rel=0.01)
     assert narrow.flops(1) < muon.flops(1)
@@ -116,30 +133,25 @@ def test_the_narrow_arm_has_the_flops_of_the_low_rank_ones(variant, field, value
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_config_file_says_what_it_is(path):
-    module = importlib.import_module(f"configs.{path.stem}")
-    text = inspect.getdoc(module) or ""
-    # A study with a program of its own is that program's default.
-    named = f"--config=configs/{path.name}", f"python -m experiments.{path.stem}"
-    assert any(command in text for command in named)
+def test_a_config_file_has_a_command_and_describes_its_variants(path):
+    text = inspect.getdoc(module_of(path)) or ""
+    # A study with its own program is the default of that program.
+    file = path.relative_to(ROOT)
+    commands = f"--config={file}", f"python -m experiments.studies.{path.stem}"
+    assert any(command in text for command in commands)
     assert all(name in text for name in variants(path))
 
 
-@pytest.mark.parametrize(
-    ("variant", "parameters"),
-    [("1.7b", 597_797_888), ("", 597_797_888)],
-)
-def test_smollm_r128_has_the_parameters_of_the_paper(variant, parameters):
-    spec = str(FOLDER / "smollm_r128.py") + (f":{variant}" if variant else "")
-    shape = config.load(spec).model
-    assert accounting.parameters(shape) == parameters
+def test_smollm_r128_has_the_parameters_of_the_paper():
+    shape = overrides.load(f"{SMOLLM}").model
+    assert accounting.parameters(shape) == 597_797_888
     assert accounting.parameters(accounting.dense_config(shape)) == 1_711_376_384
 
 
+# Parameters of HuggingFaceTB/SmolLM2-135M and -360M.
 @pytest.mark.parametrize(
     ("variant", "dense"), [("135m", 134_515_008), ("360m", 361_821_120)]
 )
 def test_smaller_smollms_have_the_shapes_of_the_published_ones(variant, dense):
-    # Parameters of HuggingFaceTB/SmolLM2-135M and -360M.
-    shape = config.load(f"{FOLDER / 'smollm_r128.py'}:{variant}").model
+    shape = overrides.load(f"{SMOLLM}:{variant}").model
     assert accounting.parameters(accounting.dense_config(shape)) == dense

@@ -1054,9 +1054,8 @@ def test_both_splits_of_the_real_standard_library():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", ["pieces", "files"])
-def test_the_real_standard_library_trains(tmp_path, split):
-    config = data.DataConfig(cache_dir=str(tmp_path), split=split)
+def test_the_real_standard_library_trains(tmp_path):
+    config = data.DataConfig(cache_dir=str(tmp_path))
     corpus = data.prepare(config, vocab_size=4096, log=lambda line: None)
     assert corpus.tokenizer.vocab_size == 4096
     assert corpus.bytes > 10_000_000

@@ -1,4 +1,4 @@
-"""Programs start again with huge pages once, and only where that does something."""
+"""Programs restart with huge pages once, and only where that has an effect."""
 
 import os
 import subprocess
@@ -6,21 +6,24 @@ import sys
 
 import pytest
 
-from experiments import huge_pages
+from sct_jax.training import huge_pages
 
 PROGRAM = (
-    "from experiments import huge_pages; huge_pages.restart_with_huge_pages(); "
-    "import os, sys; print(os.environ['GLIBC_TUNABLES'], sys.argv[1:])"
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "import huge_pages; huge_pages.restart_with_huge_pages(); "
+    "import os; print(os.environ['GLIBC_TUNABLES'], sys.argv[2:])"
 )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
 @pytest.mark.parametrize("given", [None, "glibc.malloc.check=0"])
-def test_the_same_command_goes_on(given):
+def test_the_same_command_restarts_once(given):
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     if given:
         environment["GLIBC_TUNABLES"] = given
-    command = [sys.executable, "-c", PROGRAM, "--flag=1", "two words"]
+    # The module alone: its package would import JAX.
+    folder = os.path.dirname(huge_pages.__file__)
+    command = [sys.executable, "-c", PROGRAM, folder, "--flag=1", "two words"]
     child = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=60, check=True
     )

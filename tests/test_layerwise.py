@@ -1,14 +1,15 @@
-"""The layerwise step against the ordinary one, for every chain with local rules."""
+"""The layerwise step against the fused one, for every chain with local rules."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from sct_jax import errors, model, optimizers, sharding, spectral
-from sct_jax.training import config, layerwise
+from sct_jax import errors, model, sharding, spectral
+from sct_jax.training import config, layerwise, optimizer_config, overrides
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
@@ -26,10 +27,12 @@ SMALL = model.ModelConfig(
 )
 LOW_RANK = dataclasses.replace(SMALL, factors="low_rank")
 DENSE = dataclasses.replace(SMALL, spectral=())
-RATE = 0.01
-# Of b1 and b2 sums, an inverse root and a retraction, over three steps of rate RATE,
-# with Adam's epsilon far above the rounding of a gradient.
-CLOSE = 256 * EPS * RATE + 16 * EPS
+# Two matrices as factors, the others dense: fewer functions to compile.
+TWO_LOW_RANK = dataclasses.replace(LOW_RANK, spectral=("q", "down"))
+LEARNING_RATE = 0.01
+# Rounding of moments, inverse root and retraction over three steps. Adam's epsilon is
+# far above the rounding of a gradient.
+CLOSE = 256 * EPS * LEARNING_RATE + 16 * EPS
 
 
 def draw_batch(rows=2, length=6, vocab_size=64):
@@ -40,7 +43,7 @@ def draw_batch(rows=2, length=6, vocab_size=64):
 
 
 def build(optimizer=None, shape=SMALL, mesh=None):
-    """The chain, and the layerwise step."""
+    """Returns the chain, and the layerwise step."""
     optimizer = optimizer or chain()
     tx = optimizer.build(
         10, decay_mask=model.decay_mask, matrix_mask=model.hidden_matrices
@@ -48,9 +51,9 @@ def build(optimizer=None, shape=SMALL, mesh=None):
     return tx, layerwise.make_train_step(layerwise.stack_of(shape), tx, mesh=mesh)
 
 
-def chain(**fields):
+def chain(kind=optimizer_config.Sct, **fields):
     fields = {"eps": 1e-3, "schedule": "constant"} | fields
-    return optimizers.OptimizerConfig(peak_learning_rate=RATE, **fields)
+    return kind(peak_learning_rate=LEARNING_RATE, **fields)
 
 
 def assert_close(found, wanted, tolerance):
@@ -80,37 +83,38 @@ CHAINS = {
         chain(),
         dataclasses.replace(SMALL, ranks=model.MatrixRanks(q=3, down=7)),
     ),
-    "lossless": (chain(retraction="lossless", max_update_norm=0.02), SMALL),
+    "svd": (chain(retraction="svd", max_update_norm=0.02), SMALL),
     "transport": (chain(transport_moments=True, tangent_projection="gradient"), SMALL),
-    "lazy": (chain(name="tsvd", retraction_every=2), SMALL),
-    "stiefel_muon": (chain(name="stiefel_muon"), SMALL),
-    "spectron": (chain(name="spectron"), LOW_RANK),
-    "adamw": (chain(name="adamw", weight_decay=0.1), LOW_RANK),
-    "muon": (chain(name="muon"), DENSE),
+    "lazy": (chain(optimizer_config.Tsvd, retraction_every=2), SMALL),
+    "stiefel_muon": (chain(optimizer_config.StiefelMuon), SMALL),
+    "spectron": (chain(optimizer_config.Spectron), LOW_RANK),
+    "two low rank": (chain(optimizer_config.Spectron), TWO_LOW_RANK),
+    "adamw": (chain(optimizer_config.AdamW, weight_decay=0.1), LOW_RANK),
+    "muon": (chain(optimizer_config.Muon), DENSE),
 }
 
 
-# Each compiles for half a minute; these two cover factors and dense matrices.
-FAST = ("spectron", "muon")
+# The others compile for half a minute each. This one has factors and dense matrices.
+FAST = ("two low rank",)
 
 
 @pytest.mark.parametrize(
     "name",
     [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CHAINS],
 )
-def test_the_step_is_the_ordinary_one(name):
+def test_the_step_is_the_fused_one(name):
     optimizer, shape = CHAINS[name]
     tx, step = build(optimizer, shape)
-    draw = jax.jit(lambda key: state_lib.init(key, shape, tx))
-    ordinary = jax.jit(step_lib.make_train_step(shape, tx))
-    state, expected = step.init(jax.random.key(0)), draw(jax.random.key(0))
+    init = jax.jit(lambda key: state_lib.init(key, shape, tx))
+    fused = jax.jit(step_lib.make_train_step(shape, tx))
+    state, expected = step.init(jax.random.key(0)), init(jax.random.key(0))
     assert_close(state, expected, 16 * EPS)
     batch = draw_batch()
     for _ in range(3):
-        # From the same state each time: what is compared is one step.
+        # From the same state each time, to compare single steps.
         state = jax.tree.map(jnp.copy, expected)
         state, metrics = step(state, batch, True)
-        expected, wanted = ordinary(expected, batch, jnp.array(True))
+        expected, wanted = fused(expected, batch, jnp.array(True))
         assert_close(state.params, expected.params, CLOSE)
         assert_close(state.opt_state, expected.opt_state, CLOSE)
         assert int(state.step) == int(expected.step)
@@ -123,56 +127,86 @@ def test_the_step_is_the_ordinary_one(name):
 @pytest.mark.parametrize("rows", [1, layerwise._FEW_ROWS, layerwise._FEW_ROWS + 1])
 @pytest.mark.parametrize("shape", [SMALL, LOW_RANK], ids=["spectral", "low_rank"])
 def test_a_known_bottleneck_has_the_gradient_of_linear(rows, shape):
-    w = spectral.init(jax.random.key(0), 12, 20, 5)
-    if shape is LOW_RANK:
-        w = spectral.to_low_rank(w)
-    x, dy = (
-        jax.random.normal(jax.random.key(1), (rows, 12)),
-        jax.random.normal(jax.random.key(2), (rows, 20)),
+    rng = np.random.default_rng(0)
+    u, s, v, x, dy = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((12, 5), (5,), (20, 5), (rows, 12), (rows, 20))
     )
+    w = spectral.SpectralFactors(u, s, v)
+    if shape is LOW_RANK:
+        w = spectral.LowRankFactors(u, v)
     h = spectral.contract(x, w)
     y, pull_back = jax.vjp(spectral.linear, x, w)
     found_y, found = jax.vjp(lambda x, w: layerwise._expand_known(x, w, h), x, w)
     np.testing.assert_array_equal(found_y, y)
-    # Sums of up to 20 products of numbers of size 1.
-    assert_close(found(dy), pull_back(dy), 64 * EPS)
+    # Sums of up to 20 products of numbers of order 1, twice.
+    assert_close(found(dy), pull_back(dy), 256 * EPS)
 
 
 @pytest.mark.slow
 def test_bfloat16_moments_take_the_same_step():
     tx, step = build(chain(moment_dtype="bfloat16"))
-    ordinary = jax.jit(step_lib.make_train_step(SMALL, tx))
+    fused = jax.jit(step_lib.make_train_step(SMALL, tx))
     expected = step.init(jax.random.key(0))
     state, batch = jax.tree.map(jnp.copy, expected), draw_batch()
     for _ in range(3):
         state, _ = step(state, batch, False)
-        expected, _ = ordinary(expected, batch, jnp.array(False))
-    # A gradient that differs by rounding may round a moment to the other neighbour.
-    assert_close(state.params, expected.params, 3 * RATE * 2**-6)
+        expected, _ = fused(expected, batch, jnp.array(False))
+    # Gradients that differ by rounding may round a moment to the other neighbour.
+    assert_close(state.params, expected.params, 3 * LEARNING_RATE * 2**-6)
 
 
-def test_the_state_is_donated_and_nothing_compiles_twice():
-    _, step = build()
-    state, batch = step.init(jax.random.key(0)), draw_batch()
-    compiled = ("_forward", "_block_grads", "_update", "_leave_grads", "_enter_grads")
+@pytest.fixture(scope="module")
+def dense_step():
+    """A step that compiles fast."""
+    return build(chain(optimizer_config.AdamW), DENSE)[1]
+
+
+def test_the_state_is_donated_and_nothing_compiles_twice(dense_step):
+    state, batch = dense_step.init(jax.random.key(0)), draw_batch()
+    compiled = ("_forward", "_block_grads", "_update", "_head_grads", "_embed_grads")
     sizes = []
     for _ in range(2):
         before = state
-        state, _ = step(state, batch, False)
+        state, _ = dense_step(state, batch, False)
         jax.block_until_ready(state)
         assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
-        sizes.append([getattr(step, name)._cache_size() for name in compiled])
+        sizes.append([getattr(dense_step, name)._cache_size() for name in compiled])
     assert sizes[0] == sizes[1]
-    # One function for the ends, one per matrix, whatever the number of layers.
+    # Head and embedding, and one function per shape of matrix, not per layer.
     assert sizes[0][2] <= len(model.BLOCK_MATRICES) + 2
 
 
-def test_fewer_layers_are_the_first_ones():
-    _, step = build()
-    whole = step.init(jax.random.key(3))
-    small = step.init(jax.random.key(3), num_layers=1)
+def test_fewer_layers_are_the_first_ones(dense_step):
+    full = dense_step.init(jax.random.key(3))
+    small = dense_step.init(jax.random.key(3), num_layers=1)
     assert len(small.params["layers"]) == 1
-    assert_close(small.params["layers"][0], whole.params["layers"][0], 0)
+    assert_close(small.params["layers"][0], full.params["layers"][0], 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "flattened"), [(None, True), ({"fsdp": 1}, True), ({"fsdp": 8}, False)]
+)
+def test_rows_are_joined_on_one_device_alone(monkeypatch, sizes, flattened):
+    """In the dense matrices of a layer, and in the head."""
+    seen = set()
+
+    def linear(x, w, *, flatten_rows):
+        seen.add((w.shape, flatten_rows))
+        return x @ w
+
+    monkeypatch.setattr(spectral, "linear", linear)
+    mesh = sizes and sharding.MeshConfig(**sizes).build(sizes["fsdp"])
+    step = layerwise.make_train_step(
+        layerwise.stack_of(DENSE), optax.sgd(1.0), mesh=mesh
+    )
+    params = jax.eval_shape(step.init, jax.random.key(0)).params
+    x, batch = jnp.ones((2, 6, DENSE.d_model)), draw_batch()
+    jax.eval_shape(step._forward_fn, params["layers"][0], x, batch)
+    ends = {name: params[name] for name in ("embedding", "final_norm")}
+    jax.eval_shape(step._head_grads_fn, ends, {}, x, batch)
+    shapes = {(32, 32), (32, 16), (32, 48), (48, 32), (32, 64)}
+    assert seen == {(shape, flattened) for shape in shapes}
 
 
 @pytest.mark.slow
@@ -213,6 +247,6 @@ def test_what_is_not_local_is_refused(changes, field):
     experiment = config.ExperimentConfig(step="layerwise", model=SMALL)
     experiment.validate()
     for name, value in changes.items():
-        experiment = config.override(experiment, name, value)
+        experiment = overrides.override(experiment, name, value)
     with pytest.raises(errors.UserError, match=f"^{field}: .*layerwise"):
         experiment.validate()

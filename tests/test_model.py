@@ -21,7 +21,25 @@ SMALL = model.ModelConfig(
     rank=4,
     spectral=ALL,
 )
+DENSE = model.ModelConfig(
+    d_model=128,
+    d_ff=320,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=512,
+    spectral=(),
+    tie_embeddings=False,
+)
 BATCH, LENGTH = 2, 12
+
+# One compilation per config, for the whole module.
+forward = jax.jit(model.forward, static_argnames="config")
+
+
+@functools.cache
+def model_init(config: model.ModelConfig) -> model.Params:
+    return model.init(jax.random.key(0), config)
 
 
 def vary(**changes) -> model.ModelConfig:
@@ -30,10 +48,26 @@ def vary(**changes) -> model.ModelConfig:
     return config
 
 
+mixed = functools.partial(vary, spectral=("q", "down"))
+MIXED = mixed()
+
+
+@functools.cache
+def abstract_init(config: model.ModelConfig) -> model.Params:
+    """Shapes as of `model.init`, without the retraction, which takes long to trace."""
+
+    def draw(key):
+        block = model.init_block(key, config, layers=(config.num_layers,))
+        params = model.init_ends(key, config) | {"layers": block}
+        return params if config.scan_layers else model.unstack_layers(params)
+
+    return jax.eval_shape(draw, jax.random.key(0))
+
+
 @functools.cache
 def init(config: model.ModelConfig) -> model.Params:
-    """Parameters of the shapes of `model.init`, which takes seconds to compile."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    """Parameters of the shapes of `model.init`."""
+    shapes = abstract_init(config)
     rng = np.random.default_rng(1)
 
     def draw(path, x):
@@ -147,42 +181,74 @@ def reference_forward(params, tokens, config, segment_ids=None):
     return np.stack(results)
 
 
-@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "documents"])
+DECODERS = {
+    "spectral, grouped heads, tied": vary(),
+    "dense, all heads, untied, unrolled": vary(
+        spectral=(), num_kv_heads=4, tie_embeddings=False, scan_layers=False
+    ),
+    "spectral embedding, one kv head, tied": vary(
+        spectral=("embedding", "v", "up"), num_kv_heads=1, rope_theta=100.0
+    ),
+    "spectral embedding and head": vary(
+        spectral=("embedding", "head", "q"),
+        tie_embeddings=False,
+        norm_eps=0.1,
+        ranks=model.MatrixRanks(head=7),
+    ),
+    "normalised queries and keys": vary(qk_norm=True),
+}
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("name", "segmented"),
     [
-        pytest.param(vary(), id="spectral, grouped heads, tied"),
-        pytest.param(
-            vary(spectral=(), num_kv_heads=4, tie_embeddings=False, scan_layers=False),
-            id="dense, all heads, untied, unrolled",
-        ),
-        pytest.param(
-            vary(spectral=("embedding", "v", "up"), num_kv_heads=1, rope_theta=100.0),
-            id="spectral embedding, one kv head, tied",
-        ),
-        pytest.param(
-            vary(
-                spectral=("embedding", "head", "q"),
-                tie_embeddings=False,
-                norm_eps=0.1,
-                ranks=model.MatrixRanks(head=7),
-            ),
-            id="spectral embedding and head",
-        ),
-        pytest.param(vary(qk_norm=True), id="normalised queries and keys"),
+        *((name, False) for name in DECODERS),
+        ("spectral, grouped heads, tied", True),
+        ("dense, all heads, untied, unrolled", True),
     ],
 )
-def test_forward_is_the_llama_decoder(config, segmented):
+def test_forward_is_the_llama_decoder(name, segmented):
+    config = DECODERS[name]
     params, tokens = init(config), draw_tokens()
     segments = draw_segments() if segmented else None
-    logits = jax.jit(model.forward, static_argnums=2)(
-        params, tokens, config, segment_ids=segments
-    )
+    logits = forward(params, tokens, config, segment_ids=segments)
     expected = reference_forward(params, tokens, config, segments)
     assert logits.dtype == jnp.float32
     # A few roundings per matrix product of a sum over at most d_ff terms.
     tolerance = 4 * EPS * np.sqrt(config.d_ff) * config.num_layers
     assert_close(logits, expected, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
+def test_linear_multiplies_by_every_matrix_of_the_layers_and_by_the_head(
+    tie_embeddings,
+):
+    config = vary(tie_embeddings=tie_embeddings, scan_layers=False)
+    params, used = init(config), []
+
+    def linear(x, w):
+        used.append(w)
+        return spectral.linear(x, w)
+
+    jax.make_jaxpr(lambda ids: model.forward(params, ids, config, linear=linear))(
+        draw_tokens()
+    )
+    *of_layers, head = used
+    # In the order that `block` documents.
+    expected = [layer[name] for layer in params["layers"] for name in ALL]
+    assert all(x is y for x, y in zip(of_layers, expected, strict=True))
+    if tie_embeddings:
+        assert head.shape == params["embedding"].T.shape
+    else:
+        assert head is params["head"]
+
+
+def test_linear_decides_on_the_logits():
+    linear = lambda x, w: 2 * spectral.linear(x, w)
+    params, config = init(SMALL), SMALL
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 32)), jnp.float32)
+    found = model.logits(params, x, config, linear=linear)
+    np.testing.assert_array_equal(found, 2 * model.logits(params, x, config))
 
 
 def test_normalised_queries_and_keys_do_not_feel_their_singular_values():
@@ -192,11 +258,11 @@ def test_normalised_queries_and_keys_do_not_feel_their_singular_values():
     for name in ("q", "k"):
         grown[name] = grown[name]._replace(s=1e3 * grown[name].s)
     grown = params | {"layers": grown}
-    expected = model.forward(params, tokens, config)
-    assert_close(model.forward(grown, tokens, config), expected, tolerance=1e-4)
+    expected = forward(params, tokens, config)
+    assert_close(forward(grown, tokens, config), expected, tolerance=1e-4)
     # Without the norms they do.
     bare = dataclasses.replace(config, qk_norm=False)
-    change = model.forward(grown, tokens, bare) - model.forward(params, tokens, bare)
+    change = forward(grown, tokens, bare) - forward(params, tokens, bare)
     assert jnp.max(jnp.abs(change)) > 0.1
 
 
@@ -235,7 +301,7 @@ def test_rotation_depends_on_distance_alone():
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["whole", "documents"])
 def test_no_gradient_from_the_future_or_from_other_documents(segmented):
-    config = vary(tie_embeddings=False)
+    config = mixed(tie_embeddings=False)
     params = init(config)
     # Position j reads row j of the embedding and nothing else does.
     tokens = jnp.arange(LENGTH, dtype=jnp.int32)[None]
@@ -262,7 +328,7 @@ def test_no_gradient_from_the_future_or_from_other_documents(segmented):
 
 @functools.cache
 def value_and_grads(config: model.ModelConfig):
-    params = init(dataclasses.replace(SMALL, spectral=config.spectral))
+    params = init(MIXED)
     if not config.scan_layers:
         params = model.unstack_layers(params)
     weights = np.random.default_rng(3).normal(
@@ -282,8 +348,8 @@ ROUNDING = 16 * EPS * np.sqrt(BATCH * LENGTH * SMALL.d_ff)
 
 
 def test_scanned_layers_equal_unrolled_ones():
-    logits, grads = value_and_grads(SMALL)
-    unrolled_logits, unrolled_grads = value_and_grads(vary(scan_layers=False))
+    logits, grads = value_and_grads(MIXED)
+    unrolled_logits, unrolled_grads = value_and_grads(mixed(scan_layers=False))
     assert_close(unrolled_logits, logits, tolerance=ROUNDING)
     assert_close(unrolled_grads, model.unstack_layers(grads), tolerance=ROUNDING)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
@@ -291,8 +357,8 @@ def test_scanned_layers_equal_unrolled_ones():
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(remat):
-    _, grads = value_and_grads(SMALL)
-    _, recomputed = value_and_grads(vary(remat=remat))
+    _, grads = value_and_grads(MIXED)
+    _, recomputed = value_and_grads(mixed(remat=remat))
     assert_close(recomputed, grads, tolerance=ROUNDING)
 
 
@@ -301,7 +367,7 @@ def test_rematerialisation_saves_less(scan_layers):
     def saved(remat):
         config = vary(remat=remat, scan_layers=scan_layers)
         loss = lambda params: model.forward(params, draw_tokens(), config).sum()
-        params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+        params = abstract_init(config)
         _, backward = jax.eval_shape(lambda p: jax.vjp(loss, p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
@@ -309,10 +375,10 @@ def test_rematerialisation_saves_less(scan_layers):
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
-    config = vary(compute_dtype="bfloat16")
+    config = mixed(compute_dtype="bfloat16")
     params = init(config)
     logits, grads = value_and_grads(config)
-    exact_logits, exact_grads = value_and_grads(SMALL)
+    exact_logits, exact_grads = value_and_grads(MIXED)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert logits.dtype == jnp.float32
@@ -336,7 +402,7 @@ def dots(jaxpr):
 
 def test_products_of_bfloat16_compute_read_bfloat16():
     config = vary(compute_dtype="bfloat16")
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    params = abstract_init(config)
     jaxpr = jax.make_jaxpr(lambda p: model.forward(p, draw_tokens(), config))(params)
     found = [eqn.invars[1].aval for eqn in dots(jaxpr.jaxpr)]
     # Seven factor pairs, the scores, the weighted values and the head.
@@ -382,10 +448,8 @@ def test_layers_of_different_rank_cannot_be_stacked():
 
 def test_both_layouts_start_from_the_same_numbers():
     # Dense ones: the retraction of factors comes before the layers are taken apart.
-    config = vary(spectral=(), tie_embeddings=False)
-    key = jax.random.key(7)
-    stacked = model.init(key, config)
-    apart = model.init(key, dataclasses.replace(config, scan_layers=False))
+    stacked = model_init(DENSE)
+    apart = model_init(dataclasses.replace(DENSE, scan_layers=False))
     jax.tree.map(np.testing.assert_array_equal, model.unstack_layers(stacked), apart)
 
 
@@ -434,7 +498,8 @@ def test_hidden_matrices_are_those_of_the_layers(scan_layers):
     config = vary(
         spectral=("q",), factors="low_rank", scan_layers=scan_layers, qk_norm=True
     )
-    mask = model.hidden_matrices(init(config))
+    key = jax.random.key(0)
+    mask = model.hidden_matrices(jax.eval_shape(lambda: model.init(key, config)))
     block = dict.fromkeys(model.BLOCK_MATRICES, True) | {
         "q": spectral.LowRankFactors(a=True, b=True),
         "attention_norm": False,
@@ -454,9 +519,8 @@ def test_hidden_matrices_are_those_of_the_layers(scan_layers):
 
 def test_low_rank_factors_start_with_the_product_of_the_spectral_ones():
     names = ("q", "down", "embedding")
-    key = jax.random.key(0)
-    factors = model.init(key, vary(spectral=names))
-    free = model.init(key, vary(spectral=names, factors="low_rank"))
+    factors = model_init(vary(spectral=names))
+    free = model_init(vary(spectral=names, factors="low_rank"))
     for one, other in (
         (factors["embedding"], free["embedding"]),
         (factors["layers"]["q"], free["layers"]["q"]),
@@ -471,17 +535,7 @@ def test_low_rank_factors_start_with_the_product_of_the_spectral_ones():
 
 
 def test_dense_initialisation_has_the_scale_of_its_fan_in():
-    config = model.ModelConfig(
-        d_model=128,
-        d_ff=320,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        vocab_size=512,
-        spectral=(),
-        tie_embeddings=False,
-    )
-    params = model.init(jax.random.key(0), config)
+    config, params = DENSE, model_init(DENSE)
     residual = 1 / np.sqrt(2 * config.num_layers)
     expected = {
         "q": 1 / np.sqrt(128),
@@ -520,9 +574,8 @@ def test_spectral_initialisation_has_the_spectrum_of_the_dense_one():
         rank=32,
         spectral=(*ALL, "embedding"),
     )
-    params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), config)
-    rng = np.random.default_rng(0)
-    factors = params["layers"] | {"embedding": params["embedding"]}
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    factors = model.init_ends(key, config) | model.init_block(key, config, layers=(2,))
     residual = 1 / np.sqrt(2 * config.num_layers)
     for name, (fan_in, fan_out) in config.matrix_shapes().items():
         # A row of the embedding has d_model entries, and is what is looked up.
@@ -533,13 +586,16 @@ def test_spectral_initialisation_has_the_spectrum_of_the_dense_one():
         for s in np.atleast_2d(factors[name].s):
             # Values of one draw fluctuate by O(1 / min(I, O)).
             np.testing.assert_allclose(s, values, rtol=0.05, err_msg=name)
-    # A sum of 320 squares rounds like a random walk.
-    assert spectral.orthonormality_error(params) < EPS * np.sqrt(320)
-    # Layers are drawn independently: random subspaces of dimension 32 in 128.
-    u = np.asarray(params["layers"]["q"].u)
-    assert np.abs(u[0].T @ u[1]).max() < 6 / np.sqrt(128)
-    gate, up = params["layers"]["gate"].u[0], params["layers"]["up"].u[0]
-    assert np.abs(gate.T @ up).max() < 6 / np.sqrt(128)
+
+
+def test_initial_factors_are_orthonormal_and_independent():
+    params = model_init(vary(spectral=("q", "down", "embedding")))
+    assert spectral.orthonormality_error(params) < 4e-6
+    # Random subspaces of dimension 4 in 32 meet at cosines of about 1 / sqrt(32).
+    layers = params["layers"]
+    first, second, other = layers["q"].u[0], layers["q"].u[1], layers["down"].v[0]
+    for x, y in ((first, second), (first, other)):
+        assert np.abs(x.T @ y).max() < 5 / np.sqrt(32)
 
 
 def test_rescaled_initialisation_has_the_norm_of_the_dense_one():
@@ -575,6 +631,7 @@ def test_ranks_of_single_matrices():
         "head": None,
     }
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
+    assert params == abstract_init(config)
     assert params["layers"]["q"].s.shape == (2, 3)
     assert params["layers"]["down"].u.shape == (2, 48, 12)
     notes = config.clamped_ratios()

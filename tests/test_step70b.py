@@ -1,4 +1,4 @@
-"""The measured 70B-class step, on tiny shapes; no figure of time is asserted."""
+"""The measured 70B-class step on tiny shapes. Asserts nothing about seconds."""
 
 import dataclasses
 import functools
@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from experiments import first_tokens, memory_table, step70b
+from experiments.benchmarks import machine
 from sct_jax import errors, model, spectral
-from sct_jax.training import accounting, config, layerwise
+from sct_jax.training import accounting, layerwise, overrides
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 CONFIG = "configs/llama70b_r32.py"
@@ -32,22 +33,29 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def tokens(monkeypatch):
-    """Ids without the child process and its corpus."""
+    """Token ids without the child process and its corpus."""
     monkeypatch.setattr(
         first_tokens, "read_first_tokens", lambda count: list(range(count))
     )
 
 
+@pytest.fixture
+def rates(monkeypatch):
+    """Rates of the machine, without measuring them."""
+    found = {"flops_per_second": 1e9, "bytes_per_second": 2e9}
+    monkeypatch.setattr(machine, "rates", lambda: found)
+
+
 @pytest.mark.parametrize(
     ("flags", "parameters"),
     [
-        ([], None),
-        slow(["--reference-attention"], 2 * (4 * (64 * 4 + 4) + 3 * (80 * 4 + 4) + 64)),
+        (["--reference-attention"], 2 * (4 * (64 * 4 + 4) + 3 * (80 * 4 + 4) + 64)),
+        slow([], None),
         slow(["--moment-dtype=bfloat16", "--tokens=20"], None),
     ],
-    ids=["real", "reference", "bfloat16"],
+    ids=["reference", "real", "bfloat16"],
 )
-def test_it_prints_and_writes_what_it_measured(tmp_path, capsys, flags, parameters):
+def test_it_prints_and_writes_the_figures(tmp_path, capsys, rates, flags, parameters):
     path = tmp_path / "step.json"
     faster = "--config.optimizer.peak_learning_rate=1e-2"
     assert step70b.main([*TINY, "--steps=4", faster, f"--json={path}", *flags]) == 0
@@ -66,15 +74,30 @@ def test_it_prints_and_writes_what_it_measured(tmp_path, capsys, flags, paramete
     # Counts of the chain are a few bytes more.
     extra = sizes["optimizer"] - per_parameter * figures["parameters"]
     assert 0 <= extra <= 64
-    # In bytes: of this process, with JAX in it.
-    assert 1e8 < figures["peak_rss_bytes"] <= step70b.peak_rss_bytes() < 1e11
+    # Bytes of this process, which has loaded JAX.
+    assert 1e8 < figures["peak_rss_bytes"] <= machine.peak_rss_bytes() < 1e11
     assert figures["tokens_per_step"] == (20 if "--tokens=20" in flags else 8)
     assert set(figures["shares"]) == {"Adam", "retraction"}
 
 
+def test_the_job_trains_on_real_tokens():
+    pairs = [flag.removeprefix("--config.").split("=") for flag in TINY]
+    job = step70b.make_job(overrides.load(CONFIG, pairs))
+    assert job.batch["inputs"].tolist() == [list(range(8))]
+    assert job.batch["targets"].tolist() == [list(range(1, 9))]
+    assert job.dense_parameters() == accounting.parameters(
+        accounting.dense_config(job.shape)
+    )
+    assert job.product_flops() == 8 * accounting.flops_per_token(job.shape, seq_len=8)
+
+
+def test_rates_of_the_machine_are_positive():
+    assert all(rate > 0 for rate in machine.rates().values())
+
+
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
-def test_the_parts_are_those_of_the_chain(moment_dtype):
-    experiment = config.load(CONFIG, [("optimizer.moment_dtype", moment_dtype)])
+def test_the_parts_make_up_the_chain(moment_dtype):
+    experiment = overrides.load(CONFIG, [("optimizer.moment_dtype", moment_dtype)])
     parts = step70b.parts_of_chain(experiment)
     assert parts is not None
     params = {"w": spectral.init(jax.random.key(0), 12, 8, 3)}
@@ -86,7 +109,7 @@ def test_the_parts_are_those_of_the_chain(moment_dtype):
 
 
 def _updated(tx, grads, params):
-    """Parameters and state after two updates."""
+    """Returns parameters and state after two updates."""
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(grads, state, params)
@@ -100,24 +123,25 @@ def _updated(tx, grads, params):
         ("b2", "0.99"),
         ("max_update_norm", "0.1"),
         ("name", "stiefel_muon"),
-        ("retraction", "lossless"),
+        ("retraction", "svd"),
+        ("retraction", "none"),
         ("weight_decay", "0.1"),
     ],
 )
-def test_a_chain_of_more_parts_has_no_shares(field, value):
-    experiment = config.load(CONFIG, [(f"optimizer.{field}", value)])
+def test_a_chain_of_other_parts_has_no_shares(field, value):
+    experiment = overrides.load(CONFIG, [(f"optimizer.{field}", value)])
     assert step70b.parts_of_chain(experiment) is None
 
 
-def test_the_shapes_are_those_of_the_papers():
-    experiment = config.load(CONFIG)
+def test_the_parameters_are_those_of_the_papers():
+    experiment = overrides.load(CONFIG)
     dense = accounting.dense_config(experiment.model)
     assert accounting.parameters(experiment.model) == 424_257_088
     assert accounting.parameters(dense) == 70_553_706_496  # Llama-3-70B
     job = step70b.make_job(experiment, reference_attention=True)
     step = layerwise.make_train_step(job.stack, job.tx)
     params = jax.eval_shape(step.init, jax.random.key(0)).params
-    assert accounting.count(params) == 452_216_320  # of the SCT paper
+    assert accounting.count(params) == 452_216_320  # SCT paper
 
 
 @pytest.mark.parametrize(
@@ -127,7 +151,7 @@ def test_the_shapes_are_those_of_the_papers():
         (["--moment-dtype=float16"], "optimizer.moment_dtype"),
         (["--token=3"], "did you mean '--tokens'"),
         (["--steps=1"], "--steps"),
-        (["--config.step=whole"], "step: "),
+        (["--config.step=fused"], "step: "),
         (["--config.model.vocab_size=100"], "model.vocab_size"),
         (["--config.optimizer.grad_clip=1"], "optimizer.grad_clip"),
     ],
@@ -140,7 +164,7 @@ def test_bad_flags_are_refused(capsys, flags, message):
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(capsys, monkeypatch):
-    # Two million tokens of 8,192 numbers, in 81 streams.
+    # 81 streams of two million tokens with 8,192 numbers each.
     monkeypatch.setattr(step70b, "measure", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(SystemExit) as caught:
         step70b.main(["--tokens=2000000"])
@@ -154,13 +178,13 @@ def test_memory_that_is_enough_or_unknown_is_no_error(monkeypatch):
     step70b.check_memory({"total": 10}, available=10)
     with pytest.raises(errors.UserError, match="memory"):
         step70b.check_memory({"total": 11}, available=10)
-    monkeypatch.setattr(step70b, "available_memory", lambda: None)
+    monkeypatch.setattr(machine, "available_memory", lambda: None)
     step70b.check_memory({"total": 10**18})
 
 
 def test_the_formula_counts_the_state_and_one_layer_of_gradients():
     shape = dataclasses.replace(
-        config.load(CONFIG).model,
+        overrides.load(CONFIG).model,
         d_model=32,
         d_ff=48,
         num_layers=3,
@@ -169,7 +193,7 @@ def test_the_formula_counts_the_state_and_one_layer_of_gradients():
         vocab_size=64,
         rank=4,
     )
-    tx = config.load(CONFIG).optimizer.build(5)
+    tx = overrides.load(CONFIG).optimizer.build(5)
     batch = {
         name: jax.ShapeDtypeStruct((2, 8), "int32") for name in ("inputs", "targets")
     }
@@ -177,16 +201,16 @@ def test_the_formula_counts_the_state_and_one_layer_of_gradients():
     params = 4 * accounting.parameters(shape)
     assert sizes["parameters"] == params
     assert 2 * params < sizes["optimizer"] <= 2 * params + 64
-    # Embedding and head, (64 + 32) x 4 numbers and 4 each, are less than a layer.
+    # Embedding and head, with (64 + 32) x 4 + 4 numbers each, are smaller than a layer.
     assert sizes["gradients"] == 4 * accounting.block_parameters(shape)
-    # Four streams of 16 rows, and of three layers seven bottlenecks of rank 4.
+    # Four streams of 16 rows, and seven bottlenecks of rank 4 in three layers.
     assert sizes["streams"] == 4 * 16 * (4 * 32 + 3 * 7 * 4)
     assert sizes["total"] == sum(sizes.values()) - sizes["total"]
     longer = batch | {
         name: jax.ShapeDtypeStruct((2, 16), "int32") for name in ("inputs", "targets")
     }
     more = accounting.layerwise_bytes(layerwise.stack_of(shape), tx, longer)
-    # Scores grow with the square.
+    # Attention scores grow with the square of the length.
     assert more["activations"] > 2 * sizes["activations"]
 
 
@@ -210,8 +234,8 @@ def test_the_formula_counts_both_gradients_of_a_tied_embedding():
         tx = optax.sgd(1.0)
         return accounting.layerwise_bytes(layerwise.stack_of(shape), tx, batch)
 
-    # The last moment, the streams are gone; with more tokens a block has the most, with
-    # one gradient of the embedding still to be added.
+    # With few tokens the embedding's gradients are the peak, when no stream is left.
+    # With many, a block is: one gradient of the embedding then waits to be added.
     few, many = sizes_of(1), sizes_of(256)
     assert (few["gradients"], few["streams"]) == (2 * embedding, 0)
     assert (many["gradients"], many["streams"] > 0) == (embedding + layer, True)
@@ -227,21 +251,21 @@ def test_the_formula_counts_what_a_block_keeps(dtype, cast):
         num_layers=2,
         init_ends=lambda key: {},
         init_layer=lambda key: {"w": jnp.ones((6, 6))},
-        enter=lambda ends, batch: batch.astype(dtype),
+        embed=lambda ends, batch: batch.astype(dtype),
         block=block,
-        leave=lambda ends, x, batch: jnp.sum(x.astype("float32")),
-        enter_keys=(),
-        leave_keys=(),
+        head_loss=lambda ends, x, batch, linear: jnp.sum(x.astype("float32")),
+        embed_keys=(),
+        head_keys=(),
     )
     sizes = accounting.layerwise_bytes(stack, optax.sgd(1.0), jnp.ones((1, 5, 6)))
     width = jnp.dtype(dtype).itemsize
-    # What exp gives, and the weight as it was cast; the rest is there anyway.
+    # The result of exp, and the cast weight; the other residuals are arguments.
     assert sizes["activations"] == width * 5 * 6 + cast
     assert sizes["streams"] == 3 * width * 5 * 6
     assert sizes["gradients"] == 4 * 6 * 6
 
 
-def test_a_matrix_takes_what_the_paper_says():
+def test_a_matrix_takes_the_bytes_of_the_paper():
     assert round(accounting.matrix_bytes(8192, 28672, 32) / 1e6, 1) == 18.9
     assert round(accounting.matrix_bytes(8192, 28672, None) / 1e6) == 3758
     for rank in (None, 4):

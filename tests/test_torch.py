@@ -1,5 +1,6 @@
-"""SCT as PyTorch computes it: torch's AdamW, then QR with the signs folded in."""
+"""SCT against PyTorch: the AdamW of torch, then QR with signs folded into Q."""
 
+import functools
 import warnings
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from sct_jax import optimizers, spectral
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)  # more would compete with the threads of XLA
 
 NUM_STEPS = 20
 SHAPES = {"wide": (24, 40, 6), "tall": (33, 17, 4)}
@@ -31,8 +33,9 @@ def start():
     return params, {"wide": (x, y), "tall": (x2, y2)}
 
 
+@functools.cache
 def by_torch(learning_rate, weight_decay):
-    """The loop of the reference: forward, AdamW, sign-corrected QR."""
+    """The reference loop: forward, AdamW, sign-corrected QR."""
     params, batches = start()
     tensors = {
         name: [torch.tensor(x, requires_grad=True) for x in factors]
@@ -103,9 +106,9 @@ def by_sct_jax(learning_rate, weight_decay, retraction):
 
 @pytest.mark.parametrize("retraction", ["qr", "cholesky_qr"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_twenty_steps_are_those_of_the_pytorch_reference(weight_decay, retraction):
+def test_twenty_steps_match_the_pytorch_reference(weight_decay, retraction):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
+        warnings.simplefilter("ignore")  # raised inside torch
         expected = by_torch(1e-2, weight_decay)
     found = by_sct_jax(1e-2, weight_decay, retraction)
     assert not np.allclose(expected[0]["wide"][0], expected[-1]["wide"][0], atol=1e-2)

@@ -270,7 +270,12 @@ def _long_decay() -> grid.Comparison:
     return dataclasses.replace(
         _long(),
         methods=tuple(
-            methods.changed(method, methods.DECAY, name=f"{method.name}: decay .9")
+            methods.changed(
+                method,
+                methods.DECAY,
+                name=f"{method.name}: decay .9",
+                variation_of=method.name,
+            )
             for method in found
         ),
         non_matrix_lr_factors=(),

@@ -7,7 +7,7 @@ Paper: Spectral Compact Training, arXiv 2604.00733. It has R = 32, 64, 128 and 2
 the MLP of d 2048; these are the same shares of d 128. "per component" multiplies the
 learning rate of everything outside the factors by a fifth.
 
-CPU: 3 core-hours. Loss in nats per token at equal tokens: 4.32 for dense AdamW, and 4.64
+CPU: 3 core-hours. Loss in nats per token at equal tokens: 4.32 for dense AdamW, 4.64
 for R = 16.
 """
 

@@ -216,7 +216,7 @@ def from_dict(values: Mapping[str, Any]) -> Trial:
       UserError: for a field that this version does not know.
     """
     known = tuple(field.name for field in dataclasses.fields(Trial))
-    for name in values:
+    for name in values.keys() - set(known):
         errors.check_choice("trial", name, known)
     branches = tuple(
         Branch(Budget(branch["kind"], branch["amount"]), branch["steps"])

@@ -6,8 +6,10 @@ holds the step, the position in the data, the configuration, and shape, dtype an
 checksum of every array, as orbax keeps no checksums.
 """
 
+import gc
 import logging
 import pathlib
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -127,6 +129,7 @@ class Checkpointer:
             except Exception as error:
                 damaged.append(step)
                 reason = str(error).strip().split("\n")[0]
+                _release(error)
                 warnings.warn(
                     f"checkpoint {step} is damaged, trying an older one: "
                     f"{type(error).__name__}: {reason}",
@@ -195,6 +198,19 @@ class Checkpointer:
         """Waits for saves and frees the background threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _release(error: BaseException) -> None:
+    """Frees the frames of a failed read.
+
+    Orbax starts a read per array. Where one fails, it never awaits the others, and
+    Python warns about each when it is freed: here, where the warning says nothing new.
+    """
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+        gc.collect()
 
 
 def _by_name(state: state_lib.TrainState) -> dict[str, Any]:

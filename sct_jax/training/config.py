@@ -243,8 +243,9 @@ def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
                 fields[field] = _renamed_value(f"{group}.{field}", leaf)
             value = fields
         upgraded[RENAMED_FIELDS.get(group, group)] = _renamed_value(group, value)
-    if "data" in upgraded:  # there was one way to divide the embedded corpus
-        upgraded["data"] = {"split": "files"} | upgraded["data"]
+    data = upgraded.get("data", {})
+    if data.get("source") == "stdlib":  # once, the one way to divide that corpus
+        upgraded["data"] = {"split": "files"} | data
     return upgraded
 
 

@@ -132,7 +132,7 @@ def resolve(
 
     A run without checkpoints takes the choices of a new run.
     """
-    if config.data.split is not None:
+    if config.data.split is not None or config.data.source != "stdlib":
         return config
     earlier = committed_config(path)
     split = earlier.data.split if earlier else "pieces"
