@@ -1,7 +1,7 @@
-"""What the library should compute, in float64 numpy, from the formulas alone.
+"""Reference results in float64 numpy, written from the formulas of the papers.
 
 Nothing here imports sct_jax. Factors are (u, s, v) with W = u diag(s) v.T and any
-leading axes.
+leading axes. The last part walks jaxprs.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import jax
 import jax.extend.core
 import numpy as np
 
-# What `matmul_precisions` has to find.
+# The precision of both operands that `matmul_precisions` should find.
 HIGHEST = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
 
 
@@ -28,7 +28,7 @@ def spectral_norm(w):
 
 
 def composite_update_norm(old, new):
-    """||W' - W||_2 per layer by an SVD of the dense difference."""
+    """||W' - W||_2 per layer, from the SVD of the dense difference."""
     return spectral_norm(dense(*new) - dense(*old))
 
 
@@ -38,7 +38,7 @@ def orthonormality_error(x):
 
 
 def signed_qr(x):
-    """Q of the QR factorisation whose R has a positive diagonal (0 counts as one)."""
+    """Q of the QR factorisation where R has a positive diagonal, or 0."""
     q, r = np.linalg.qr(float64(x))
     diagonal = np.diagonal(r, axis1=-2, axis2=-1)
     return q * np.where(diagonal < 0, -1.0, 1.0)[..., None, :]
@@ -93,9 +93,9 @@ def sct(
 ):
     """SCT's Algorithm 1: one step per rate in `rates`; returns params after each.
 
-    params: {name: {"u", "s", "v"} or {"a", "b"} or {"w"}} of float64 arrays, so that
-    the kind of every array is its last key. gradient: from (step, params) to a tree of
-    the same shape.
+    params: {name: {"u", "s", "v"} or {"a", "b"} or {"w"}} of float64 arrays: the last
+    key is the kind of the array. gradient: maps (step, params) to a tree of the same
+    structure.
     """
     params = float64(params)
     m = {n: {k: np.zeros_like(x) for k, x in p.items()} for n, p in params.items()}
@@ -132,7 +132,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(x, steps=5, coefficients=QUINTIC):
-    """Muon's iteration as published: on x itself, for any leading axes."""
+    """Muon's iteration as published, on x itself."""
     a, b, c = coefficients
     x = float64(x)
     if x.shape[-2] < x.shape[-1]:
@@ -156,9 +156,9 @@ def spectron(
     shape_factor=False,
     weight_decay=0.0,
 ):
-    """Spectron's Algorithm 1 for one weight a @ b.T; (a, b) after each step.
+    """Spectron's Algorithm 1 for one weight a @ b.T; returns (a, b) after each step.
 
-    gradients: from (step, a, b) to (g_a, g_b).
+    gradients: maps (step, a, b) to (g_a, g_b).
     """
     factors = [float64(a), float64(b)]
     means = [np.zeros_like(x) for x in factors]
@@ -205,7 +205,7 @@ def stiefel_muon(
     b2=0.95,
     eps=1e-8,
 ):
-    """Stiefel Muon for one weight, retracted by QR; (u, s, v) after each step."""
+    """Stiefel Muon with the QR retraction; returns (u, s, v) after each step."""
     u, s, v = float64((u, s, v))
     m_u, m_v, m_s, n_s = (np.zeros_like(x) for x in (u, v, s, s))
     history = []
@@ -238,7 +238,7 @@ def stiefel_muon(
 
 
 def lossless(u, s, v, d_u, d_s, d_v):
-    """The SVD of (u + du) diag(s + ds) (v + dv).T, with signs that keep u."""
+    """The SVD of (u + du) diag(s + ds) (v + dv).T, with the signs nearest to u."""
     u, s, v, d_u, d_s, d_v = float64((u, s, v, d_u, d_s, d_v))
     w = ((u + d_u) * (s + d_s)) @ (v + d_v).T
     left, values, right = np.linalg.svd(w, full_matrices=False)
@@ -249,7 +249,7 @@ def lossless(u, s, v, d_u, d_s, d_v):
 
 
 def equations(jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
-    """Every equation of a jaxpr and of all jaxprs inside its equations."""
+    """All equations of a jaxpr, including nested jaxprs."""
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield equation
         for inner in jax.tree.leaves(
@@ -259,18 +259,18 @@ def equations(jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
                 yield from equations(inner)
 
 
-# As JAX calls the factorisations that it takes from LAPACK and the like.
+# Primitives that call LAPACK or another library.
 FACTORISATIONS = {"cholesky", "eig", "eigh", "lu", "qr", "schur", "svd"}
 FACTORISATIONS |= {"geqrf", "householder_product", "triangular_solve"}
 
 
 def factorisations(jaxpr):
-    """The primitives in a jaxpr that call a library to factorise a matrix."""
+    """Names of the primitives in a jaxpr that factorise a matrix in a library."""
     return {e.primitive.name for e in equations(jaxpr)} & FACTORISATIONS
 
 
 def matmul_precisions(fn, *args):
-    """The precision of every dot_general in the trace of fn(*args)."""
+    """Precisions of all dot_generals in the trace of fn(*args)."""
     return [
         equation.params["precision"]
         for equation in equations(jax.make_jaxpr(fn)(*args))

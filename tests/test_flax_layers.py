@@ -103,7 +103,7 @@ def test_without_a_dtype_the_input_decides(build):
 
 @each_flax
 def test_a_rank_that_is_too_large_is_refused(build):
-    with pytest.raises(ValueError, match=r"rank 4 is not in 1\.\.3"):
+    with pytest.raises(ValueError, match=r"^rank .*1\.\.3"):
         build(draw((5, 3), 0))
 
 

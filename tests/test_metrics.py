@@ -1,9 +1,9 @@
-import io
 import json
 import math
+import types
 
+import numpy as np
 import pytest
-import rich.console
 
 from sct_jax import errors
 from sct_jax.training import metrics
@@ -120,7 +120,7 @@ def test_an_extra_sink_that_fails_is_dropped_with_a_warning(path, fails_on):
         sinks.write(row(2))
         sinks.close()
 
-    with pytest.warns(UserWarning, match="Failing failed and is dropped: disk full"):
+    with pytest.warns(UserWarning, match="Failing failed .* rows: disk full"):
         use()
     assert bad.calls[-1] == fails_on and bad.calls.count(fails_on) == 1
     assert good.calls == ["write", "flush", "write", "close"]
@@ -142,100 +142,39 @@ def test_tensorboard_is_an_extra(tmp_path):
     assert b"train/loss" in events[0].read_bytes()
 
 
-# --- What a person sees.
+# --- Rows of steps.
 
 
-def console(*, terminal: bool) -> rich.console.Console:
-    return rich.console.Console(
-        file=io.StringIO(), force_terminal=terminal, width=100, color_system=None
+class Rows(list):
+    """A sink that keeps its rows."""
+
+    write = list.append
+    flush = close = lambda self: None
+
+
+def test_a_row_is_written_once_the_next_step_runs_and_times_steps_alone(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    fake = types.SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr(metrics, "time", fake)
+    rows = Rows()
+    log = metrics.StepLog(
+        rows, learning_rate=lambda count: 0.5**count, tokens_per_step=64, start_step=10
     )
-
-
-def shown(row_step, loss=2.5):
-    return {
-        "step": row_step,
-        "train/loss": loss,
-        "learning_rate": 1e-3,
-        "tokens_per_second": 12345.6,
-    }
-
-
-SUMMARY = {
-    "parameters": 597_797_888,
-    "dense_equivalent_parameters": 1_711_376_384,
-    "flops_per_token": 5_000_000_000,
-    "bytes": {
-        "parameters": 2_391_191_552,
-        "gradients": 2_391_191_552,
-        "optimizer": 4_782_383_112,
-        "total": 9_564_766_216,
-    },
-}
-
-
-@pytest.mark.parametrize("width", [80, 100])
-def test_the_start_table_has_the_figures(width):
-    out = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
-    out.print(
-        metrics.start_table(
-            SUMMARY,
-            devices="8 x cpu",
-            mesh={"data": 2, "fsdp": 4, "tensor": 1},
-            tokens_per_step=1000,
-            num_steps=50,
-        )
-    )
-    text = out.file.getvalue()
-    for figure in (
-        "597,797,888",
-        "1,711,376,384",
-        "2.86x",
-        "2,391,191,552 (2.39 GB)",
-        "4,782,383,112 (4.78 GB)",
-        "9,564,766,216 (9.56 GB)",
-        "5,000,000,000",
-        "50,000",
-        "8 x cpu",
-        "data 2, fsdp 4, tensor 1",
-    ):
-        assert figure in text, figure
-
-
-def test_progress_off_a_terminal_prints_plain_lines():
-    out = console(terminal=False)
-    progress = metrics.Progress(out, start_step=10, num_steps=30)
-    progress.advance(11)
-    progress.show(shown(11))
-    progress.show(shown(12))  # less than two seconds later: not shown
-    progress.print("a [bold]note[/bold]")
-    progress.advance(30)
-    progress.show(shown(30, loss=1.25))
-    progress.close()
-    text = out.file.getvalue()
-    lines = text.splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("step 11/30  loss 2.5000  lr 1.00e-03  12,346 tokens/s")
-    assert "ETA" in lines[0]
-    assert lines[1] == "a [bold]note[/bold]"
-    assert lines[2].startswith("step 30/30  loss 1.2500")
-    assert "\x1b" not in text and "\r" not in text
-
-
-def test_progress_on_a_terminal_is_a_bar():
-    out = console(terminal=True)
-    progress = metrics.Progress(out, start_step=0, num_steps=30)
-    progress.advance(3)
-    progress.show(shown(3))
-    progress.print("above")
-    progress.close()
-    text = out.file.getvalue()
-    assert "step 3/30" in text and "loss 2.5000" in text and "12,346 tokens/s" in text
-    assert "above" in text
-
-
-def test_progress_survives_a_loss_that_is_no_number():
-    out = console(terminal=False)
-    progress = metrics.Progress(out, start_step=0, num_steps=2)
-    progress.show(shown(2, loss=math.nan))
-    progress.close()
-    assert "nan" in out.file.getvalue()
+    assert log.flush() is None
+    clock.now += 1000  # compilation
+    log.start()
+    for step in (11, 12, 13):
+        clock.now += 2.0
+        if step == 12:  # is not logged
+            continue
+        log.hold(step, {"loss": np.float32(step), "grad_norm": np.float32(1)})
+        assert len(rows) == (step - 11) // 2
+        with log.paused():  # a checkpoint
+            clock.now += 100
+        assert log.flush() == rows[-1]
+    assert [row["step"] for row in rows] == [11, 13]
+    assert [row["tokens_per_second"] for row in rows] == pytest.approx([32, 32])
+    assert [row["tokens"] for row in rows] == [64 * 11, 64 * 13]
+    # The learning rate of the update that the row is about.
+    assert [row["learning_rate"] for row in rows] == [0.5**10, 0.5**12]
+    assert rows[1]["train/loss"] == 13 and rows[1]["grad_norm"] == 1

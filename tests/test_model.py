@@ -72,7 +72,7 @@ def init(config: model.ModelConfig) -> model.Params:
 
     def draw(path, x):
         name = str(getattr(path[-1], "name", None) or path[-1].key)
-        if name.endswith("_norm"):  # of 1 they would hide a scale that is left out
+        if name.endswith("_norm"):  # ones would hide a missing scale
             value = np.broadcast_to(np.linspace(0.5, 1.5, x.shape[-1]), x.shape)
         elif name == "s":
             value = np.broadcast_to(np.linspace(1.5, -0.5, x.shape[-1]), x.shape)
@@ -432,7 +432,7 @@ def test_unstacking_and_stacking_are_inverse():
     assert jax.tree.structure(moments) == jax.tree.structure(
         model.unstack_layers(params)
     )
-    # Each of them leaves its own result as it is.
+    # Both are idempotent.
     assert model.stack_layers(params)["layers"] is params["layers"]
     apart = model.unstack_layers(params)
     assert model.unstack_layers(apart)["layers"] is apart["layers"]

@@ -15,7 +15,7 @@ from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
 BATCH, LENGTH = 3, 7
-# No two sizes that a matrix or an activation can have are alike.
+# All sizes of matrices and activations differ.
 SPECTRAL = model.ModelConfig(
     d_model=40,
     d_ff=56,
@@ -103,7 +103,7 @@ def shapes(jaxpr):
 
 
 def dense_shapes(config, jaxpr):
-    """The results that could hold a weight, a transposed one or a stack of them."""
+    """Results with the shape of a weight, transposed or stacked."""
     forbidden = set()
     for fan_in, fan_out in config.matrix_shapes().values():
         forbidden |= {(fan_in, fan_out), (fan_out, fan_in)}
@@ -111,7 +111,7 @@ def dense_shapes(config, jaxpr):
 
 
 def test_no_activation_has_the_shape_of_a_weight():
-    """Else the walk would prove nothing: sizes are all of different pairs."""
+    """Otherwise the tests below would prove nothing."""
     d, f = SPECTRAL.d_model, SPECTRAL.d_ff
     g = SPECTRAL.num_kv_heads * SPECTRAL.head_dim
     rows = {BATCH * LENGTH, LENGTH, BATCH, SPECTRAL.num_heads, SPECTRAL.num_kv_heads}
@@ -125,7 +125,7 @@ def test_no_activation_has_the_shape_of_a_weight():
     ("trace", "name"),
     [
         *itertools.product([forward, backward, initialisation], CONFIGS),
-        # The others differ from these in the gradient alone.
+        # The other configs differ from these only in the gradient.
         *itertools.product([step], ["scanned", "unrolled", "tied"]),
     ],
 )
@@ -138,7 +138,7 @@ def test_no_intermediate_has_the_shape_of_a_weight(trace, name):
 def test_nor_with_another_retraction(retraction):
     jaxpr = step(SPECTRAL, retraction=retraction)
     assert not dense_shapes(SPECTRAL, jaxpr)
-    # Only Householder QR calls a library, one matrix at a time: others would deadlock.
+    # Only Householder QR calls a library, one matrix at a time to avoid deadlocks.
     assert reference.factorisations(jaxpr) == ({"qr"} if retraction == "qr" else set())
 
 

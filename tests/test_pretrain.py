@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
-from sct_jax.training import accounting, loop, metrics
-from sct_jax.training import config as config_lib
+from sct_jax.training import accounting, metrics, overrides
+from sct_jax.training import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "smollm_r128.py"
-NUM_STEPS = 300
+NUM_STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def flags(corpus, root, **overrides):
+def flags(corpus, root, **changes):
     """A run of the tiny variant made smaller still."""
     values = {
         "num_steps": NUM_STEPS,
@@ -58,7 +58,7 @@ def flags(corpus, root, **overrides):
         "eval.every": 100,
         "eval.num_batches": 2,
     }
-    values |= {name.replace("__", "."): value for name, value in overrides.items()}
+    values |= {name.replace("__", "."): value for name, value in changes.items()}
     return [
         f"--config={CONFIG}:tiny",
         *(f"--config.{name}={value}" for name, value in values.items()),
@@ -69,6 +69,7 @@ def environment(root):
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return env | {
         "JAX_PLATFORMS": "cpu",
+        "GLIBC_TUNABLES": "",  # set: programs do not start themselves again
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "PYTHONUNBUFFERED": "1",
@@ -190,7 +191,7 @@ def test_a_broken_run_equals_an_uninterrupted_one(whole, broken):
     ]
     assert timeless(found) == timeless(expected)
     params, expected_params = (
-        loop.load_run(folder).params for folder in (workdir, whole[0])
+        workdir_lib.load_run(folder).params for folder in (workdir, whole[0])
     )
     import jax
 
@@ -221,7 +222,7 @@ def test_a_dry_run_of_the_largest_model_needs_neither_text_nor_memory(root):
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["parameters"] == 597_797_888
     assert summary["dense_equivalent_parameters"] == 1_711_376_384
-    experiment = config_lib.load(str(CONFIG))
+    experiment = overrides.load(str(CONFIG))
     assert summary["flops_per_token"] == accounting.flops_per_token(
         experiment.model, seq_len=experiment.data.seq_len
     )
@@ -335,12 +336,11 @@ def test_bad_config_file(config, parts, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--config.model.d_modle=64"], ["model.d_modle", "'d_model'"]),
         (["--config.mesh.fsdp=2", "--config.mesh.data=2"], ["mesh", "1 devices"]),
         (["--config.data.source=nowhere/*.txt"], ["data.source"]),
         (["--config.num_steps=9"], ["workdir", "num_steps", "rank"]),
     ],
-    ids=["typo", "mesh", "no text", "another run's workdir"],
+    ids=["mesh", "no text", "another run's workdir"],
 )
 def test_bad_input_in_a_process_of_its_own(arguments, parts, corpus, root, whole):
     workdir = whole[0] if "workdir" in parts else root / f"bad {parts[0]}"

@@ -80,7 +80,7 @@ def resized(tree, state, active, ranks, seed=0):
     return jitted_resize(tree, state, active, key, ranks=ranks)
 
 
-# One weight shrinks, with layers that use less than is stored; the other one grows.
+# The stack shrinks, with inactive columns in both layers; the embedding grows.
 ACTIVE = {"layers/q": np.array([3, 5]), "embedding": np.array(12)}
 RANKS = {"layers/q": 8, "embedding": 12}
 
@@ -143,7 +143,7 @@ def test_floor_headroom_limit_and_hysteresis(changes, s, expected):
 
 
 def test_columns_not_in_use_may_come_back():
-    """Six of eight are in use, and all six are needed and more: the layer grows."""
+    """Six of eight columns are active, and the layer needs all six plus headroom."""
     config = dataclasses.replace(CONFIG, headroom=0.2, energy=0.99)
     found = weight([1] * 6 + [0] * 2, active=6)
     assert rank.decide(found, config)["w"] == 8
@@ -284,7 +284,7 @@ def test_moments_follow_their_columns(tx):
     np.testing.assert_allclose(sorted(nu["embedding"].s[:8]), sorted(old))
     np.testing.assert_allclose(nu["embedding"].s[8:], np.mean(old), rtol=1e-6)
     np.testing.assert_array_equal(new_mu["embedding"].s[8:], 0)
-    # The state fits the parameters: the shapes are those of a new one.
+    # The state has the shapes of a fresh one.
     fresh = jax.eval_shape(tx.init, new)
     assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, fresh)
     assert jax.tree.structure(new_state) == jax.tree.structure(fresh)

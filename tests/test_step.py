@@ -230,17 +230,24 @@ def test_the_state_is_donated(sct):
     assert not any(x.is_deleted() for x in jax.tree.leaves(new))
 
 
-def test_diagnostics_may_be_replaced():
+@pytest.fixture(scope="module")
+def sgd():
+    """A chain whose update is the gradient, and its step on dense matrices."""
+
     def diagnose(old, new):
         return {"moved": optax.tree.norm(optax.tree.sub(new, old))}
 
-    step = jax.jit(step_lib.make_train_step(DENSE, optax.sgd(0.1), diagnose=diagnose))
-    old = draw_state(optax.sgd(0.1), DENSE)
-    for wanted in (True, False):
-        _, metrics = step(old, draw_batch(), jnp.array(wanted))
-        assert set(metrics) == {"loss", "grad_norm", "moved"}
-        moved = 0.1 * metrics["grad_norm"] if wanted else 0.0
-        assert metrics["moved"] == pytest.approx(float(moved), rel=1e-3)
+    tx = optax.sgd(1.0)
+    return tx, jax.jit(step_lib.make_train_step(DENSE, tx, diagnose=diagnose))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_diagnostics_may_be_replaced(sgd, wanted):
+    tx, step = sgd
+    _, metrics = step(draw_state(tx, DENSE), draw_batch(), jnp.array(wanted))
+    assert set(metrics) == {"loss", "grad_norm", "moved"}
+    moved = float(metrics["grad_norm"]) if wanted else 0.0
+    assert metrics["moved"] == pytest.approx(moved, rel=1e-5)
 
 
 def test_linear_multiplies_by_every_matrix_of_the_step_it_is_made_for():
@@ -286,24 +293,19 @@ def test_a_dense_model_has_no_factor_diagnostics():
     assert set(step[1]) == {"loss", "grad_norm"}
 
 
-def test_micro_batches_give_the_gradient_of_the_batch():
-    tx = optax.sgd(1.0)  # The update is the gradient.
-    batch = draw_batch()
-
-    def one_step(number):
-        step = jax.jit(step_lib.make_train_step(DENSE, tx, num_microbatches=number))
-        new, metrics = step(draw_state(tx, DENSE), batch, jnp.array(False))
-        return new.params, metrics
-
-    params, metrics = one_step(4)
-    full_params, full_metrics = one_step(1)
+def test_micro_batches_give_the_gradient_of_the_batch(sgd):
+    tx, full_step = sgd
+    batch, state = draw_batch(), draw_state(tx, DENSE)
+    full, full_metrics = full_step(state, batch, jnp.array(False))
+    step = jax.jit(step_lib.make_train_step(DENSE, tx, num_microbatches=4))
+    new, metrics = step(state, batch, jnp.array(False))
     jax.tree.map(
         # Rounding of p - g, with |p| <= 4, and of sums over the tokens of a batch.
         lambda a, b: np.testing.assert_allclose(a, b, rtol=4 * EPS, atol=16 * EPS),
-        params,
-        full_params,
+        new.params,
+        full.params,
     )
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, draw_params(DENSE))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), new.params, state.params)
     assert min(jax.tree.leaves(moved)) > 1e-3
     for name in ("loss", "grad_norm"):
         assert metrics[name] == pytest.approx(float(full_metrics[name]), rel=16 * EPS)

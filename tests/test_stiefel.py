@@ -374,7 +374,7 @@ def test_the_tangent_projection_is_of_the_highest_precision():
 
 @pytest.mark.parametrize("method", ["cholesky_qr", "polar"])
 def test_no_factorisation_of_a_library_runs(method):
-    """Several of them inside one jit deadlock jaxlib on two cores, see below."""
+    """Concurrent ones deadlock jaxlib on two cores, see below."""
     tree = {"a": jnp.ones((2, 9, 4)), "b": jnp.ones((7, 3))}
     assert not reference.factorisations(jax.make_jaxpr(retract[method])(tree))
     assert reference.factorisations(jax.make_jaxpr(retract["qr"])(tree)) == {"qr"}

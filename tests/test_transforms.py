@@ -183,7 +183,7 @@ def test_the_applied_update_keeps_the_bound(method, kinds, sizes, max_norm, seed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 0.03, 0.3])
-def test_an_update_within_the_bound_is_unchanged_whatever_its_neighbours(
+def test_an_update_within_the_bound_is_unchanged_beside_clipped_ones(
     method, kind, size
 ):
     """Bitwise, beside updates that are clipped hard."""

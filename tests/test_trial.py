@@ -1,4 +1,4 @@
-"""A trial trains what it says: branches, rates, forward passes, spikes, spectra."""
+"""A trial trains its branches through the Trainer, and records what it should."""
 
 import dataclasses
 import json
@@ -11,10 +11,14 @@ import optax
 import pytest
 from samples import SHAPE
 
-from experiments.studies import forward_variants, trial
-from sct_jax import data, errors, model, optimizers, spectral
-from sct_jax.training import accounting, config
-from sct_jax.training import step as step_lib
+from experiments.studies import forward_variants, measure, methods, rows, train
+from experiments.studies import trial as trial_lib
+from sct_jax import data, errors, model, sharding, spectral
+from sct_jax.training import accounting, config, optimizer_config, trainer
+from sct_jax.training import state as state_lib
+
+TOKENS, FLOPS = trial_lib.Budget("tokens", 1.0), trial_lib.Budget("flops", 1.0)
+LOW_RANK_ADAMW = methods.compose(methods.LOW_RANK, methods.ADAMW)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def experiment(text_files, tmp_path_factory):
             seq_len=8,
             cache_dir=str(tmp_path_factory.mktemp("cache")),
         ),
-        optimizer=optimizers.OptimizerConfig(
+        optimizer=optimizer_config.Sct(
             schedule="wsd", warmup_steps=2, peak_learning_rate=0.01
         ),
         eval=config.EvalConfig(num_batches=2),
@@ -39,179 +43,193 @@ def corpus(experiment):
     return data.prepare(experiment.data, vocab_size=SHAPE.vocab_size, log=str)
 
 
-def make(experiment, *, horizons=(("tokens 1", 10),), arm="arm", method="plain", **kw):
-    fields = {"adam_rate": kw.pop("adam_rate", None)}
-    for field, text in kw.items():
-        experiment = config.override(experiment, field.replace("__", "."), text)
-    longest = max(steps for _, steps in horizons)
-    return trial.Trial(
-        arm=arm,
-        experiment=dataclasses.replace(experiment, num_steps=longest),
-        horizons=horizons,
+def make(experiment, *changes, steps=(10,), method="method", **fields):
+    """A trial with a branch per length, on the experiment with some changes."""
+    changed = methods.compose(*changes)(experiment)
+    branches = zip((TOKENS, FLOPS), steps, strict=False)
+    return trial_lib.Trial(
         method=method,
+        experiment=dataclasses.replace(changed, num_steps=max(steps)),
+        branches=tuple(trial_lib.Branch(*branch) for branch in branches),
         **fields,
     )
 
 
-def alone(item, corpus):
-    """The same training by the ordinary step and schedule, without any branch."""
-    experiment = item.experiment
-    tx = experiment.optimizer.build(
-        experiment.num_steps,
-        decay_mask=model.decay_mask,
-        matrix_mask=model.hidden_matrices,
-    )
-    params = model.init(jax.random.key(experiment.seed), experiment.model)
-    state = trial.state_lib.TrainState(
-        step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
-    )
-    step = jax.jit(step_lib.make_train_step(experiment.model, tx))
-    batches = data.train_batches(corpus, experiment.data, seed=experiment.seed)
-    losses = []
-    for _ in range(experiment.num_steps):
-        state, metrics = step(state, next(batches), jnp.array(False))
-        losses.append(float(metrics["loss"]))
-    evaluate = trial.evaluation.make_evaluation(
-        experiment, corpus, trial.sharding.MeshConfig().build(1)
-    )
-    return losses, evaluate(state.params)["eval/loss"]
+def with_fields(**fields):
+    """A change of fields of the experiment itself, or of one of its groups."""
+
+    def change(experiment):
+        new = {
+            name: dataclasses.replace(getattr(experiment, name), **value)
+            if isinstance(value, dict)
+            else value
+            for name, value in fields.items()
+        }
+        return dataclasses.replace(experiment, **new)
+
+    return change
 
 
 @pytest.fixture(scope="module")
 def branched(experiment, corpus):
-    item = make(experiment, horizons=(("tokens 1", 10), ("flops 1", 20)))
-    return item, trial.run(item, corpus)
+    """A trial of two branches, its row, and its calls of Trainer.step."""
+    trial = make(experiment, steps=(10, 20))
+    calls, step = [], trainer.Trainer.step
+
+    def counted(self, state, batch, *, diagnose):
+        calls.append(diagnose)
+        return step(self, state, batch, diagnose=diagnose)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "step", counted)
+        row = train.run(trial, corpus)
+    return trial, row, calls
 
 
-def test_a_branch_is_the_run_of_its_length(branched, corpus):
-    item, row = branched
-    for name, steps in item.horizons:
-        shorter = dataclasses.replace(
-            item,
-            experiment=dataclasses.replace(item.experiment, num_steps=steps),
-            horizons=((name, steps),),
-        )
-        losses, held_out = alone(shorter, corpus)
-        assert row["results"][name]["loss"] == pytest.approx(held_out, rel=2e-4)
-    kept = [mean for _, mean in row["train_loss"]]
-    expected = [np.mean(losses[:10]), np.mean(losses[10:20])]
+def test_a_trial_goes_through_the_trainer(branched):
+    _, _, calls = branched
+    # The trunk to step 16, and decays of 2 and 4 steps.
+    assert len(calls) == 16 + 2 + 4
+    assert sum(calls) == 3  # at steps 10, of both, and 20
+
+
+def test_the_longest_branch_is_an_ordinary_run(branched, corpus):
+    """With the schedule compiled in, not injected, and without a fork."""
+    trial, row, _ = branched
+    experiment = trial.experiment
+    ordinary = trainer.Trainer(experiment, sharding.MeshConfig().build(1))
+    state = ordinary.init(jax.random.key(experiment.seed))
+    batches = data.train_batches(corpus, experiment.data, seed=experiment.seed)
+    losses = []
+    for _ in range(experiment.num_steps):
+        state, metrics = ordinary.step(state, next(batches), diagnose=False)
+        losses.append(float(metrics["loss"]))
+    found = ordinary.evaluate(state.params, ordinary.held_out(corpus))
+    assert row.loss(FLOPS) == pytest.approx(found["eval/loss"], rel=2e-4)
+    kept = [sample.value for sample in row.train_loss]
+    expected = [np.mean(losses[:10]), np.mean(losses[10:])]
     np.testing.assert_allclose(kept, expected, rtol=2e-4)
 
 
-def test_a_row_is_json_and_says_what_was_spent(branched):
-    item, row = branched
-    text = json.dumps(row, allow_nan=False)
-    assert config.from_dict(json.loads(text)["definition"], trial.Trial) == item
+def test_a_shorter_branch_is_a_trial_of_its_own(branched, corpus):
+    trial, row, _ = branched
+    alone = train.run(make(trial.experiment, steps=(10,)), corpus)
+    assert alone.results[TOKENS] == row.results[TOKENS]
+
+
+def test_a_row_has_what_was_spent_and_recorded(branched):
+    trial, row, _ = branched
+    text = json.dumps(rows.to_dict(row), allow_nan=False)
+    again = rows.from_dict(json.loads(text))
+    assert again.trial == row.trial == trial
     per_token = accounting.flops_per_token(SHAPE, seq_len=8)
-    ends = row["results"]
-    assert ends["tokens 1"]["tokens"] == 10 * 32
-    assert ends["flops 1"]["flops"] == 20 * 32 * per_token
-    blocks = 3 * 2 * accounting.block_flops(SHAPE, seq_len=8)
-    assert ends["flops 1"]["block_flops"] == 20 * 32 * blocks
-    assert row["parameters"] == accounting.parameters(SHAPE)
-    assert [step for step, _ in row["update_norms"]] == [10, 20]
-    assert all(norm > 0 for _, norm in row["update_norms"])
-    assert set(row["effective_ranks"]) == set(model.BLOCK_MATRICES)
-    assert [p[0] for p in row["effective_ranks"]["q"]] == [0, 5, 10, 15, 20]
-    assert set(row["spectra"]) == {"down"}
-    assert len(row["spectra"]["down"]) == SHAPE.matrix_rank("down")
+    assert again.results[TOKENS].tokens == 10 * 32
+    assert again.results[FLOPS].flops == 20 * 32 * per_token
+    layers = 3 * 2 * accounting.block_flops(SHAPE, seq_len=8)
+    assert again.results[FLOPS].layer_flops == 20 * 32 * layers
+    assert row.parameters == accounting.parameters(SHAPE)
+    assert [sample.step for sample in row.update_norms] == [10, 20]
+    assert all(sample.value > 0 for sample in row.update_norms)
+    assert set(row.effective_ranks) == set(model.BLOCK_MATRICES)
+    measured = [sample.step for sample in row.effective_ranks["q"]]
+    assert measured == [0, 5, 10, 15, 20]
+    assert set(row.spectra) == {"down"}
+    assert len(row.spectra["down"]) == SHAPE.matrix_rank("down")
 
 
-def test_a_long_run_has_few_points_and_its_largest_norm(branched, corpus, monkeypatch):
-    item, row = branched
-    monkeypatch.setattr(trial, "CURVE_POINTS", 1)
-    few = trial.run(item, corpus)
-    means = [mean for _, mean in row["train_loss"]]
-    ((step, mean),) = few["train_loss"]
-    assert step == 20 and mean == pytest.approx(np.mean(means), rel=1e-4)
-    assert few["update_norms"] == [[20, max(n for _, n in row["update_norms"])]]
+def test_a_long_run_has_few_samples_and_its_largest_norm(monkeypatch):
+    record = measure.Record(20, is_linear=True)
+    record.losses = [5.0, 3.0] * 10
+    record.update_norms = [rows.Sample(10, 0.2), rows.Sample(20, 0.1)]
+    assert len(record.fields()["train_loss"]) == 2
+    monkeypatch.setattr(measure, "CURVE_SAMPLES", 1)
+    assert record.fields()["train_loss"] == [(20, 4.0)]
+    assert record.fields()["update_norms"] == [(20, 0.2)]
 
 
-def test_the_key_is_of_the_definition_alone(experiment):
-    item = make(experiment)
-    assert item.key == make(experiment).key
+def test_fields_without_effect_make_no_other_trial(experiment):
+    trial = make(experiment)
+    assert trial.identity == make(experiment).identity
+    assert {trial.identity: 1}[make(experiment).identity] == 1
     for other in (
-        make(experiment, arm="other"),
-        make(experiment, seed="1"),
-        make(experiment, optimizer__peak_learning_rate="0.02"),
-        make(experiment, adam_rate=0.003),
-        make(experiment, method="unit_spectrum"),
-        make(experiment, horizons=(("tokens 1", 11),)),
+        make(experiment, method="other"),
+        make(experiment, with_fields(seed=1)),
+        make(experiment, methods.optimizer(peak_learning_rate=0.02)),
+        make(experiment, non_matrix_lr=0.003),
+        make(experiment, forward="unit_spectrum"),
+        make(experiment, steps=(11,)),
+        make(experiment, with_fields(eval={"num_batches": 1})),
     ):
-        assert other.key != item.key
-    # What changes nothing of a row does not make it another trial.
+        assert other.identity != trial.identity
+        assert other.digest != trial.digest
     for same in (
-        make(experiment, data__cache_dir="elsewhere"),
-        make(experiment, checkpoint__every="7"),
-        make(experiment, eval__every="7"),
-        make(experiment, log_every="7"),
+        make(experiment, with_fields(data={"cache_dir": "elsewhere"})),
+        make(experiment, with_fields(checkpoint={"every": 7})),
+        make(experiment, with_fields(eval={"every": 7}, log_every=7)),
+        make(experiment, variation_of="another"),
     ):
-        assert same != item and same.key == item.key
-    assert make(experiment, eval__num_batches="1").key != item.key
+        assert same != trial
+        assert same.identity == trial.identity and same.digest == trial.digest
 
 
-def test_rates_change_without_compiling_again(experiment, corpus):
-    first, second = (
-        make(experiment, optimizer__peak_learning_rate=rate, seed=seed)
-        for rate, seed in (("0.013", "3"), ("0.017", "4"))
+def test_trials_with_other_rates_and_seeds_share_a_compiled_trainer(
+    branched, corpus, monkeypatch
+):
+    """And a step is timed at the peak learning rate of its trial."""
+    trial, _, _ = branched
+    other = make(
+        trial.experiment,
+        methods.optimizer(peak_learning_rate=0.02),
+        with_fields(seed=3),
+        non_matrix_lr=0.003,
     )
-    trial.run(first, corpus)
-    program = trial._program(trial._without_rates(first))
-    compiled = program.step._cache_size()
-    trial.run(second, corpus)
-    assert trial._program(trial._without_rates(second)) is program
-    assert program.step._cache_size() == compiled
+    shared = train.trainer_of(other)
+    assert shared is train.trainer_of(trial)
+    assert shared.compile(shared.init(jax.random.key(0))) == 0.0  # it is compiled
+    seen, step = [], trainer.Trainer.step
 
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"model__spectral": "()", "optimizer__name": "muon"},
-        {"model__factors": "low_rank", "optimizer__name": "spectron"},
-        {"optimizer__name": "stiefel_muon"},
-        {"optimizer__name": "sct"},
-        {"model__spectral": "()", "optimizer__name": "adamw"},
-        {"model__factors": "low_rank", "optimizer__name": "adamw"},
-    ],
-    ids=["muon", "spectron", "stiefel_muon", "sct", "adamw", "adamw, low rank"],
-)
-def test_the_other_leaves_have_a_rate_of_their_own(experiment, corpus, fields):
-    """With a rate of 1e-9 for the matrices the embedding moves as at a rate of 1."""
-    moved = {}
-    for rate in (1e-9, 1e-3):
-        item = make(
-            experiment,
-            optimizer__peak_learning_rate=str(rate),
-            adam_rate=0.01,
-            **fields,
-        )
-        program = trial._program(trial._without_rates(item))
-        state = program.init(jax.random.key(0))
-        before = np.asarray(state.params["embedding"])
-        state = trial._advance(item, program, corpus, state, 0, 1, 10, None)
-        moved[rate] = np.abs(np.asarray(state.params["embedding"]) - before).max()
-    # Half of the peak in the first of two steps of warm-up; Adam's first step has the
-    # size of its rate.
-    assert moved[1e-9] == pytest.approx(0.005, rel=1e-3)
-    assert moved[1e-3] == pytest.approx(0.005, rel=1e-3)
-
-
-def test_a_step_is_timed_at_the_rate_of_its_trial(experiment, corpus, monkeypatch):
-    item = make(experiment, adam_rate=0.003, optimizer__peak_learning_rate="0.02")
-    seen, program = [], trial._program(trial._without_rates(item))
-
-    def watch(state, batch, diagnose):
+    def watched(self, state, batch, *, diagnose):
         rates = state.opt_state.hyperparams
         seen.append(float(rates["learning_rate"]))
         seen.append(float(rates["learning_rate"] * rates["dense_lr_multiplier"]))
-        return program.step(state, batch, diagnose)
+        return step(self, state, batch, diagnose=diagnose)
 
-    watched = program._replace(step=watch, guided_step=watch)
-    monkeypatch.setattr(trial, "_program", lambda _: watched)
-    taken = trial.seconds_per_step({"a": item}, corpus, rounds=2)
-    plain, guided = taken["a"]
+    monkeypatch.setattr(trainer.Trainer, "step", watched)
+    plain, guided = train.seconds_per_step({"a": other}, corpus, rounds=2)["a"]
     assert plain == guided > 0
     np.testing.assert_allclose(seen, [0.02, 0.003] * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        methods.compose(methods.DENSE, methods.MUON),
+        methods.compose(methods.LOW_RANK, methods.SPECTRON()),
+        methods.STIEFEL_MUON(),
+        methods.compose(),
+        methods.compose(methods.DENSE, methods.ADAMW),
+        LOW_RANK_ADAMW,
+    ],
+    ids=["muon", "spectron", "stiefel_muon", "sct", "adamw", "adamw, low rank"],
+)
+def test_other_parameters_have_their_own_rate(experiment, change):
+    """Whatever the rate of the matrices, at half of the peak."""
+    trial = make(
+        experiment,
+        change,
+        methods.optimizer(peak_learning_rate=1e-9),
+        non_matrix_lr=0.01,
+    )
+    tx = train.trainer_of(trial).tx
+    params = model.init(jax.random.key(0), trial.experiment.model)
+    state = state_lib.TrainState(
+        step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
+    )
+    state = train.at_rate(state, trial, 0.5e-9)
+    updates, _ = jax.jit(tx.update)(params, state.opt_state, params)
+    # Adam's first step has the size of its rate.
+    moved = np.abs(updates["embedding"]).max()
+    assert moved == pytest.approx(0.005, rel=1e-3)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -224,82 +242,58 @@ def test_the_norm_of_a_dense_update_is_its_spectral_norm(scan_layers):
     expected = max(
         np.max(np.linalg.norm(np.asarray(block[name]), 2, axis=(-2, -1)))
         for name in model.BLOCK_MATRICES
-        for block in trial._blocks(noise)
+        for block in measure.blocks(noise)
     )
-    found = float(trial._dense_update_norm(old, new))
+    found = float(measure.diagnose(old, new)["composite_update_norm"])
     assert expected * (1 - 1e-5) <= found < 1.01 * expected
 
 
-def test_micro_batches_and_unstacked_layers_change_no_loss(branched, corpus):
-    item, row = branched
-    fields = {"data.num_microbatches": "2", "model.scan_layers": "false"}
-    experiment = item.experiment
-    for field, text in fields.items():
-        experiment = config.override(experiment, field, text)
-    other = dataclasses.replace(item, experiment=experiment)
-    other.validate()
-    with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        make_train_step = trial.step_lib.make_train_step
-
-        def watch(*args, num_microbatches, **keywords):
-            seen.append(num_microbatches)
-            return make_train_step(*args, num_microbatches=num_microbatches, **keywords)
-
-        patch.setattr(trial.train_step, "make_train_step", watch)
-        found = trial.run(other, corpus)
-    assert seen == [2]
-    for name, result in found["results"].items():
-        assert result["loss"] == pytest.approx(row["results"][name]["loss"], rel=1e-3)
-
-
-def test_a_diverged_trial_is_a_row(experiment, corpus):
-    item = make(
-        experiment,
-        horizons=(("tokens 1", 20), ("flops 1", 30)),
-        model__factors="low_rank",
-        optimizer__name="adamw",
-        optimizer__peak_learning_rate="1e30",
-    )
-    row = trial.run(item, corpus)
-    assert [r["loss"] for r in row["results"].values()] == [None, None]
-    json.dumps(row, allow_nan=False)
+def test_a_diverged_trial_has_a_row(experiment, corpus):
+    change = methods.optimizer(peak_learning_rate=1e30)
+    row = train.run(make(experiment, change, steps=(20, 30)), corpus)
+    assert [result.loss for result in row.results.values()] == [math.inf, math.inf]
+    found = rows.to_dict(row)
+    assert [result["loss"] for result in found["results"]] == [None, None]
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.slow
 def test_factors_that_leave_the_manifold_have_a_norm_too(experiment, corpus):
-    item = make(
-        experiment, optimizer__name="tsvd", optimizer__retraction_every="1000000"
-    )
-    row = trial.run(item, corpus)
-    ((step, norm),) = row["update_norms"]
+    row = train.run(make(experiment, methods.optimizer(retraction="none")), corpus)
+    ((step, norm),) = row.update_norms
     assert step == 10 and 0 < norm < 1
-    assert row["results"]["tokens 1"]["loss"] < 6
+    assert row.loss(TOKENS) < 6
 
 
 @pytest.mark.slow
 def test_ranks_change_within_a_trial(experiment, corpus):
-    item = make(
-        experiment,
-        optimizer__name="tsvd",
-        rank__energy="0.6",
-        rank__every="5",
-        rank__warmup_steps="0",
-        rank__floor="2",
-        rank__multiple="2",
-        rank__headroom="0",
+    changes = (
+        methods.optimizer(optimizer_config.Tsvd),
+        methods.adaptive_rank(
+            energy=0.6, every=5, warmup_steps=0, floor=2, multiple=2, headroom=0
+        ),
     )
-    row = trial.run(item, corpus)
-    assert row["effective_ranks"]["q"][-1][1] <= 2
-    assert row["ranks"]
-    _, ranks = row["ranks"][-1]
+    row = train.run(make(experiment, *changes), corpus)
+    assert row.effective_ranks["q"][-1].value <= 2
+    _, ranks = row.ranks[-1]
     assert ranks["layers/q"] == 2
-    assert row["parameters"] < accounting.parameters(SHAPE)
+    assert row.parameters < accounting.parameters(SHAPE)
 
 
-def test_the_start_of_sct_has_all_singular_values_1():
+@pytest.mark.slow
+def test_a_guide_trains_and_leaves_its_factors(experiment, corpus):
+    trial = make(experiment, LOW_RANK_ADAMW, forward="self_guided")
+    row = train.run(trial, corpus)
+    assert row.parameters == accounting.parameters(SHAPE) - 2 * 4 * 2  # no s
+    assert row.loss(TOKENS) < 6
+
+
+# --- Forward variants.
+
+
+def test_the_unit_spectrum_has_all_singular_values_1():
     params = model.init(jax.random.key(0), SHAPE)
-    started = forward_variants.METHODS["unit_spectrum"].prepare(params)
+    started = forward_variants.unit_spectrum(params)
     for name in SHAPE.spectral:
         old, new = params["layers"][name], started["layers"][name]
         assert np.all(new.s == 1)
@@ -315,85 +309,82 @@ def test_cola_puts_silu_between_the_factors():
     h = np.asarray(x) @ np.asarray(w.a)
     expected = (h / (1 + np.exp(-h))) @ np.asarray(w.b).T
     np.testing.assert_allclose(forward_variants.cola_linear(x, w), expected, atol=1e-6)
-    dense = jnp.ones((6, 5))
-    np.testing.assert_allclose(
-        forward_variants.cola_linear(x, dense), x @ np.ones((6, 5)), atol=1e-5
-    )
+    dense = forward_variants.cola_linear(x, jnp.ones((6, 5)))
+    np.testing.assert_allclose(dense, x @ np.ones((6, 5)), atol=1e-5)
 
 
-def test_the_guide_starts_as_the_dense_path_and_ends_as_the_factors():
+def test_a_guide_starts_as_its_dense_path_and_ends_as_its_factors():
     x = jax.random.normal(jax.random.key(1), (4, 6))
     w = forward_variants.Guided(jnp.ones((6, 5)), low_rank())
     shares = [
         float(forward_variants.guide_share(jnp.array(t), 10)) for t in (0, 5, 10, 99)
     ]
     np.testing.assert_allclose(shares, [1, 0.5, 0, 0], atol=1e-6)
-    mixed = [
+    first, half, last = (
         forward_variants.guided_linear(jnp.array(share))(x, w)
         for share in (1.0, 0.5, 0.0)
-    ]
-    np.testing.assert_allclose(mixed[0], x @ w.dense, atol=1e-5)
-    np.testing.assert_allclose(mixed[2], x @ spectral.to_dense(w.factors), atol=1e-5)
-    np.testing.assert_allclose(mixed[1], (mixed[0] + mixed[2]) / 2, atol=1e-5)
-    np.testing.assert_allclose(
-        forward_variants.unguided_linear(x, w), mixed[2], atol=1e-5
     )
+    np.testing.assert_allclose(first, x @ w.dense, atol=1e-5)
+    np.testing.assert_allclose(last, x @ spectral.to_dense(w.factors), atol=1e-5)
+    np.testing.assert_allclose(half, (first + last) / 2, atol=1e-5)
+    unguided = forward_variants.unguided_linear(x, w)
+    np.testing.assert_allclose(unguided, last, atol=1e-5)
 
 
-def test_a_guide_starts_at_the_product_and_costs_its_flops(experiment, corpus):
-    item = make(
-        experiment,
-        method="self_guided",
-        model__factors="low_rank",
-        optimizer__name="adamw",
-    )
-    program = trial._program(trial._without_rates(item))
-    layer = program.init(jax.random.key(0)).params["layers"]
+def test_a_guide_starts_at_the_product_and_costs_its_flops(experiment):
+    trial = make(experiment, LOW_RANK_ADAMW, forward="self_guided")
+    params = model.init(jax.random.key(0), trial.experiment.model)
     for name in SHAPE.spectral:
-        w = layer[name]
+        w = forward_variants.guide(params)["layers"][name]
         product = np.asarray(w.factors.a) @ np.swapaxes(np.asarray(w.factors.b), -1, -2)
         np.testing.assert_allclose(w.dense, product, atol=1e-6)
-    assert item.fade_steps == 5
-    matrices = (
-        2
-        * 3
-        * 2
-        * sum(math.prod(SHAPE.matrix_shapes()[name]) for name in SHAPE.spectral)
-    )
-    plain = make(experiment, model__factors="low_rank", optimizer__name="adamw")
-    assert item.flops(10) - plain.flops(10) == 32 * 5 * matrices
-    row = trial.run(item, corpus)
-    assert row["parameters"] == accounting.parameters(SHAPE) - 2 * 4 * 2  # no s
-    assert row["results"]["tokens 1"]["loss"] < 6
+    assert trial.fade_steps == 5
+    shapes = SHAPE.matrix_shapes()
+    matrices = 2 * 3 * 2 * sum(math.prod(shapes[name]) for name in SHAPE.spectral)
+    plain = make(experiment, LOW_RANK_ADAMW)
+    assert trial.flops(10) - plain.flops(10) == 32 * 5 * matrices
+
+
+# --- Measurements.
 
 
 def test_spikes_are_counted_once_each():
     losses = list(np.random.default_rng(0).normal(3, 0.01, 300))
-    assert trial.spikes(losses) == []
+    assert measure.spikes(losses) == []
     losses[150] = losses[151] = 4.0
     losses[250] = math.nan
-    assert trial.spikes(losses) == [151, 251]
-    assert trial.spikes([3.0] * 49 + [9.0]) == []
+    assert measure.spikes(losses) == [151, 251]
+    assert measure.spikes([3.0] * 49 + [9.0]) == []
     losses[20] = math.inf
-    assert trial.spikes(losses) == [21, 151, 251]
+    assert measure.spikes(losses) == [21, 151, 251]
 
 
-def test_a_loss_that_falls_does_not_hide_its_spikes():
+def test_a_falling_loss_does_not_hide_its_spikes():
     steps = np.arange(1, 351)
     noise = np.random.default_rng(0).normal(0, 0.1, 350)
     losses = list(7 - 0.5 * np.log(steps) + noise)
-    assert trial.spikes(losses) == []
+    assert measure.spikes(losses) == []
     losses[99] += 0.8
     losses[299] += 0.8
-    assert trial.spikes(losses) == [100, 300]
+    assert measure.spikes(losses) == [100, 300]
 
 
-@pytest.mark.parametrize("kind", ["spectral", "off_manifold", "low_rank", "dense"])
-def test_spectra_are_singular_values(kind):
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"),
+    [
+        ("spectral", True),
+        ("spectral", False),
+        ("off_manifold", True),
+        ("low_rank", True),
+        ("dense", True),
+    ],
+)
+def test_spectra_are_singular_values(kind, scan_layers):
     shape = dataclasses.replace(
         SHAPE,
         factors="low_rank" if kind == "low_rank" else "spectral",
         spectral=() if kind == "dense" else SHAPE.spectral,
+        scan_layers=scan_layers,
     )
     params = model.init(jax.random.key(0), shape)
     if kind == "off_manifold":
@@ -403,37 +394,48 @@ def test_spectra_are_singular_values(kind):
             params,
             is_leaf=spectral.is_factors,
         )
-    found = trial.spectra(params)
+    found = measure.spectra(params)
     for name in model.BLOCK_MATRICES:
-        dense = np.asarray(spectral.to_dense(params["layers"][name]))
-        values = np.linalg.svd(dense, compute_uv=False).mean(0)[: len(found[name])]
-        np.testing.assert_allclose(found[name], values, atol=2e-5)
+        weights = [block[name] for block in measure.blocks(params)]
+        values = [
+            np.atleast_2d(
+                np.linalg.svd(np.asarray(spectral.to_dense(w)), compute_uv=False)
+            )
+            for w in weights
+        ]
+        expected = np.concatenate(values).mean(0)[: len(found[name])]
+        np.testing.assert_allclose(found[name], expected, atol=2e-5)
 
 
 def test_the_effective_rank_of_equal_values_is_their_number():
-    assert trial.effective_rank(np.ones(5)) == pytest.approx(5)
-    assert trial.effective_rank(np.array([1.0, 0, 0])) == pytest.approx(1)
+    assert measure.effective_rank(np.ones(5)) == pytest.approx(5)
+    assert measure.effective_rank(np.array([1.0, 0, 0])) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("changes", "fields", "message"),
     [
-        ({"method": "colla"}, "did you mean 'cola'"),
-        ({"method": "cola"}, "needs model.factors = 'low_rank'"),
-        ({"optimizer__schedule": "cosine"}, 'need the schedule "wsd"'),
-        ({"step": "layerwise", "model__scan_layers": "false"}, "arm: step: .*'whole'"),
-        ({"mesh__tensor": "2"}, "arm: mesh: .*one device"),
+        ((), {"forward": "colla"}, "did you mean 'cola'"),
+        ((), {"forward": "cola"}, "needs model.factors = 'low_rank'"),
         (
-            {
-                "method": "self_guided",
-                "model__factors": "low_rank",
-                "optimizer__name": "adamw",
-                "horizons": (("tokens 10", 50), ("tokens 1", 5)),
-            },
-            "25 steps; the shortest has 5: name it first",
+            (LOW_RANK_ADAMW, methods.model(spectral=("q", "embedding"))),
+            {"forward": "cola"},
+            "needs a dense embedding and head",
+        ),
+        ((methods.optimizer(schedule="cosine"),), {}, 'need the schedule "wsd"'),
+        (
+            (with_fields(step="layerwise", model={"scan_layers": False}),),
+            {},
+            "method: step: .*'fused'",
+        ),
+        ((with_fields(mesh={"tensor": 2}),), {}, "method: mesh: .*one device"),
+        (
+            (LOW_RANK_ADAMW,),
+            {"forward": "self_guided", "steps": (50, 5)},
+            "25 steps; the shortest has 5, so name it first",
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused(experiment, fields, message):
+def test_an_invalid_trial_is_refused(experiment, changes, fields, message):
     with pytest.raises(errors.UserError, match=message):
-        make(experiment, **fields).validate()
+        make(experiment, *changes, **fields).validate()

@@ -262,11 +262,12 @@ def _served(params: model.Params) -> model.Params:
 def _result(
     trial: trial_lib.Trial, steps: int, figures: Mapping[str, float]
 ) -> rows.Result:
+    finite = lambda value: value if math.isfinite(value) else math.inf
     return rows.Result(
         steps=steps,
         tokens=steps * trial.experiment.data.tokens_per_step,
         flops=trial.flops(steps),
         layer_flops=trial.flops(steps, layers_only=True),
-        loss=figures["eval/loss"],
-        bits_per_byte=figures["eval/bits_per_byte"],
+        loss=finite(figures["eval/loss"]),
+        bits_per_byte=finite(figures["eval/bits_per_byte"]),
     )

@@ -195,7 +195,7 @@ class _Loop(NamedTuple):
                 # The loss belongs to the parameters before the step.
                 largest = trainer.largest_magnitude(state.params)
                 finite = self._check_finite(step, values["loss"])
-                finite = finite and self._check_finite(step, largest, "parameter")
+                finite &= self._check_finite(step, largest, "largest parameter")
             if not finite:
                 return state, Result("diverged", step)
             if decided:
