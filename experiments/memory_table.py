@@ -22,7 +22,7 @@ import rich.table
 
 from configs import llama70b_r32, smollm_r128
 from sct_jax import optimizers, spectral
-from sct_jax.training import accounting, layerwise, overrides
+from sct_jax.training import accounting, config, layerwise, overrides
 
 # MLP matrices in the table of the SCT paper.
 MATRICES = {
@@ -95,14 +95,10 @@ def measured_bytes(fan_in: int, fan_out: int, rank: int | None) -> int:
 def models() -> dict[str, dict[str, float]]:
     """Returns the bytes of whole models: dense, spectral, and with a layerwise step."""
     rows = {}
-    experiments = {
-        f"SmolLM2-{variant.upper()}, MLP at R 128": smollm_r128.get_config(variant)
-        for variant in ("135m", "360m", "1.7b")
-    } | {"Llama-3-70B, all at R 32": llama70b_r32.get_config()}
     tx = optimizers.sct(1e-3)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     batch = {"inputs": ids, "targets": ids}
-    for name, experiment in experiments.items():
+    for name, experiment in experiments().items():
         shape = experiment.model
         dense = accounting.parameters(accounting.dense_config(shape))
         stack = layerwise.stack_of(shape)
@@ -115,6 +111,14 @@ def models() -> dict[str, dict[str, float]]:
             "ratio": 16 * dense / layer_by_layer,
         }
     return rows
+
+
+def experiments() -> dict[str, config.ExperimentConfig]:
+    """Returns the runs whose models are in the table."""
+    return {
+        f"SmolLM2-{variant.upper()}, MLP at R 128": smollm_r128.get_config(variant)
+        for variant in ("135m", "360m", "1.7b")
+    } | {"Llama-3-70B, all at R 32": llama70b_r32.get_config()}
 
 
 def _table(title: str, rows: dict[str, Any]) -> rich.table.Table:

@@ -1,12 +1,12 @@
-"""Eight devices on the CPU, strict dtypes for the mathematics, bounded memory."""
+"""Eight CPU devices, one compilation cache, strict dtypes for the mathematics."""
 
 import os
 
-# Read by XLA once, when its first backend starts.
+# XLA reads these once, when its first backend starts.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0",  # most of the time goes into compiling
+    "--xla_backend_optimization_level=0",  # compiling dominates the tests
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -27,16 +27,29 @@ def strict_dtypes(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compilation_cache(tmp_path_factory):
+    """Programs compile once per session, over all workers and their subprocesses."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
-    """Compiled functions of one module do not stay for the next."""
+    """Frees the compiled functions of a module before the next."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory):
-    """A glob of small files of text."""
+    """A glob of small text files."""
     import samples  # not above: it loads what the hook for types has yet to see
 
     return samples.write_corpus(tmp_path_factory.mktemp("text") / "corpus")

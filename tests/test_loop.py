@@ -2,7 +2,6 @@ import dataclasses
 import errno
 import fcntl
 import functools
-import gc
 import io
 import json
 import math
@@ -80,18 +79,11 @@ def experiment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device_and_a_compilation_cache(tmp_path_factory):
-    """Runs of one configuration compile once; eight devices are test_sharding's."""
+def one_device():
+    """Meshes of one device; `test_sharding` and others have eight."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
-        old = jax.config.jax_compilation_cache_dir
-        jax.config.update(
-            "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled"))
-        )
         yield
-        jax.config.update("jax_compilation_cache_dir", old)
-        # What orbax leaves of failed reads is complained of here, not elsewhere.
-        gc.collect()
 
 
 def train(config, path, **options):

@@ -14,7 +14,6 @@ from experiments.studies import (
     rows,
     scaling_laws,
     search,
-    store,
     summary,
     tables,
 )
@@ -63,7 +62,7 @@ def test_a_finished_comparison_lacks_no_trial_and_has_its_report(name):
 def test_the_scaling_report_is_that_of_its_rows():
     folder = RESULTS / "scaling_laws"
     study = load(iso_flop.ScalingLaws, "scaling_laws.py")
-    found, num_missing = scaling_laws.rows_of(study, store.Store(folder))
+    found, num_missing = scaling_laws.rows_of(study, rows.by_trial(folder))
     assert num_missing == 0
     points = scaling_laws.points_of(found)
     assert {kind: len(own) for kind, own in points.items()} == {

@@ -1,6 +1,7 @@
 """Known exponents are recovered; trials spend their budgets."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -67,13 +68,13 @@ def test_intervals_cover_the_true_exponent_at_their_level(num_budgets, num_sizes
 
 def test_an_effect_of_a_seed_on_all_sizes_is_neither_slope_nor_noise():
     runs, expected = synthetic(0.34, 0.28)
-    alone = power_laws.bootstrap(runs).a
+    alone = power_laws.bootstrap(runs, samples=200).a
     for further in (runs[:2], runs):  # some of the first budget, and all
         both = runs + [r._replace(loss=r.loss + 0.03, seed=1) for r in further]
         law = power_laws.fit(both)
         assert law is not None
         assert law.a == pytest.approx(expected, abs=0.01)
-        low, high = power_laws.bootstrap(both).a
+        low, high = power_laws.bootstrap(both, samples=200).a
         assert high - low <= 1.1 * (alone[1] - alone[0])
 
 
@@ -190,7 +191,9 @@ def test_further_seeds_are_trained_at_the_best_rate_alone(study):
         assert trial.learning_rate == own
 
 
-def test_finished_trials_are_fitted_and_drawn(study, tmp_path, capsys):
+def test_finished_trials_are_fitted_and_drawn(study, tmp_path, capsys, monkeypatch):
+    few = functools.partial(power_laws.bootstrap, samples=30)
+    monkeypatch.setattr(power_laws, "bootstrap", few)
     known = {}
     best = lambda t: 0.01 if t.experiment.model.d_model > 70 else 0.02
     # Seeds and rates beyond ends come later.
@@ -227,6 +230,7 @@ def test_finished_trials_are_fitted_and_drawn(study, tmp_path, capsys):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size < 300_000
     # Without its last row the report says what it lacks.
     (tmp_path / rows.FILE).write_text("".join(lines[:-1]))
+    monkeypatch.setattr(scaling_laws, "draw", lambda kinds, fits: [])
     assert scaling_laws.main(words) == 0
     assert "Not finished: 1 trials" in (tmp_path / "report.md").read_text()
     assert json.loads((tmp_path / "laws.json").read_text())["missing_trials"] == 1

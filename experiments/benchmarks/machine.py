@@ -35,12 +35,16 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def rates() -> dict[str, float]:
-    """Returns FLOP/s of a large float32 product, and bytes/s of a large copy."""
-    size = 2048
+def rates(*, size: int = 2048, copied: int = 64 * 2**20) -> dict[str, float]:
+    """Returns FLOP/s of a large float32 product, and bytes/s of a large copy.
+
+    Args:
+      size: rows of the square matrices.
+      copied: numbers in the copy. The default has 256 MB, more than any cache.
+    """
     square = jnp.ones((size, size))
     multiply = jax.jit(lambda x: x @ x)
-    vector = jnp.ones(64 * 2**20)  # 256 MB, larger than any cache
+    vector = jnp.ones(copied)
     # In place: the first write to new pages costs more than the copy.
     increment = jax.jit(lambda x: x + 1, donate_argnums=0)
 

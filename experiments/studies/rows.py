@@ -61,7 +61,7 @@ class Row:
       update_norms: largest ||W' - W||_2 over some steps.
       effective_ranks: by kind of matrix.
       spectra: singular values at the end, by kind of matrix.
-      ranks: stored ranks after each decision of an adaptive rank.
+      ranks: pairs of a step and the stored ranks, per decision of an adaptive rank.
       environment: command, commit, versions and hardware.
     """
 
@@ -72,13 +72,13 @@ class Row:
     wall_seconds: float = 0.0
     corpus: str | None = None
     spikes: Sequence[int] | None = None
-    train_loss: Sequence[Sample] = ()
-    update_norms: Sequence[Sample] = ()
+    train_loss: Sequence[Sample] = dataclasses.field(default_factory=list)
+    update_norms: Sequence[Sample] = dataclasses.field(default_factory=list)
     effective_ranks: Mapping[str, Sequence[Sample]] = dataclasses.field(
         default_factory=dict
     )
     spectra: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
-    ranks: Sequence[tuple[int, Mapping[str, int]]] = ()
+    ranks: Sequence[Sequence[Any]] = dataclasses.field(default_factory=list)
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -175,6 +175,11 @@ def read(folder: str | os.PathLike[str]) -> list[Row]:
                 f"{path}: row {number} was written by another version: {error}"
             ) from error
     return found
+
+
+def by_trial(folder: str | os.PathLike[str]) -> dict[trial_lib.Trial, Row]:
+    """Returns the rows of a folder by the identity of their trials, see `read`."""
+    return {row.trial.identity: row for row in read(folder)}
 
 
 @functools.cache

@@ -26,7 +26,15 @@ if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
 
-from experiments.studies import compare, iso_flop, page, power_laws, store, summary
+from experiments.studies import (
+    compare,
+    iso_flop,
+    page,
+    power_laws,
+    search,
+    store,
+    summary,
+)
 from experiments.studies import rows as rows_lib
 from experiments.studies import train as train_lib
 from experiments.studies import trial as trial_lib
@@ -240,10 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = pathlib.Path(compare.results_folder(flags.config, flags.results))
         if flags.fit_only:
             errors.check("--results", folder.is_dir(), f"there is no folder {folder}")
-        results = store.Store(folder)
-        if not flags.fit_only:
-            train(study, results)
-        write(folder, *rows_of(study, results))
+        else:
+            train(study, store.Store(folder))
+        write(folder, *rows_of(study, rows_lib.by_trial(folder)))
     except errors.UserError as error:
         overrides.fail(str(error))
     except KeyboardInterrupt:
@@ -265,14 +272,13 @@ def train(study: iso_flop.ScalingLaws, results: store.Store) -> None:
 
 
 def rows_of(
-    study: iso_flop.ScalingLaws, results: store.Store
+    study: iso_flop.ScalingLaws, rows: search.Rows
 ) -> tuple[list[rows_lib.Row], int]:
-    """Returns the rows of the study and how many it lacks; prints the rest."""
-    rows = results.rows()
+    """Returns the rows of the study and how many it lacks; prints what is left."""
     wanted = {trial.identity for trial in study.trials(rows)}
     others, missing = len(rows.keys() - wanted), len(wanted - rows.keys())
     if others:
-        print(f"left out: {others} trials in {results.folder} of other settings")
+        print(f"left out: {others} trials of other settings")
     return [row for identity, row in rows.items() if identity in wanted], missing
 
 

@@ -49,7 +49,7 @@ class Store:
           UserError: the folder cannot be written, or there is nothing to reuse.
         """
         self.folder = pathlib.Path(folder)
-        self._others = {} if reuse is None else _by_trial(reuse)
+        self._others = {} if reuse is None else rows_lib.by_trial(reuse)
         if reuse is not None:
             path = rows_lib.path_in(reuse)
             errors.check("--reuse", bool(self._others), f"no finished trial in {path}")
@@ -78,7 +78,7 @@ class Store:
         Raises:
           UserError: a line or a trial cannot be read.
         """
-        return _by_trial(self.folder)
+        return rows_lib.by_trial(self.folder)
 
     def check_text(self, corpus: data.Corpus) -> None:
         """Raises UserError for a row, here or to reuse, on different text.
@@ -134,12 +134,6 @@ class Store:
                     stacklevel=4,
                 )
             yield state
-
-
-def _by_trial(
-    folder: str | os.PathLike[str],
-) -> dict[trial_lib.Trial, rows_lib.Row]:
-    return {row.trial.identity: row for row in rows_lib.read(folder)}
 
 
 def fill(
