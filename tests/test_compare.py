@@ -92,7 +92,7 @@ def test_a_search_continues_beyond_an_end_that_is_best():
 
 
 def test_every_kind_of_budget_has_its_rate_and_its_seeds():
-    """At equal tokens 0.02 wins; at equal FLOPs the lower end, so that goes on."""
+    """At equal tokens 0.02 wins; at equal FLOPs the lower end, so search on."""
     loss = lambda trial: {
         "tokens": away_from(dense=0.02)(trial),
         "flops": away_from(dense=0.009)(trial),
@@ -146,7 +146,7 @@ def test_the_non_matrix_rate_is_searched_at_the_best_rates():
 def test_a_line_that_wins_for_another_budget_goes_on():
     """At equal tokens (0.2, 0.1) wins, on the line that equal FLOPs had asked for.
 
-    It is the end of that line, which goes on, but not for equal FLOPs.
+    It is the end of its line. That is searched on, but not for equal FLOPs.
     """
     tokens = {(0.1, None): 1.0, (0.2, None): 1.1}
     tokens |= {(0.2, 0.1): 0.9, (0.2, 0.05): 0.8, (0.2, 0.025): 0.85}

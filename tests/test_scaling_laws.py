@@ -178,7 +178,7 @@ def test_further_seeds_are_trained_at_the_best_rate_alone(study):
     assert {t.experiment.seed for t in first} == {0}
     rates = study.kinds[0].method.learning_rates
     known = all_finished(first, lambda t: abs(t.learning_rate - rates[1]))
-    # The best rate of one point may differ from that of all others.
+    # The best rate of one point may differ from all others.
     moved = first[0]
     known[moved.identity] = finished(moved, -1)
     beyond = [t for t in study.trials(known) if t.identity not in known]

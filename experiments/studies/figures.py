@@ -37,6 +37,7 @@ Figure = matplotlib.figure.Figure
 Methods = Sequence[summary.MethodSummary]
 Budget = trial_lib.Budget
 
+_LOSS = "held-out loss, nats per token"
 _DPI = 130
 _PALETTE = 256  # colours per file: enough for lines and text, at a third of the size
 
@@ -67,7 +68,8 @@ def losses(methods: Methods, budget: Budget) -> Figure:
     """
     shown = [m for m in methods if math.isfinite(m.mean(budget))]
     shown = summary.ranked(shown, budget)[::-1]
-    figure, axes = _figure()
+    # Two lines, because one would be wider than the axes.
+    figure, axes = _figure(f"{_LOSS}\n({budget})", "")
     for place, method in enumerate(shown):
         axes.errorbar(
             method.mean(budget),
@@ -81,8 +83,6 @@ def losses(methods: Methods, budget: Budget) -> Figure:
     axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     _make_room(axes, names, line=0.34)
-    # Two lines, because one would be wider than the axes.
-    axes.set_xlabel(f"held-out loss, nats per token\n({budget})")
     axes.grid(axis="x", alpha=0.3)
     return figure
 
@@ -98,9 +98,10 @@ def tuning(
     Args:
       methods: the methods.
       budget: of the losses.
-      non_matrix: show the non-matrix learning rate, not that of the matrices.
+      non_matrix: show the non-matrix learning rate, not the matrix one.
     """
-    figure, axes = _figure()
+    whose = "the embedding and norms" if non_matrix else "the matrices"
+    figure, axes = _figure(f"peak learning rate of {whose}", _LOSS)
     for method in methods:
         line = method.non_matrix_tuning if non_matrix else method.tuning
         points = [(rate, loss) for rate, loss in line(budget) if math.isfinite(loss)]
@@ -109,16 +110,13 @@ def tuning(
                 *zip(*points, strict=True), label=method.name, **style(method.index)
             )
     _log_scale(axes, "{x:g}")
-    whose = "the embedding and norms" if non_matrix else "the matrices"
-    axes.set_xlabel(f"peak learning rate of {whose}")
-    axes.set_ylabel("held-out loss, nats per token")
     _legend(axes)
     return figure
 
 
 def curves(methods: Methods, budget: Budget) -> Figure:
     """Returns training losses at the best rate, with a band of one deviation."""
-    figure, axes = _figure()
+    figure, axes = _figure("step", "training loss, nats per token", log="x")
     for method in methods:
         steps, mean, deviation = method.train_loss(budget)
         if not len(steps):
@@ -128,30 +126,26 @@ def curves(methods: Methods, budget: Budget) -> Figure:
         axes.fill_between(
             steps, mean - deviation, mean + deviation, color=look["color"], alpha=0.15
         )
-    axes.set_xscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats per token")
     _legend(axes)
     return figure
 
 
-def costs(methods: Methods, budgets: Sequence[Budget]) -> Figure:
+def costs(methods: Methods) -> Figure:
     """Returns losses over total training FLOPs, a point per budget."""
-    figure, axes = _figure()
+    figure, axes = _figure(
+        "training FLOPs of forward and backward pass, head included", _LOSS, log="x"
+    )
     for method in methods:
         points = sorted(
             (method.results(b)[0].flops, method.mean(b), method.deviation(b))
-            for b in budgets
-            if b in method.budgets and math.isfinite(method.mean(b))
+            for b in method.budgets
+            if math.isfinite(method.mean(b))
         )
         if points:
             flops, mean, deviation = zip(*points, strict=True)
             axes.errorbar(
                 flops, mean, yerr=deviation, label=method.name, **style(method.index)
             )
-    axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs of forward and backward pass, head included")
-    axes.set_ylabel("held-out loss, nats per token")
     _legend(axes)
     return figure
 
@@ -168,7 +162,12 @@ def gaps(
       reference: subtracted seed by seed.
       kind: of the budgets to show, "tokens" for one.
     """
-    figure, axes = _figure()
+    # Two lines, because a long name would be wider than the figure is high.
+    figure, axes = _figure(
+        "tokens per parameter of the dense model",
+        f"{_LOSS},\nminus {reference.name}",
+        log="x",
+    )
     trained = set()
     for method in methods:
         points = []
@@ -183,19 +182,15 @@ def gaps(
             axes.errorbar(
                 lengths, means, yerr=stderrs, label=method.name, **style(method.index)
             )
-    axes.set_xscale("log")
     axes.set_xticks(sorted(trained), [f"{length:g}" for length in sorted(trained)])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("tokens per parameter of the dense model")
-    # Two lines, because a long name would be wider than the figure is high.
-    axes.set_ylabel(f"held-out loss, nats per token,\nminus that of {reference.name}")
     _legend(axes)
     return figure
 
 
 def memory(methods: Methods, budget: Budget) -> Figure:
     """Returns losses over the bytes of parameters, gradients and optimizer state."""
-    figure, axes = _figure()
+    figure, axes = _figure("parameters, gradients and optimizer state, MB", _LOSS)
     for method in methods:
         if math.isfinite(method.mean(budget)):
             look = style(method.index) | {"linestyle": "none"}
@@ -207,8 +202,6 @@ def memory(methods: Methods, budget: Budget) -> Figure:
                 label=method.name,
                 **look,
             )
-    axes.set_xlabel("parameters, gradients and optimizer state, MB")
-    axes.set_ylabel("held-out loss, nats per token")
     axes.grid(alpha=0.3)
     _legend(axes)
     return figure
@@ -216,7 +209,9 @@ def memory(methods: Methods, budget: Budget) -> Figure:
 
 def update_norms(methods: Methods, budget: Budget) -> Figure:
     """Returns the largest ||W' - W||_2 over the run of the first seed, and spikes."""
-    figure, axes = _figure()
+    figure, axes = _figure(
+        "step (crosses: loss spikes)", "largest ||W' - W||, spectral norm", log="y"
+    )
     for method in methods:
         row = method.rows(budget)[0]
         points = [s for s in row.update_norms if 0 < s.value < math.inf]
@@ -228,9 +223,6 @@ def update_norms(methods: Methods, budget: Budget) -> Figure:
         spikes = row.spikes or []
         at = np.interp(spikes, steps, norms)
         axes.plot(spikes, at, "x", color=look["color"], markersize=9, mew=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("step (crosses: loss spikes)")
-    axes.set_ylabel("largest ||W' - W||, spectral norm")
     _legend(axes)
     return figure
 
@@ -241,7 +233,7 @@ def effective_ranks(methods: Methods, budget: Budget) -> Figure:
     Mean over all kinds of matrices. A dense matrix has several times the rank of
     factors, so absolute ranks would hide how those of factors change.
     """
-    figure, axes = _figure()
+    figure, axes = _figure("step", "effective rank, relative to the start")
     for method in methods:
         kinds = list(method.rows(budget)[0].effective_ranks.values())
         if not kinds:
@@ -250,8 +242,6 @@ def effective_ranks(methods: Methods, budget: Budget) -> Figure:
         ranks = np.array([[sample.value for sample in kind] for kind in kinds])
         shares = np.mean(ranks / ranks[:, :1], axis=0)
         axes.plot(steps, shares, label=method.name, **style(method.index))
-    axes.set_xlabel("step")
-    axes.set_ylabel("effective rank, relative to the start")
     _legend(axes)
     return figure
 
@@ -262,16 +252,17 @@ def spectra(
     matrix: str = "down",
 ) -> Figure:
     """Returns the final singular values of one kind of matrix, mean of layers."""
-    figure, axes = _figure()
+    figure, axes = _figure(
+        f"index of the singular value ({matrix}, first seed)",
+        "singular value at the end, mean of layers",
+        log="y",
+    )
     for method in methods:
         values = method.rows(budget)[0].spectra.get(matrix, ())
         if not len(values):
             continue
         look = style(method.index) | {"marker": ""}
         axes.plot(np.arange(1, len(values) + 1), values, label=method.name, **look)
-    axes.set_yscale("log")
-    axes.set_xlabel(f"index of the singular value ({matrix}, first seed)")
-    axes.set_ylabel("singular value at the end, mean of layers")
     _legend(axes)
     return figure
 
@@ -304,7 +295,7 @@ def iso_flop(kinds: Mapping[str, Sequence[power_laws.SizeResult]]) -> Figure:
         axes.set_title(kind, fontsize=13)
         axes.set_xlabel("parameters, embedding included")
         _plain(axes)
-    panels[0][0].set_ylabel("held-out loss, nats per token")
+    panels[0][0].set_ylabel(_LOSS)
     panels[0][-1].legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=11
     )
@@ -313,20 +304,23 @@ def iso_flop(kinds: Mapping[str, Sequence[power_laws.SizeResult]]) -> Figure:
 
 def best_sizes(optima: Mapping[str, Sequence[power_laws.Optimum]]) -> Figure:
     """Returns the loss of the best size over the FLOPs, a line per kind."""
-    figure, axes = _figure()
+    figure, axes = _figure(
+        "training FLOPs, head included",
+        "held-out loss of the best size,\nnats per token",
+        log="x",
+    )
     for index, (kind, found) in enumerate(optima.items()):
         flops = [best.flops for best in found]
         axes.plot(flops, [best.loss for best in found], label=kind, **style(index))
-    axes.set_xscale("log")
-    axes.set_xlabel("training FLOPs, head included")
-    axes.set_ylabel("held-out loss of the best size,\nnats per token")
     _legend(axes)
     return figure
 
 
-def _figure() -> tuple[Figure, Any]:
+def _figure(xlabel: str, ylabel: str, *, log: str = "") -> tuple[Figure, Any]:
+    """A figure and its axes; `log` names the axis with a logarithmic scale."""
     figure, axes = plt.subplots(layout="constrained")
     _plain(axes)
+    axes.set(xlabel=xlabel, ylabel=ylabel, **({f"{log}scale": "log"} if log else {}))
     return figure, axes
 
 

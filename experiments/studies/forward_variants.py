@@ -1,7 +1,7 @@
 """Methods that change the initial parameters or the forward pass of a model.
 
-The model itself stays that of `sct_jax`: a variant prepares the initialised parameters
-and replaces the function that multiplies by a matrix.
+The model code of `sct_jax` stays unchanged. A variant prepares the initialised
+parameters and replaces the function that multiplies by a matrix.
 """
 
 import dataclasses

@@ -174,7 +174,7 @@ class Comparison:
           method: what to train.
           learning_rate: peak learning rate.
           seed: of parameters and data order.
-          non_matrix_lr: see `trial.Trial`; that of the method if None.
+          non_matrix_lr: see `trial.Trial`; None takes the method's own.
           seconds: time per step of every method, for the budget "seconds".
         """
         experiment = self.experiment(method)

@@ -60,7 +60,7 @@ DENSE = model(spectral=())
 LOW_RANK = model(factors="low_rank")
 ADAMW = optimizer(optimizer_config.AdamW)
 MUON = optimizer(optimizer_config.Muon)
-# eps of the base, where that of the chain differs.
+# Studies use the eps of the base, not the chain's own default.
 SPECTRON = functools.partial(optimizer, optimizer_config.Spectron, eps=1e-8)
 STIEFEL_MUON = functools.partial(optimizer, optimizer_config.StiefelMuon)
 

@@ -6,7 +6,6 @@ Reads the rows of the folder and writes report.md, figures/*.png and report.html
 embeds the figures. Only finished trials appear.
 """
 
-import itertools
 import math
 import pathlib
 import re
@@ -21,7 +20,7 @@ from sct_jax import errors
 from sct_jax.training import overrides
 
 RESULTS = "Held-out loss: mean ± standard deviation over seeds"
-DIFFERENCES = "Loss minus that of {}, paired by seed: mean ± standard error"
+DIFFERENCES = "Loss minus {}, paired by seed: mean ± standard error"
 NOTES = (
     "Every kind of budget has its own best learning rate: the one with the lowest "
     "held-out loss of the first seed, on the text that the table reports. Where a "
@@ -147,10 +146,6 @@ def differences(
     return ["method", *map(str, budgets)], body
 
 
-# File name, caption, and a figure of `figures`, which is imported only to draw.
-Drawing = tuple[str, str, Any]
-
-
 def draw(methods: Sequence[summary.MethodSummary]) -> list[page.Image]:
     """Returns every figure as an image.
 
@@ -159,97 +154,92 @@ def draw(methods: Sequence[summary.MethodSummary]) -> list[page.Image]:
     """
     from experiments.studies import figures
 
-    # Figures are large: store one before drawing the next.
-    drawings = itertools.chain(
-        _losses(methods), _searches(methods), _curves(methods), _gaps(methods)
-    )
+    # Figures are large: each is stored before the next is drawn.
     return [
         page.Image(_file_name(name), caption, figures.to_png(figure))
-        for name, caption, figure in drawings
+        for name, caption, figure in _drawings(methods)
     ]
 
 
-def _losses(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
-    """The losses at each budget."""
-    from experiments.studies import figures
-
-    for budget in methods[0].budgets:
-        caption = (
-            f"Held-out loss at the best learning rate, {budget}; bars: one standard "
-            "deviation over seeds."
-        )
-        name = f"loss-{budget.kind}-{budget.amount:g}"
-        yield name, caption, figures.losses(methods, budget)
-
-
-def _searches(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
-    """The losses over the learning rates, for methods that have several."""
-    from experiments.studies import figures
-
-    first = methods[0].budgets[0]
-    if searched := [m for m in methods if len(m.tuning(first)) > 1]:
-        caption = (
-            f"Held-out loss of the first seed over the learning rate, {first}. The "
-            "non-matrix learning rate is that of the first search; diverged runs are "
-            "left out."
-        )
-        yield "tuning", caption, figures.tuning(searched, first)
-    if searched := [m for m in methods if len(m.non_matrix_tuning(first)) > 1]:
-        caption = (
-            "The same over the non-matrix learning rate, of the embedding and norms, "
-            "at the best learning rate of the matrices."
-        )
-        figure = figures.tuning(searched, first, non_matrix=True)
-        yield "tuning-of-others", caption, figure
-
-
-def _curves(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
-    """Curves and trade-offs, for the methods that have all seeds."""
+def _drawings(
+    methods: Sequence[summary.MethodSummary],
+) -> Iterator[tuple[str, str, Any]]:
+    """Name, caption and figure, in the order of the report."""
     from experiments.studies import figures
 
     budgets = methods[0].budgets
     first = budgets[0]
+    for budget in budgets:
+        yield (
+            f"loss-{budget.kind}-{budget.amount:g}",
+            f"Held-out loss at the best learning rate, {budget}; bars: one standard "
+            "deviation over seeds.",
+            figures.losses(methods, budget),
+        )
+    if searched := [m for m in methods if len(m.tuning(first)) > 1]:
+        yield (
+            "tuning",
+            f"Held-out loss of the first seed over the learning rate, {first}. The "
+            "non-matrix learning rate comes from the first search; diverged runs are "
+            "left out.",
+            figures.tuning(searched, first),
+        )
+    if searched := [m for m in methods if len(m.non_matrix_tuning(first)) > 1]:
+        yield (
+            "tuning-of-others",
+            "The same over the non-matrix learning rate, of the embedding and norms, "
+            "at the best learning rate of the matrices.",
+            figures.tuning(searched, first, non_matrix=True),
+        )
     compared = summary.with_most_seeds(methods, first)
     seeds = "; methods with all seeds" if len(compared) < len(methods) else ""
-    caption = (
-        "Training loss at the best learning rate, means of ten or more steps; bands: "
-        f"one standard deviation over seeds{seeds}."
-    )
-    yield "curves", caption, figures.curves(compared, first)
-    caption = f"Held-out loss over training FLOPs; lower left is better{seeds}."
-    yield "flops", caption, figures.costs(compared, budgets)
-    caption = f"Held-out loss over the memory of the training state, {first}{seeds}."
-    yield "memory", caption, figures.memory(compared, first)
-    caption = (
-        "Largest change of a matrix per step, in spectral norm; crosses: loss "
-        f"spikes{seeds}."
-    )
-    yield "update-norms", caption, figures.update_norms(compared, first)
-    caption = (
-        "Effective rank (exp of the entropy of the singular values) over time, as a "
-        f"share of the initial one, mean over all kinds of matrices{seeds}."
-    )
-    yield "effective-ranks", caption, figures.effective_ranks(compared, first)
-    caption = f"Final singular values of the down projections{seeds}."
-    yield "spectra", caption, figures.spectra(compared, first)
-
-
-def _gaps(methods: Sequence[summary.MethodSummary]) -> Iterator[Drawing]:
-    """The differences over the length of training, where there are several lengths."""
-    from experiments.studies import figures
-
-    budgets = methods[0].budgets
+    for name, caption, draw_one in (
+        (
+            "curves",
+            "Training loss at the best learning rate, means of ten or more steps; "
+            "bands: one standard deviation over seeds",
+            figures.curves,
+        ),
+        (
+            "flops",
+            "Held-out loss over training FLOPs; lower left is better",
+            lambda methods, _: figures.costs(methods),
+        ),
+        (
+            "memory",
+            f"Held-out loss over the memory of the training state, {first}",
+            figures.memory,
+        ),
+        (
+            "update-norms",
+            "Largest change of a matrix per step, in spectral norm; crosses: loss "
+            "spikes",
+            figures.update_norms,
+        ),
+        (
+            "effective-ranks",
+            "Effective rank (exp of the entropy of the singular values) over time, "
+            "relative to the initial one, mean over all kinds of matrices",
+            figures.effective_ranks,
+        ),
+        (
+            "spectra",
+            "Final singular values of the down projections",
+            figures.spectra,
+        ),
+    ):
+        yield name, f"{caption}{seeds}.", draw_one(compared, first)
     if len({budget.amount for budget in budgets}) == 1:
         return
     for reference in summary.references(methods):
         for kind in summary.first_of_each_kind(budgets):
-            caption = (
-                f"Held-out loss minus that of {reference.name}, paired by seed, over "
+            yield (
+                f"gap-to-{reference.name}-{kind}",
+                f"Held-out loss minus {reference.name}, paired by seed, over "
                 f"the length of training; {trial_lib.EQUAL[kind]}; bars: one standard "
-                "error."
+                "error.",
+                figures.gaps(methods, reference, kind),
             )
-            name = f"gap-to-{reference.name}-{kind}"
-            yield name, caption, figures.gaps(methods, reference, kind)
 
 
 def _file_name(text: str) -> str:

@@ -100,7 +100,7 @@ class Store:
         return self._others.get(trial.identity)
 
     def add(self, row: rows_lib.Row) -> None:
-        """Appends a row durably; one without environment gets that of this process."""
+        """Appends a row durably, and adds the environment if it has none."""
         values = rows_lib.to_dict(row)
         values["environment"] = values["environment"] or self._environment
         line = json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"

@@ -108,7 +108,7 @@ class MethodSummary:
     def tuning(self, budget: Budget) -> list[tuple[float, float]]:
         """Returns learning rates and losses of the tuning seed, ascending.
 
-        The non-matrix learning rate is that of the first search.
+        The non-matrix learning rate comes from the first search.
         """
         first = self.tuning_rows[0].trial.non_matrix_lr
         return sorted(

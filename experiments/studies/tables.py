@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from experiments.studies import page, summary
 from experiments.studies import rows as rows_lib
@@ -29,26 +29,53 @@ READMES = (
     "experiments/studies/results/README.md",
 )
 
-Methods = dict[str, summary.MethodSummary]
+Column = tuple[str, Callable[[summary.MethodSummary], str]]  # title and cells
+
+TOKENS, FLOPS = (functools.partial(trial_lib.Budget, k) for k in ("tokens", "flops"))
+LOW_RANK = ("Stiefel Muon", "Spectron (code)", "SCT (s = 1)")
+DENSE = ("dense AdamW", "dense Muon", "dense Muon (narrow)")
 
 _WITH_ERROR = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
 _BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def tokens(amount: float) -> trial_lib.Budget:
-    """Returns the budget of equal tokens at a length."""
-    return trial_lib.Budget("tokens", amount)
-
-
-def flops(amount: float) -> trial_lib.Budget:
-    """Returns the budget of equal FLOPs at a length."""
-    return trial_lib.Budget("flops", amount)
-
-
 @functools.cache
-def methods_of(study: str) -> Methods:
+def methods_of(study: str) -> dict[str, summary.MethodSummary]:
     """Returns the methods of a study by name."""
     return {m.name: m for m in summary.summarize(rows_lib.read(RESULTS / study))}
+
+
+def table(
+    methods: Iterable[summary.MethodSummary],
+    columns: Sequence[Column],
+    *,
+    title: str = "method",
+) -> str:
+    """Returns a table with a line per method."""
+    body = [[method.name, *(cell(method) for _, cell in columns)] for method in methods]
+    return page.markdown_table([title, *(name for name, _ in columns)], body)
+
+
+def loss(*budgets: trial_lib.Budget) -> list[Column]:
+    """Returns columns of the losses at some budgets."""
+    return [
+        (trial_lib.EQUAL[budget.kind], lambda m, budget=budget: m.with_error(budget))
+        for budget in budgets
+    ]
+
+
+def minus(study: str, names: Sequence[str], *budgets: trial_lib.Budget) -> list[Column]:
+    """Returns columns of the losses minus those of some methods of a study."""
+    return [
+        (
+            f"minus {name}, {trial_lib.EQUAL[budget.kind]}",
+            lambda m, name=name, budget=budget: summary.gap_text(
+                m, methods_of(study)[name], budget
+            ),
+        )
+        for budget in budgets
+        for name in names
+    ]
 
 
 def results() -> str:
@@ -57,197 +84,135 @@ def results() -> str:
         methods_of("compare_methods-short"),
         methods_of("compare_methods-long"),
     )
-    columns = (
-        ("d 256, equal tokens", short, tokens(0.4)),
-        ("equal FLOPs", short, flops(0.4)),
-        ("d 64, equal tokens", long, tokens(10)),
-        ("equal FLOPs", long, flops(10)),
-    )
-    body = [
-        [m.name, *(study[m.name].with_error(budget) for _, study, budget in columns)]
-        for m in summary.ranked(short.values(), tokens(0.4))
-        if m.name in long
+    at_256, at_64 = loss(TOKENS(0.4), FLOPS(0.4)), loss(TOKENS(10), FLOPS(10))
+    columns = [
+        *((f"d 256, {title}", cell) for title, cell in at_256),
+        *(
+            (f"d 64, {title}", lambda m, cell=cell: cell(long[m.name]))
+            for title, cell in at_64
+        ),
     ]
-    return page.markdown_table(["method", *(title for title, *_ in columns)], body)
+    ranked = summary.ranked(short.values(), TOKENS(0.4))
+    return table([m for m in ranked if m.name in long], columns)
 
 
 def gaps() -> str:
-    """Returns losses at equal FLOPs minus that of dense Muon, over the length."""
-    long, lengths = methods_of("compare_methods-long"), (0.4, 2, 10)
-    muon = long["dense Muon"]
-    body = [
-        [m.name, *(summary.gap_text(m, muon, flops(length)) for length in lengths)]
-        for m in long.values()
-        if m is not muon
-    ]
-    return page.markdown_table(["tokens per parameter", *map(str, lengths)], body)
+    """Returns losses at equal FLOPs minus dense Muon, over the length."""
+    study, lengths = "compare_methods-long", (0.4, 2, 10)
+    cells = [minus(study, ["dense Muon"], FLOPS(length))[0][1] for length in lengths]
+    others = [m for m in methods_of(study).values() if m.name != "dense Muon"]
+    columns = list(zip(map(str, lengths), cells, strict=True))
+    return table(others, columns, title="tokens per parameter")
 
 
 def small() -> str:
     """Returns the losses of all methods that were trained with several seeds."""
-    methods = methods_of("compare_methods-small")
-    body = [
-        [
-            m.name,
-            f"{m.rows(tokens(0.4))[0].parameters:,}",
-            m.with_error(tokens(0.4)),
-            m.with_error(flops(0.4)),
-        ]
-        for m in summary.ranked(methods.values(), tokens(0.4))
-        if m.num_seeds(flops(0.4)) > 1
-    ]
-    return page.markdown_table(
-        ["method", "parameters", "equal tokens", "equal FLOPs"], body
-    )
+    ranked = summary.ranked(methods_of("compare_methods-small").values(), TOKENS(0.4))
+    parameters = lambda m: f"{m.rows(TOKENS(0.4))[0].parameters:,}"
+    columns = [("parameters", parameters), *loss(TOKENS(0.4), FLOPS(0.4))]
+    return table([m for m in ranked if m.num_seeds(FLOPS(0.4)) > 1], columns)
 
 
-def gaps_to(
-    study: str,
-    names: Sequence[str],
-    references: Sequence[str],
-    *budgets: trial_lib.Budget,
-) -> str:
-    """Returns losses minus those of several methods, a column per method and budget."""
-    methods = methods_of(study)
-    header = ["method"]
-    for budget in budgets:
-        phrase = trial_lib.EQUAL[budget.kind]
-        header += [f"minus {reference}, {phrase}" for reference in references]
-    body = [
-        [
-            name,
-            *(
-                summary.gap_text(methods[name], methods[reference], budget)
-                for budget in budgets
-                for reference in references
-            ),
-        ]
-        for name in names
-    ]
-    return page.markdown_table(header, body)
+def recipe() -> str:
+    """Returns the losses of those variations that were trained with all seeds."""
+    methods = list(methods_of("compare_methods-recipe").values())
+    with_all_seeds = summary.with_most_seeds(methods, TOKENS(0.4))
+    return table(with_all_seeds, loss(TOKENS(0.4), FLOPS(0.4)))
 
 
-def losses_of(study: str, names: Sequence[str], *budgets: trial_lib.Budget) -> str:
-    """Returns the losses of some methods, a column per budget."""
-    methods = methods_of(study)
-    body = [[n, *(methods[n].with_error(b) for b in budgets)] for n in names]
-    header = ["method", *(trial_lib.EQUAL[budget.kind] for budget in budgets)]
-    return page.markdown_table(header, body)
-
-
-def variations(study: str, budget: trial_lib.Budget) -> str:
+def recipe_long() -> str:
     """Returns the losses of variations minus those of the methods that they vary."""
-    methods = methods_of(study)
-    body = [
-        [m.name, summary.gap_text(m, methods[m.variation_of], budget)]
-        for m in methods.values()
-        if m.variation_of in methods and m.num_seeds(budget) > 1
-    ]
-    return page.markdown_table(["variation", "change of the loss"], body)
+    methods = methods_of("compare_methods-recipe_long")
+    varied = [m for m in methods.values() if m.variation_of]
+    change = lambda m: summary.gap_text(m, methods[m.variation_of], TOKENS(10))
+    return table(varied, [("change of the loss", change)], title="variation")
 
 
 def decay() -> str:
     """Returns what a decay over nine tenths of the run changes, at equal FLOPs."""
-    budget, plain = flops(10), methods_of("compare_methods-long")
+    budget, plain = FLOPS(10), methods_of("compare_methods-long")
     decayed = methods_of("compare_methods-long_decay").values()
     (ours,) = (m for m in decayed if m.variation_of == "Stiefel Muon")
-    body = []
-    for method in summary.ranked(decayed, budget):
-        before = plain[method.variation_of or ""]
-        versus = (
-            ["", ""]
-            if method is ours
-            else [summary.gap_text(ours, other, budget) for other in (method, before)]
-        )
-        change = summary.gap_text(method, before, budget)
-        body.append([before.name, method.with_error(budget), change, *versus])
-    header = ["method", "loss with the long decay", "minus the short decay"]
-    header += ["Stiefel Muon minus it", "Stiefel Muon minus it with the short decay"]
-    return page.markdown_table(header, body)
+    gap = lambda m, other: summary.gap_text(m, other, budget)
+    before = lambda m: plain[m.variation_of]
+    columns = [
+        ("equal FLOPs", lambda m: m.with_error(budget)),
+        ("minus the short decay", lambda m: gap(m, before(m))),
+        ("Stiefel Muon minus it", lambda m: "" if m is ours else gap(ours, m)),
+        (
+            "Stiefel Muon minus it with the short decay",
+            lambda m: "" if m is ours else gap(ours, before(m)),
+        ),
+    ]
+    return table(summary.ranked(decayed, budget), columns)
 
 
 def width() -> str:
     """Returns the best learning rate and the loss of two chains at three widths."""
-    methods, widths = methods_of("compare_methods-width"), (64, 128, 256)
-    body = []
-    for name in ("Stiefel Muon", "SCT", "SCT with base_width"):
-        own = [methods[f"{name} at d {d_model}"] for d_model in widths]
-        cells = [
-            f"{m.setting(tokens(0.4)).learning_rate:g}: {m.with_error(tokens(0.4))}"
-            for m in own
-        ]
-        body.append([name, *cells])
-    return page.markdown_table(["method", *(f"d {d}" for d in widths)], body)
+    budget = TOKENS(0.4)
+    best = lambda m: f"{m.setting(budget).learning_rate:g}"
+    columns = [("best learning rate", best), *loss(budget)]
+    d_model = lambda m: m.all_rows[0].trial.experiment.model.d_model
+    methods = sorted(methods_of("compare_methods-width").values(), key=d_model)
+    return table(methods, columns)
 
 
-def scaling() -> str:
-    """Returns the best sizes of the scaling study and the exponents of its laws."""
-    found = json.loads((RESULTS / "scaling_laws/laws.json").read_text())["laws"]
-    budgets = [f"{optimum['flops']:.0e}" for optimum in found["dense Muon"]["optima"]]
+def scaling_laws() -> str:
+    """Returns parameters and loss of the best sizes, and the exponents of the laws."""
+    laws = json.loads((RESULTS / "scaling_laws/laws.json").read_text())["laws"]
+    budgets = [f"{best['flops']:.0e} FLOPs" for best in laws["dense Muon"]["optima"]]
     body = [
         [
             kind,
             *(f"{o['parameters']:,.0f}: {o['loss']:.3f}" for o in law["optima"]),
-            f"{law['N ~ C^a']:.3f} [{law['a, 90 %'][0]:.3f}, {law['a, 90 %'][1]:.3f}]",
+            "{:.3f} [{:.3f}, {:.3f}]".format(law["N ~ C^a"], *law["a, 90 %"]),
         ]
-        for kind, law in found.items()
+        for kind, law in laws.items()
     ]
     return page.markdown_table(["kind", *budgets, "a of N ~ C^a"], body)
 
 
-_LOW_RANK = ("Stiefel Muon", "Spectron (code)", "SCT (s = 1)")
-_DENSE = ("dense AdamW", "dense Muon", "dense Muon (narrow)")
-_BEST = "momentum .9 + normalised q and k"
+def minus_dense(
+    study: str, names: Sequence[str], *budgets: trial_lib.Budget
+) -> Callable[[], str]:
+    """Returns a table of the low-rank methods of a study minus some dense ones."""
+
+    def made() -> str:
+        methods = methods_of(study)
+        own = [methods[name] for name in LOW_RANK if name in methods]
+        own = own or [m for m in methods.values() if not m.is_dense]
+        return table(own, minus(study, names, *budgets))
+
+    return made
+
+
+def losses(study: str, *budgets: trial_lib.Budget) -> Callable[[], str]:
+    """Returns a table of the losses of all methods of a study."""
+    return lambda: table(methods_of(study).values(), loss(*budgets))
+
 
 TABLES: dict[str, Callable[[], str]] = {
     "results": results,
     "gaps": gaps,
     "small": small,
-    "small_gaps": lambda: gaps_to(
-        "compare_methods-small", _LOW_RANK, _DENSE[1:], tokens(0.4), flops(0.4)
+    "small_gaps": minus_dense(
+        "compare_methods-small", DENSE[1:], TOKENS(0.4), FLOPS(0.4)
     ),
-    "short": lambda: losses_of(
+    "short": losses(
         "compare_methods-short",
-        [*_LOW_RANK, *_DENSE],
-        tokens(0.4),
-        flops(0.4),
+        TOKENS(0.4),
+        FLOPS(0.4),
         trial_lib.Budget("seconds", 0.4),
     ),
-    "short_gaps": lambda: gaps_to(
-        "compare_methods-short", _LOW_RANK, _DENSE, tokens(0.4)
-    ),
-    "long": lambda: gaps_to(
-        "compare_methods-long", _LOW_RANK, _DENSE[1:], tokens(10), flops(10)
-    ),
-    "recipe": lambda: losses_of(
-        "compare_methods-recipe",
-        (
-            "Stiefel Muon",
-            f"Stiefel Muon: {_BEST}",
-            "Stiefel Muon: R = d/2",
-            "dense Muon",
-            f"dense Muon: {_BEST}",
-            f"dense Muon: {_BEST} (narrow)",
-            "SCT (dense spectrum)",
-            "SCT (dense spectrum): bfloat16 moments",
-        ),
-        tokens(0.4),
-        flops(0.4),
-    ),
-    "recipe_long": lambda: variations("compare_methods-recipe_long", tokens(10)),
+    "short_gaps": minus_dense("compare_methods-short", DENSE, TOKENS(0.4)),
+    "long": minus_dense("compare_methods-long", DENSE[1:], TOKENS(10), FLOPS(10)),
+    "recipe": recipe,
+    "recipe_long": recipe_long,
     "decay": decay,
     "width": width,
-    "rank_sweep": lambda: gaps_to(
-        "rank_sweep",
-        [m.name for m in methods_of("rank_sweep").values() if not m.is_dense],
-        ("dense AdamW",),
-        tokens(0.4),
-        flops(0.4),
-    ),
-    "ablation_retraction": lambda: losses_of(
-        "ablation_retraction", list(methods_of("ablation_retraction")), tokens(1)
-    ),
-    "scaling_laws": scaling,
+    "rank_sweep": minus_dense("rank_sweep", DENSE[:1], TOKENS(0.4), FLOPS(0.4)),
+    "ablation_retraction": losses("ablation_retraction", TOKENS(1)),
+    "scaling_laws": scaling_laws,
 }
 
 
@@ -258,12 +223,12 @@ def rewritten(text: str) -> str:
       UserError: for an unknown table.
     """
 
-    def table(match: re.Match[str]) -> str:
+    def block(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
         errors.check_choice("table", name, tuple(TABLES))
         return f"{begin}{TABLES[name]()}\n{end}"
 
-    return _BLOCK.sub(table, text)
+    return _BLOCK.sub(block, text)
 
 
 def unfounded(text: str) -> list[str]:
@@ -271,7 +236,7 @@ def unfounded(text: str) -> list[str]:
     quoted = _WITH_ERROR.findall(_BLOCK.sub("", text))
     if not quoted:
         return []
-    known = {found for t in TABLES.values() for found in _WITH_ERROR.findall(t())}
+    known = {found for made in TABLES.values() for found in _WITH_ERROR.findall(made())}
     return [number for number in quoted if number not in known]
 
 
@@ -279,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a stale table, 2 for bad input."""
     parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
+    check = parser.parse_flags(sys.argv[1:] if argv is None else argv).check
     stale: list[str] = []
     for path in (ROOT / name for name in READMES):
         old = path.read_text() if path.exists() else ""
@@ -289,15 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides.fail(f"{path}: {error}")
         pairs = zip(_BLOCK.finditer(old), _BLOCK.finditer(new), strict=True)
         stale += [f"{path}: {a[2]}" for a, b in pairs if a[3] != b[3]]
-        if new != old and not flags.check:
-            files.replace_text(path, new)
-        if flags.check:
+        if check:
             stale += [f"{path}: {n} is in no table" for n in unfounded(old)]
+        elif new != old:
+            files.replace_text(path, new)
     for name in stale:
-        print(f"{'stale' if flags.check else 'rewritten'}: {name}")
-    if flags.check and stale:
+        print(f"{'stale' if check else 'rewritten'}: {name}")
+    if check and stale:
         print("python -m experiments.studies.tables rewrites tables, not prose")
-    return int(flags.check and bool(stale))
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ replaces the parameters. Gradients never exist all at once, and no part of the s
 copied. The memory of a step is parameters, optimizer state, one residual stream per
 layer, and the gradients of one layer, or of two while dispatch runs ahead.
 
-The loop runs on the host, over functions compiled once per shape of layer or matrix:
+The loop runs on the host, over functions compiled once per kind of layer or matrix:
 inside a `lax.fori_loop` XLA would copy the state.
 
 Any chain of `optimizers` works whose rules are local: the update of a weight depends on
