@@ -3,14 +3,14 @@
 import importlib.metadata
 import os
 
-# Compiling dominates the tests. XLA reads its flags once, and aborts on unknown ones.
-flags = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+# Compiling dominates the tests. XLA reads its flags once, and aborts on unknown ones:
+# jaxlib 0.12 has no fusion emitters to turn off.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
