@@ -80,8 +80,8 @@ def train(
     workdir.make(path)
     summary = accounting.summary(config.model, run.tx, seq_len=config.data.seq_len)
     console.print_start(output, config, summary, run.mesh)
-    earlier = workdir.committed_config(path)
     if dry_run:
+        earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config):
             note = f"note: {path} holds another run, so its summary.json is kept"
             console.say(output, note)
@@ -90,7 +90,7 @@ def train(
         return Result("dry_run")
     with signals.Signals() as interrupts, workdir.claim(path):
         try:
-            if earlier:
+            if earlier := workdir.committed_config(path):
                 workdir.check_same_run(earlier, config, str(path))
             workdir.write_json(path / "summary.json", summary)
             if workdir.is_finished(path, run):
@@ -135,11 +135,9 @@ def _train(
             loop = _Loop(run, checkpoints, sinks, progress, text, identity)
             state, result = loop.run(state, start_step, batches, interrupts)
     if result.status == "finished":
+        key = jax.random.key(config.seed)
         sample = sampling.sample_document(
-            state.params,
-            config.model,
-            corpus.tokenizer,
-            key=jax.random.key(config.seed),
+            state.params, config.model, corpus.tokenizer, key=key
         )
         say(f"sample:\n{sample}")
         say(f"finished: {config.num_steps} steps; results are in {path}")
@@ -163,7 +161,7 @@ class _Loop(NamedTuple):
         batches: Iterator[trainer.HostBatch],
         interrupts: signals.Signals,
     ) -> tuple[state_lib.TrainState, Result]:
-        """The state after the last step that was taken, and why it was the last."""
+        """The state after the last step taken, and why it was the last."""
         config = self.trainer.config
         log = metrics.StepLog(
             self.sinks,
@@ -187,8 +185,8 @@ class _Loop(NamedTuple):
             saved = last or stop or step % config.checkpoint.every == 0
             evaluated = last or step % config.eval.every == 0
             decided = config.adaptive_rank.decides_at(step) and not last
-            # The work below takes time of its own, and a layerwise step has ended when
-            # it returns: either way, the row of this step is due now.
+            # The work below takes time of its own, and a layerwise step is over when it
+            # returns: in both cases the row of this step is due now.
             if saved or evaluated or decided or config.step == "layerwise":
                 finite = finite and self._flush(log)
             if saved and finite:
