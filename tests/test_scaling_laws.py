@@ -46,7 +46,10 @@ def test_known_exponents_are_recovered(alpha, beta):
     assert all(optimum.inside for optimum in law.optima)
 
 
-@pytest.mark.parametrize(("num_budgets", "num_sizes"), [(4, 5), (3, 4)])
+@pytest.mark.parametrize(
+    ("num_budgets", "num_sizes"),
+    [(3, 4), pytest.param(4, 5, marks=pytest.mark.slow)],
+)
 def test_intervals_cover_the_true_exponent_at_their_level(num_budgets, num_sizes):
     hits, widths = 0, []
     for seed in range(60):

@@ -15,14 +15,21 @@ from sct_jax import errors
 from sct_jax.training import huge_pages, loop, overrides, signals
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, restart: bool = False) -> int:
     """Returns the exit code of a run.
 
     0 finished (or finished earlier), 1 diverged, 2 bad input, 130 after SIGINT and 143
     after SIGTERM, both once the state is saved.
+
+    Args:
+      argv: command line without the program; that of this process if None.
+      restart: whether to restart in huge memory pages where they help, once the command
+        line is known to be good.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    experiment, workdir, flags = overrides.parse_experiment(argv, __doc__ or "")
+    arguments = sys.argv[1:] if argv is None else argv
+    experiment, workdir, flags = overrides.parse_experiment(arguments, __doc__ or "")
+    if restart:
+        huge_pages.restart_with_huge_pages()
     try:
         result = loop.train(experiment, workdir, dry_run=flags.dry_run)
     except errors.UserError as error:
@@ -33,6 +40,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console_script() -> int:
-    """Runs `main` as a program of its own, in huge memory pages where they help."""
-    huge_pages.restart_with_huge_pages()
-    return main()
+    """Runs `main` as the program of this process."""
+    return main(restart=True)

@@ -1,9 +1,9 @@
 """Large memory pages for programs that run on a CPU.
 
-XLA's CPU client takes the temporary memory of every call from malloc and gives it back
-after the call, so each step pays for the same pages again. In pages of 4 KB that costs
-more than what the step computes in them; transparent huge pages make it cheap, where
-malloc asks for them. glibc reads that setting once, when a process starts.
+XLA's CPU client allocates the temporary memory of every call with malloc and frees it
+afterwards, so each step pays for the same pages again. With pages of 4 KB that costs more
+than the arithmetic of a small step. Transparent huge pages make it cheap, if malloc asks
+for them. glibc reads that setting once, when a process starts.
 """
 
 import os
@@ -14,11 +14,10 @@ _SETTING = "glibc.malloc.hugetlb=1"
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this very command again with huge pages; returns where it has them.
+    """Restarts the running command with huge pages; returns once it has them.
 
-    For the first line of a program, before anything is loaded or allocated. Does
-    nothing on other systems than Linux, or where the variable GLIBC_TUNABLES is set
-    already, to whatever value.
+    Call it before anything large is allocated: all work so far is repeated. Does nothing
+    on systems other than Linux, or if GLIBC_TUNABLES is set.
     """
     if sys.platform != "linux" or _VARIABLE in os.environ:
         return
