@@ -24,6 +24,7 @@ class SpectralDense(linen.Module):
       use_bias: whether to add a bias.
       dtype: dtype of the computation. Defaults to the dtype of the input.
       scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
+      flatten_rows: see `spectral.linear`; faster gradients on a single CPU device.
 
     Example:
       >>> import jax
@@ -39,6 +40,7 @@ class SpectralDense(linen.Module):
     use_bias: bool = True
     dtype: Any = None
     scale: float = 1.0
+    flatten_rows: bool = False
 
     @linen.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -56,7 +58,7 @@ class SpectralDense(linen.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", lambda key: jnp.zeros(self.features, jnp.float32))
-        return _apply(x, kernel, bias, self.dtype)
+        return _apply(x, kernel, bias, self.dtype, self.flatten_rows)
 
 
 class SpectralLinear(nnx.Module):
@@ -69,6 +71,7 @@ class SpectralLinear(nnx.Module):
       use_bias: whether to add a bias.
       dtype: dtype of the computation. Defaults to the dtype of the input.
       scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
+      flatten_rows: see `spectral.linear`; faster gradients on a single CPU device.
       rngs: random keys; uses one key of the `params` stream.
 
     Raises:
@@ -91,6 +94,7 @@ class SpectralLinear(nnx.Module):
         use_bias: bool = True,
         dtype: Any = None,
         scale: float = 1.0,
+        flatten_rows: bool = False,
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(
@@ -100,11 +104,12 @@ class SpectralLinear(nnx.Module):
             nnx.Param(jnp.zeros(out_features, jnp.float32)) if use_bias else None
         )
         self.dtype = dtype
+        self.flatten_rows = flatten_rows
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Returns the output of the layer."""
         bias = None if self.bias is None else self.bias.get_value()
-        return _apply(x, self.kernel.get_value(), bias, self.dtype)
+        return _apply(x, self.kernel.get_value(), bias, self.dtype, self.flatten_rows)
 
 
 def for_nnx(
@@ -145,9 +150,13 @@ def for_nnx(
 
 
 def _apply(
-    x: Array, kernel: spectral.SpectralFactors, bias: Array | None, dtype: Any
+    x: Array,
+    kernel: spectral.SpectralFactors,
+    bias: Array | None,
+    dtype: Any,
+    flatten_rows: bool,
 ) -> jax.Array:
     if dtype is not None:
         x = x.astype(dtype)
-    y = spectral.linear(x, kernel)
+    y = spectral.linear(x, kernel, flatten_rows=flatten_rows)
     return y if bias is None else y + bias.astype(y.dtype)

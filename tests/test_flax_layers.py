@@ -59,11 +59,11 @@ def expected(x, params):
 
 
 @each_flax
-@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize(("use_bias", "flatten_rows"), [(True, False), (False, True)])
 @pytest.mark.parametrize("layout", [(), (5,), (2, 5)], ids=str)
-def test_the_output_is_that_of_the_dense_layer(build, use_bias, layout):
+def test_the_output_is_that_of_the_dense_layer(build, use_bias, flatten_rows, layout):
     x = draw((*layout, FAN_IN), 0)
-    layer, params = build(x, use_bias=use_bias)
+    layer, params = build(x, use_bias=use_bias, flatten_rows=flatten_rows)
     y, size = expected(x, params)
     found = layer(x)
     assert found.dtype == jnp.float32
