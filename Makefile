@@ -28,6 +28,7 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m experiments.studies.tables --check
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -102,6 +102,14 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         trainer.Trainer(config, mesh_of(8))
 
 
+@pytest.mark.parametrize("name", ["linear", "linear_at", "diagnose"])
+def test_the_layerwise_step_has_a_forward_pass_of_its_own(name):
+    shape = dataclasses.replace(SHAPE, scan_layers=False)
+    config = dataclasses.replace(CONFIG, step="layerwise", model=shape)
+    with pytest.raises(ValueError, match="layerwise"):
+        trainer.Trainer(config, mesh_of(), **{name: lambda *_: {}})
+
+
 def test_one_linear_multiplies_by_every_matrix_and_the_head():
     used = []
 

@@ -90,7 +90,10 @@ _UNCHANGED = (
 
 
 def _optimizer(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """The chain sct without a retraction, where it was spelled as a rare lazy one."""
+    """The chain sct without a retraction, once spelled as tsvd with a rare one.
+
+    Both have the same update, up to rounding.
+    """
     fields = dict(experiment["optimizer"])
     never = fields.get("retraction_every", 1) >= 10**9
     lazy = fields.get("retraction_tolerance") is not None

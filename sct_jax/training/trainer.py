@@ -61,7 +61,15 @@ class Trainer:
 
         Raises:
           UserError: where the mesh does not divide the batch or the parameters.
+          ValueError: for `linear`, `linear_at` or `diagnose` with the layerwise step,
+            which has its own.
         """
+        if config.step == "layerwise" and (
+            linear or linear_at or diagnose is not step_lib.diagnose
+        ):
+            raise ValueError(
+                'step = "layerwise" takes no linear, linear_at or diagnose: use "fused"'
+            )
         self.config = config
         self.mesh = mesh
         self.tx = config.build_optimizer() if tx is None else tx
