@@ -23,12 +23,12 @@ def check(field: str, holds: bool, message: str) -> None:
 
 def check_choice(field: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raises UserError unless `value` is one of `choices`; suggests the closest one."""
+    if value in choices:
+        return
     names = [str(choice) for choice in choices]
-    check(
-        field,
-        value in choices,
-        f"unknown value {value!r}{nearest(str(value), names)} "
-        f"(choices: {', '.join(names) or 'none'})",
+    raise UserError(
+        f"{field}: unknown value {value!r}{nearest(str(value), names)} "
+        f"(choices: {', '.join(names) or 'none'})"
     )
 
 
