@@ -133,7 +133,7 @@ def _train(
         sinks = metrics.open_sinks(path, resume_step=start_step)
         with contextlib.closing(progress), contextlib.closing(sinks):
             loop = _Loop(run, checkpoints, sinks, progress, text, identity)
-            state, result = loop.run(state, start_step, batches, interrupts)
+            state, result = loop.steps(state, start_step, batches, interrupts)
     if result.status == "finished":
         key = jax.random.key(config.seed)
         sample = sampling.sample_document(
@@ -147,14 +147,14 @@ def _train(
 class _Loop(NamedTuple):
     """The steps of one process, and what each of them leaves behind."""
 
-    trainer: trainer.Trainer
+    run: trainer.Trainer
     checkpoints: checkpoint.Checkpointer
     sinks: metrics.Sinks
     progress: console.Progress
     text: evaluation.HeldOut
     identity: dict[str, str]
 
-    def run(
+    def steps(
         self,
         state: state_lib.TrainState,
         start_step: int,
@@ -162,7 +162,7 @@ class _Loop(NamedTuple):
         interrupts: signals.Signals,
     ) -> tuple[state_lib.TrainState, Result]:
         """The state after the last step taken, and why it was the last."""
-        config = self.trainer.config
+        config = self.run.config
         log = metrics.StepLog(
             self.sinks,
             learning_rate=config.optimizer.learning_rate(config.num_steps),
@@ -176,7 +176,7 @@ class _Loop(NamedTuple):
         for step in range(start_step + 1, config.num_steps + 1):
             last = step == config.num_steps
             logged = last or step == 1 or step % config.log_every == 0
-            state, values = self.trainer.step(state, next(batches), diagnose=logged)
+            state, values = self.run.step(state, next(batches), diagnose=logged)
             finite = self._flush(log)
             self.progress.advance(step)
             if logged:
@@ -201,7 +201,7 @@ class _Loop(NamedTuple):
                     state = self._change_ranks(step, state)
             if evaluated:
                 with log.paused():
-                    row = self.trainer.evaluate(state.params, self.text)
+                    row = self.run.evaluate(state.params, self.text)
                     self.sinks.write({"step": step, **row})
                     self.progress.print(console.describe_evaluation(step, row))
             if saved:
@@ -219,7 +219,7 @@ class _Loop(NamedTuple):
         return state, Result("finished", config.num_steps)
 
     def _compile(self, state: state_lib.TrainState) -> None:
-        if seconds := self.trainer.compile(state):
+        if seconds := self.run.compile(state):
             self.progress.print(f"compiled in {seconds:.1f} s")
 
     def _flush(self, log: metrics.StepLog) -> bool:
@@ -241,7 +241,7 @@ class _Loop(NamedTuple):
         self, step: int, state: state_lib.TrainState
     ) -> state_lib.TrainState:
         before = rank.stored_ranks(state.params)
-        state, change = self.trainer.change_ranks(state, step)
+        state, change = self.run.change_ranks(state, step)
         if change is None:
             return state
         self.sinks.write(metrics.rank_row(step, change))

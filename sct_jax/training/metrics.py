@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 import optax
 
 from sct_jax import errors, files, rank
@@ -204,7 +205,7 @@ class StepLog:
         row = {
             "step": step,
             "train/loss": values.pop("loss"),
-            "learning_rate": float(self._learning_rate(step - 1)),
+            "learning_rate": float(jnp.asarray(self._learning_rate(step - 1))),
             "tokens": self._tokens_per_step * step,
             "tokens_per_second": tokens / max(now - self._time, 1e-9),
             **values,

@@ -221,7 +221,7 @@ def _parse_field(config: Any, keys: list[str], text: str) -> Any:
     return _parse(field, kind, text)
 
 
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     """Types of the fields of a dataclass; of every chain, as `name` may change it."""
     if kind is optimizer_config.OptimizerConfig:
         return {
