@@ -1,4 +1,4 @@
-"""A small corpus and a small model for tests that train."""
+"""A small corpus, and two small models."""
 
 import random
 
@@ -14,6 +14,18 @@ SHAPE = model.ModelConfig(
     vocab_size=300,
     rank=4,
     spectral=("q", "down"),
+)
+
+# Grouped queries, and every matrix of the layers spectral.
+SMALL = model.ModelConfig(
+    d_model=32,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=64,
+    rank=4,
+    spectral=model.BLOCK_MATRICES,
 )
 
 

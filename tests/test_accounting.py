@@ -4,6 +4,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+import samples
 
 from sct_jax import model
 from sct_jax.training import accounting, optimizer_config
@@ -18,15 +19,9 @@ SMOLLM2 = model.ModelConfig(
     vocab_size=49152,
     spectral=model.MLP,
 )
-SMALL = model.ModelConfig(
-    d_model=32,
-    d_ff=48,
+SMALL = dataclasses.replace(
+    samples.SMALL,
     num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=64,
-    rank=4,
-    spectral=model.BLOCK_MATRICES,
 )
 CONFIGS = {
     "spectral": SMALL,

@@ -10,21 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import samples
 
 from sct_jax import errors, model, sharding
 from sct_jax.training import checkpoint, optimizer_config
 from sct_jax.training import state as state_lib
 
-STACKED = model.ModelConfig(
-    d_model=32,
-    d_ff=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=64,
-    rank=4,
-    spectral=("q", "gate", "embedding"),
-)
+STACKED = dataclasses.replace(samples.SMALL, spectral=("q", "gate", "embedding"))
 APART = dataclasses.replace(STACKED, scan_layers=False)
 TX = optimizer_config.Sct(max_update_norm=0.5, grad_clip=1.0).build(
     10, decay_mask=model.decay_mask

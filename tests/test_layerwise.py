@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import samples
 
 from sct_jax import errors, model, sharding, spectral
 from sct_jax.training import config, layerwise, optimizer_config, overrides
@@ -14,17 +15,7 @@ from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
 EPS = float(np.finfo(np.float32).eps)
-SMALL = model.ModelConfig(
-    d_model=32,
-    d_ff=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=64,
-    rank=4,
-    spectral=model.BLOCK_MATRICES,
-    scan_layers=False,
-)
+SMALL = dataclasses.replace(samples.SMALL, scan_layers=False)
 LOW_RANK = dataclasses.replace(SMALL, factors="low_rank")
 DENSE = dataclasses.replace(SMALL, spectral=())
 # Two matrices as factors, the others dense: fewer functions to compile.

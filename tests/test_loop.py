@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from samples import write_corpus
+import samples
 
 from sct_jax import data, errors, model, rank, sharding
 from sct_jax.training import (
@@ -51,18 +51,11 @@ def experiment(tmp_path_factory):
     return config_lib.ExperimentConfig(
         num_steps=8,
         log_every=2,
-        model=model.ModelConfig(
-            d_model=32,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            vocab_size=300,
-            rank=4,
-            spectral=("gate", "up", "down"),
+        model=dataclasses.replace(
+            samples.SMALL, vocab_size=300, spectral=("gate", "up", "down")
         ),
         data=data.DataConfig(
-            source=write_corpus(root / "corpus"),
+            source=samples.write_corpus(root / "corpus"),
             cache_dir=str(root / "cache"),
             batch_size=BATCH,
             seq_len=LENGTH,

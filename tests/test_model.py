@@ -6,21 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import samples
 
 from sct_jax import errors, model, spectral
 
 EPS = float(np.finfo(np.float32).eps)
 ALL = model.BLOCK_MATRICES
-SMALL = model.ModelConfig(
-    d_model=32,
-    d_ff=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=64,
-    rank=4,
-    spectral=ALL,
-)
+SMALL = dataclasses.replace(samples.SMALL, spectral=ALL)
 DENSE = model.ModelConfig(
     d_model=128,
     d_ff=320,

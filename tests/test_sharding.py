@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import samples
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,16 +15,7 @@ from sct_jax.training import optimizer_config
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
-SMALL = model.ModelConfig(
-    d_model=32,
-    d_ff=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=64,
-    rank=4,
-    spectral=model.BLOCK_MATRICES,
-)
+SMALL = samples.SMALL
 OPTIMIZER = optimizer_config.Sct(
     peak_learning_rate=1e-2,
     max_update_norm=0.5,

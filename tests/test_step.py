@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import samples
 
 from sct_jax import model, spectral
 from sct_jax.training import optimizer_config
@@ -12,16 +13,7 @@ from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
 EPS = float(np.finfo(np.float32).eps)
-SMALL = model.ModelConfig(
-    d_model=32,
-    d_ff=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=64,
-    rank=4,
-    spectral=("q", "down"),
-)
+SMALL = dataclasses.replace(samples.SMALL, spectral=("q", "down"))
 DENSE = dataclasses.replace(SMALL, spectral=())
 BATCH, LENGTH = 8, 16
 BOUND = 0.05

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import samples
 
 from experiments import first_tokens, memory_table, step70b
 from experiments.benchmarks import machine
@@ -226,15 +227,8 @@ def test_the_formula_counts_the_state_and_one_layer_of_gradients():
 
 
 def test_the_formula_counts_both_gradients_of_a_tied_embedding():
-    shape = model.ModelConfig(
-        d_model=32,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        vocab_size=512,
-        rank=4,
-        scan_layers=False,
+    shape = dataclasses.replace(
+        samples.SMALL, vocab_size=512, spectral=model.MLP, scan_layers=False
     )
     embedding = 4 * 512 * 32
     layer = 4 * accounting.block_parameters(shape)
