@@ -230,6 +230,15 @@ def test_a_dry_run_of_the_largest_model_needs_neither_text_nor_memory(root):
     assert [path.name for path in workdir.iterdir()] == ["summary.json"]
 
 
+def test_an_earlier_name_of_a_field_works_and_is_noted(root, capsys):
+    arguments = [f"--config={CONFIG}:tiny", f"--workdir={root / 'noted'}", "--dry_run"]
+    arguments += ["--config.optimizer.dense_rate=1.5", "--config.step=whole"]
+    assert pretrain.main(arguments) == 0
+    noted = capsys.readouterr().err.splitlines()
+    assert len(noted) == 2 and all(line.startswith("note: ") for line in noted)
+    assert "optimizer.dense_lr_multiplier" in noted[0] and "step=fused" in noted[1]
+
+
 # --- Bad input: exit code 2, one message that names the field, no traceback.
 
 

@@ -27,9 +27,12 @@ def main(argv: Sequence[str] | None = None, *, restart: bool = False) -> int:
         line is known to be good.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    experiment, workdir, flags = overrides.parse_experiment(arguments, __doc__ or "")
-    if restart:
-        huge_pages.restart_with_huge_pages()
+    with overrides.notes_on_renames():
+        experiment, workdir, flags = overrides.parse_experiment(
+            arguments, __doc__ or ""
+        )
+        if restart:  # the next process prints the notes
+            huge_pages.restart_with_huge_pages()
     try:
         result = loop.train(experiment, workdir, dry_run=flags.dry_run)
     except errors.UserError as error:

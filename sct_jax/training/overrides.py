@@ -376,8 +376,7 @@ def parse_experiment(
     )
     flags, pairs = parser.parse(argv)
     try:
-        with notes_on_renames():
-            experiment = load(flags.config, pairs)
+        experiment = load(flags.config, pairs)
     except errors.UserError as error:
         parser.error(str(error))
     workdir = flags.workdir or default_workdir(flags.config)
