@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: pretrain test test-slow lint clean
 
-# A finished install leaves a stamp, so that an interrupted one is taken up again.
+# A finished install leaves a stamp, so that an interrupted one is repeated.
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable .

@@ -1,4 +1,4 @@
-"""Llama-3-70B's shape with every matrix at rank 32, in the memory of a laptop.
+"""Llama-3-70B's shape with every matrix at rank 32, in 8 GB of memory.
 
 Paper: Kohlberger et al., Spectral Compact Training, 2026, arXiv 2604.00733.
 

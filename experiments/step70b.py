@@ -1,8 +1,8 @@
 """Takes a few training steps of a 70B-class model on this machine, and measures them.
 
 python -m experiments.step70b
-python -m experiments.step70b --reference-attention       # the published stack
-python -m experiments.step70b --moment-dtype=bfloat16 --tokens=512 --json=step.json
+python -m experiments.step70b --reference_attention       # the published stack
+python -m experiments.step70b --moment_dtype=bfloat16 --tokens=512 --json=step.json
 
 The model has Llama-3-70B's shape with every matrix at rank 32, see
 configs/llama70b_r32.py. `sct_jax.training.layerwise` has the step. All steps train on
@@ -89,7 +89,11 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = overrides.FlagParser(__doc__ or "")
-    parser.add_argument("--config", default="configs/llama70b_r32.py")
+    parser.add_argument(
+        "--config",
+        help="config file (default: %(default)s)",
+        default="configs/llama70b_r32.py",
+    )
     parser.add_argument(
         "--steps", type=int, default=5, help="number of steps; the first one is cold"
     )

@@ -81,6 +81,12 @@ def test_from_dict_undoes_to_dict():
     assert hash(config_lib.from_dict(json.loads(text)).model) == hash(config.model)
 
 
+@pytest.mark.parametrize("group", ["data", "optimizer", "model"])
+def test_from_dict_refuses_a_value_in_the_place_of_a_group(group):
+    with pytest.raises(errors.UserError, match=f"{group}: not a group"):
+        config_lib.from_dict({group: 3})
+
+
 def test_from_dict_refuses_a_field_of_another_version():
     values = config_lib.to_dict(BASE)
     values["model"]["num_expert"] = 8
@@ -144,6 +150,16 @@ def test_layers_stay_as_they_lie_where_ranks_change():
     new = overrides.override(old, "model.scan_layers", "false")
     (found,) = config_lib.differences(old, new)
     assert found.startswith("model.scan_layers: ")
+
+
+def test_another_chain_is_one_difference():
+    changed = overrides.override(BASE, "optimizer.name", "muon")
+    found = config_lib.differences(BASE, changed)
+    # And the fields of both that have another default.
+    assert [line.partition(":")[0] for line in found] == [
+        "optimizer.b2",
+        "optimizer.name",
+    ]
 
 
 def test_each_difference_is_listed():

@@ -245,11 +245,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
         status, text = train(experiment, tmp_path)
     assert status == "diverged"
     assert "diverged: the loss of step 2 is nan; nothing is saved" in text
+    assert text.count("diverged:") == 1
     assert "finished" not in text and "sample" not in text
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
     # Nothing was trained, so the same folder may be used with another rate.
     other = dataclasses.replace(experiment, seed=3, num_steps=2)
     assert train(other, tmp_path)[0] == "finished"
+
+
+def test_a_loss_that_is_not_logged_is_checked_before_a_save(
+    experiment, tmp_path, monkeypatch
+):
+    def spoil(state, values):
+        lost = {"loss": values["loss"] * np.nan}
+        params = jax.tree.map(lambda p: p * np.nan, state.params)
+        return state.replace(params=params), values | lost
+
+    monkeypatch.setattr(trainer.Trainer, "step", spoilt(3, spoil))
+    config = dataclasses.replace(experiment, log_every=100)
+    status, text = train(config, tmp_path)
+    assert status == "diverged"
+    assert text.count("diverged:") == 1
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 def test_parameters_that_are_not_finite_are_not_saved(
@@ -520,7 +537,7 @@ def test_a_folder_without_locks_is_trained_in_with_a_warning(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match="without locks"):
+    with pytest.warns(UserWarning, match="cannot be locked"):
         assert train(experiment, workdir)[0] == "finished"
 
 
@@ -745,6 +762,22 @@ def test_a_dry_run_leaves_the_summary_of_another_run(experiment, workdir):
     (workdir / "summary.json").unlink()
     assert "another run" not in train(experiment, workdir, dry_run=True)[1]
     assert (workdir / "summary.json").read_text() == before
+
+
+def test_a_run_keeps_its_split_without_its_config(experiment, finished, tmp_path):
+    """The checkpoint knows what config.json said."""
+    stdlib = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, source="stdlib")
+    )
+    assert workdir_lib.resolve(stdlib, tmp_path).data.split == "pieces"
+    path = tmp_path / "run"
+    shutil.copytree(finished[0], path)
+    (path / "config.json").unlink()
+    earlier = workdir_lib.committed_config(path)
+    assert earlier == experiment
+    assert workdir_lib.resolve(stdlib, path).data.split == earlier.data.split
+    too_long = tmp_path / ("x" * 300)
+    assert workdir_lib.resolve(stdlib, too_long).data.split == "pieces"
 
 
 def test_a_workdir_of_any_name_is_printed_as_it_is(experiment, finished, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import warnings
 
 import pytest
 
@@ -153,6 +154,46 @@ def test_an_earlier_name_works_with_a_note(field, text, now, value):
     assert get(changed, now) == value
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A configuration that holds an experiment, as those of comparisons do."""
+
+    seeds: tuple[int, ...] = (0,)
+    base: config_lib.ExperimentConfig = BASE
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "now", "value"),
+    [
+        ("seeds", "1,2", "seeds", (1, 2)),
+        ("base.model.rank", "8", "base.model.rank", 8),
+        ("base.rank.energy", "0.9", "base.adaptive_rank.energy", 0.9),
+        ("base.step", "whole", "base.step", "fused"),
+        ("base.optimizer.retraction", "lossless", "base.optimizer.retraction", "svd"),
+        ("base.optimizer.b2", "none", "base.optimizer.b2", 0.999),
+    ],
+)
+def test_an_experiment_within_a_study_takes_the_same_overrides(field, text, now, value):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        assert get(overrides.override(Study(), field, text), now) == value
+    with pytest.raises(errors.UserError, match=r"^base\.num_steps: 'many'"):
+        overrides.override(Study(), "base.num_steps", "many")
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [
+        ("momentum", "optimizer.momentum"),
+        ("gauge", "optimizer.coordinates"),
+        ("energy", "adaptive_rank.energy"),
+    ],
+)
+def test_suggestions_cover_every_chain_and_earlier_names(field, near):
+    with pytest.raises(errors.UserError, match=f"did you mean '{near}'"):
+        overrides.override(BASE, field, "1")
+
+
 def test_a_tuple_that_is_none_is_refused():
     # "(5)" is the integer 5 to Python; a tuple of characters would be worse.
     with pytest.raises(errors.UserError, match=r"^model\.spectral: "):
@@ -186,9 +227,9 @@ def test_aliases_are_of_fields():
         ("num_step", "num_steps"),
         ("nmu_steps", "num_steps"),
         ("optimiser.peak_learning_rate", "optimizer"),
-        ("optimizer.peak_learning_rte", "peak_learning_rate"),
-        ("model.d_modle", "d_model"),
-        ("model.ranks.gat", "gate"),
+        ("optimizer.peak_learning_rte", "optimizer.peak_learning_rate"),
+        ("model.d_modle", "model.d_model"),
+        ("model.ranks.gat", "model.ranks.gate"),
         ("batch_size", "data.batch_size"),
         ("peak_learning_rate", "optimizer.peak_learning_rate"),
         ("vocab_size", "model.vocab_size"),

@@ -255,7 +255,7 @@ def assert_one_message(text: str, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--config.model.d_modle=64"], ["model.d_modle", "'d_model'"]),
+        (["--config.model.d_modle=64"], ["model.d_modle", "'model.d_model'"]),
         (["--config.num_step=64"], ["num_step", "'num_steps'"]),
         (["--config.batch_size=64"], ["batch_size", "'data.batch_size'"]),
         (["--config.num_steps=many"], ["num_steps", "'many'", "int"]),

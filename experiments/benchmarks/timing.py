@@ -21,7 +21,7 @@ def interleaved(
     Args:
       calls: functions without arguments, run in this order within a round.
       rounds: timed calls of each function.
-      warmup: calls of each function before those, untimed: the first one compiles.
+      warmup: untimed calls of each function first: the first one compiles.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-warmup, rounds):

@@ -1,4 +1,4 @@
-"""Compares training methods: all tuned alike, with seeds, on held-out text.
+r"""Compares training methods: all tuned alike, with seeds, on held-out text.
 
 python -m experiments.studies.compare --config=configs/studies/compare_methods.py
 python -m experiments.studies.compare --config=configs/studies/rank_sweep.py \

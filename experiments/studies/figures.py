@@ -349,7 +349,7 @@ def _legend(axes) -> None:
 
 
 def _make_room(axes, names: Sequence[str], *, line: float, least: float = 0) -> None:
-    """Enlarges the figure, so that names beside the axes leave them their size.
+    """Enlarges the figure so that labels beside the axes do not shrink the plot.
 
     Args:
       axes: of the figure.

@@ -32,7 +32,7 @@ class Method:
       non_matrix_lr: see `trial.Trial`.
       always: train all seeds, however the method ranks.
       narrow: shrink d_model and d_ff of a dense model to the FLOPs per token of the
-        low-rank base. Gains of that model are gains of any smaller model.
+        low-rank base. It shows what any smaller model would gain.
       variation_of: name of the method that this one varies.
     """
 

@@ -1,8 +1,8 @@
-"""Reads rows that were written before methods, budgets and trials had their names.
+"""Reads rows written before methods, budgets and trials got their present names.
 
-Those rows hold an "arm", "horizons" such as "tokens 0.4", and results by these texts.
-`upgrade` returns what `rows.to_dict` would have written. `config.from_dict` upgrades
-the experiment itself.
+Those rows hold an "arm", "horizons" such as "tokens 0.4", and results keyed by those
+strings. `upgrade` returns what `rows.to_dict` would have written. `config.from_dict`
+upgrades the experiment itself.
 """
 
 from collections.abc import Mapping

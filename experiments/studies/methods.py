@@ -17,7 +17,7 @@ from sct_jax.training import config, optimizer_config
 
 
 def compose(*changes: grid.Change) -> grid.Change:
-    """Returns the change that makes these in order."""
+    """Returns one change that applies all of `changes` in order."""
     return lambda experiment: functools.reduce(
         lambda changed, change: change(changed), changes, experiment
     )

@@ -72,8 +72,8 @@ def has_parabola(runs: Sequence[SizeResult]) -> bool:
 def parabola(runs: Sequence[SizeResult]) -> np.polynomial.Polynomial:
     """Returns the least-squares quadratic in log N of the losses.
 
-    Every seed has an offset, and these sum to zero. So an effect of a seed on all sizes
-    is no slope where some sizes lack that seed.
+    The fit includes one offset per seed; the offsets sum to zero. If some sizes lack a
+    seed, its offset therefore does not bias the slope.
     """
     return _least_squares(runs)[0]
 

@@ -236,7 +236,11 @@ def draw(kinds: Kinds, fits: Mapping[str, Fit]) -> list[page.Image]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 2 bad input, 130 interrupted."""
     parser = overrides.FlagParser(__doc__ or "")
-    parser.add_argument("--config", default="configs/studies/scaling_laws.py")
+    parser.add_argument(
+        "--config",
+        default="configs/studies/scaling_laws.py",
+        help="config file (default: %(default)s)",
+    )
     parser.add_argument(
         "--results", help=f"folder (default: {compare.RESULTS}/<file>-<variant>)"
     )

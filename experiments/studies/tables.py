@@ -138,9 +138,9 @@ def decay() -> str:
     columns = [
         ("equal FLOPs", lambda m: m.with_error(budget)),
         ("minus the short decay", lambda m: gap(m, before(m))),
-        ("Stiefel Muon minus it", lambda m: "" if m is ours else gap(ours, m)),
+        ("Stiefel Muon minus this method", lambda m: "" if m is ours else gap(ours, m)),
         (
-            "Stiefel Muon minus it with the short decay",
+            "Stiefel Muon minus this method with the short decay",
             lambda m: "" if m is ours else gap(ours, before(m)),
         ),
     ]

@@ -24,8 +24,8 @@ class Budget(NamedTuple):
     """How long a method may train.
 
     Attributes:
-      kind: "tokens", "flops" or "seconds", for as much as the dense reference spends;
-        or "total_flops".
+      kind: "tokens", "flops" or "seconds", as many as the dense reference uses; or
+        "total_flops", an absolute number.
       amount: training tokens per parameter of the dense model; FLOPs for
         "total_flops".
     """

@@ -11,7 +11,7 @@ from sct_jax import errors, files
 
 @contextlib.contextmanager
 def writing(root: str) -> Iterator[None]:
-    """Raises an `OSError` of the block as a UserError of `data.cache_dir`."""
+    """Converts an `OSError` in the block into a UserError for `data.cache_dir`."""
     try:
         yield
     except OSError as error:

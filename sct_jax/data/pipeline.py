@@ -51,7 +51,7 @@ def prepare(
 
     Args:
       config: the corpus and tokenizer.
-      vocab_size: the model's. A tokenizer trained here gets exactly that many tokens if
+      vocab_size: of the model. A tokenizer trained here gets exactly as many if
         the text has enough pairs to merge.
       log: receives a few lines: progress, counts of files, documents, bytes and tokens,
         skipped documents, and the hash.

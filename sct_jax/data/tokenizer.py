@@ -93,8 +93,8 @@ class Tokenizer:
         a prefix space, which would change the bytes of the text.
 
         Raises:
-          UserError: of `data.tokenizer`. The file is missing, corrupt, not byte-level,
-            changes text, or has no usual document mark.
+          UserError: names `data.tokenizer`. The file is missing, corrupt or not
+            byte-level, changes text, or has no usual document mark.
         """
         try:
             with open(path, encoding="utf-8") as file:
@@ -150,7 +150,7 @@ class Tokenizer:
         about 6 seconds on 2 cores, for any `vocab_size`.
 
         Raises:
-          UserError: `vocab_size` is less than 256 bytes and the mark.
+          UserError: `vocab_size` is less than 257: 256 bytes and the document mark.
         """
         if vocab_size < _MIN_VOCAB_SIZE:
             raise errors.UserError(

@@ -61,7 +61,7 @@ class Checkpointer:
         """Returns the newest step with a readable record; None if there is none."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                self._read_record(step)
+                self.read_record(step)
             except Exception:
                 continue
             return step
@@ -116,7 +116,7 @@ class Checkpointer:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                record = self._read_record(step)
+                record = self.read_record(step)
                 wanted = abstract_at(record)
                 state = self._restore_step(step, record, wanted, mesh)
             except (
@@ -149,7 +149,8 @@ class Checkpointer:
         )
         return None
 
-    def _read_record(self, step: int) -> dict[str, Any]:
+    def read_record(self, step: int) -> Record:
+        """Returns what was saved beside the state of a step."""
         return self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
@@ -203,8 +204,8 @@ class Checkpointer:
 def _release(error: BaseException) -> None:
     """Frees the frames of a failed read.
 
-    Orbax starts a read per array. Where one fails, it never awaits the others, and
-    Python warns about each when it is freed: here, where the warning says nothing new.
+    If one read fails, orbax never awaits the others, and Python warns about each of
+    them when it is freed. Freeing them here silences those redundant warnings.
     """
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = error.__context__ = error.__cause__ = None

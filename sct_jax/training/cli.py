@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Silences JAX about absent accelerators, and TFDS about TensorFlow.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Silences JAX about absent accelerators, and TFDS about TensorFlow. JAX sets "1".
+if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 from sct_jax import errors
 from sct_jax.training import huge_pages, loop, overrides, signals
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None, *, restart: bool = False) -> int:
     after SIGTERM, both once the state is saved.
 
     Args:
-      argv: command line without the program; that of this process if None.
+      argv: command line without the program; `sys.argv[1:]` if None.
       restart: whether to restart in huge memory pages where they help, once the command
         line is known to be good.
     """

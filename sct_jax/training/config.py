@@ -96,7 +96,7 @@ class ExperimentConfig:
         )
 
     def validate(self) -> None:
-        """Raises UserError, naming the field, for a run that no machine could do."""
+        """Raises UserError, naming the field, for an impossible configuration."""
         errors.check_bounds("", self, "num_steps", "log_every", least=1)
         errors.check_bounds("", self, "seed", least=0, below=2**32)
         errors.check_choice("step", self.step, STEPS)
@@ -163,7 +163,7 @@ class ExperimentConfig:
         )
 
 
-# Fields that change no result: cadences, and the place of what can be made again.
+# Fields that do not affect results: intervals, and the cache folder.
 WITHOUT_EFFECT = (
     "data.cache_dir",
     "log_every",
@@ -244,8 +244,10 @@ def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
             value = fields
         upgraded[RENAMED_FIELDS.get(group, group)] = _renamed_value(group, value)
     data = upgraded.get("data", {})
-    if data.get("source") == "stdlib":  # once, the one way to divide that corpus
-        upgraded["data"] = {"split": "files"} | data
+    if (
+        isinstance(data, Mapping) and data.get("source") == "stdlib"
+    ):  # once, the one way to divide that corpus
+        upgraded["data"] = {"split": "files", **data}
     return upgraded
 
 
@@ -268,8 +270,11 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
         allowed.add("num_steps")
     if new.adaptive_rank.energy is None:  # adaptive ranks belong to one layout
         allowed.add("model.scan_layers")
+    other_chain = old.optimizer.name != new.optimizer.name
     found = []
     for name in sorted(flat_old.keys() | flat_new.keys()):
+        if other_chain and (name in flat_old) != (name in flat_new):
+            continue  # a field of one chain alone
         before, after = flat_old.get(name), flat_new.get(name)
         if before != after and name not in allowed:
             found.append(f"{name}: {before!r} in the workdir, {after!r} now")

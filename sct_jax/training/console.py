@@ -121,20 +121,28 @@ def describe_passes(config: config_lib.ExperimentConfig, num_tokens: int) -> str
     )
 
 
-def describe_divergence(step: int, name: str, value: Any, kept: int | None) -> str:
+def describe_divergence(
+    config: config_lib.ExperimentConfig,
+    step: int,
+    name: str,
+    value: Any,
+    kept: int | None,
+) -> str:
     """Returns what is not finite, what remains, and what to try.
 
     Args:
+      config: the run.
       step: number of applied updates.
       name: what is not finite.
       value: its value.
       kept: step of the newest checkpoint, None without one.
     """
     last = f"the checkpoint of step {kept} is kept" if kept else "nothing is saved"
+    can_clip = hasattr(config.optimizer, "max_update_norm")
+    bound = "optimizer.max_update_norm" if can_clip else "optimizer.grad_clip"
     return (
         f"diverged: the {name} of step {step} is {float(value)}; {last}. Lower "
-        "optimizer.peak_learning_rate, or bound the update with "
-        "optimizer.max_update_norm, in another --workdir"
+        f"optimizer.peak_learning_rate, or set {bound}, in another --workdir"
     )
 
 

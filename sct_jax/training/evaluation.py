@@ -35,7 +35,7 @@ def held_out(
     """Returns the text that a run is evaluated on, spread over the validation split.
 
     Args:
-      config: its `data` and `eval.num_batches` count.
+      config: only `data` and `eval.num_batches` are used.
       corpus: holds the text.
       place: puts a batch on the devices.
     """
@@ -58,7 +58,7 @@ def summarise(losses: Sequence[Float[Array, ""]], text: HeldOut) -> metrics.Row:
 
     Args:
       losses: of each batch of `text`, in nats per token.
-      text: what the losses belong to.
+      text: the text that was evaluated.
     """
     loss = float(np.mean([float(value) for value in losses]))
     return {

@@ -14,7 +14,7 @@ _SETTING = "glibc.malloc.hugetlb=1"
 
 
 def restart_with_huge_pages() -> None:
-    """Restarts the running command with huge pages; returns once it has them.
+    """Restarts this process with huge pages, unless it already has them.
 
     Call it before anything large is allocated: all work so far is repeated. Does
     nothing on systems other than Linux, or if GLIBC_TUNABLES is set.

@@ -97,8 +97,7 @@ def check_local(config: optimizer_config.OptimizerConfig) -> None:
         errors.check(
             f"optimizer.{field}",
             getattr(config, field, None) is None,
-            f'does not work with step = "layerwise": {reason}; set it to none '
-            "(max_update_norm is local, and bounds every weight)",
+            f'does not work with step = "layerwise": {reason}; set it to none',
         )
 
 

@@ -31,8 +31,7 @@ class Result(NamedTuple):
     """How a call of `train` ended.
 
     Attributes:
-      status: "finished", now or in an earlier call; "diverged"; "interrupted"; or
-        "dry_run".
+      status: how; "finished" may refer to an earlier call.
       step: number of applied updates.
       signal: number of the signal that interrupted the run.
     """
@@ -64,9 +63,10 @@ def train(
       output: where to print; standard output if None.
 
     Raises:
-      UserError: naming what the user has to change. Nothing has been compiled by then.
+      UserError: naming what the user has to change, before the step is compiled.
     """
     output = output or rich.console.Console()
+    say = functools.partial(console.say, output)
     path = pathlib.Path(path)
     config.validate()
     errors.check(
@@ -83,8 +83,7 @@ def train(
     if dry_run:
         earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config):
-            note = f"note: {path} holds another run, so its summary.json is kept"
-            console.say(output, note)
+            say(f"note: {path} holds another run, so its summary.json is kept")
         else:
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
@@ -94,13 +93,12 @@ def train(
                 workdir.check_same_run(earlier, config, str(path))
             workdir.write_json(path / "summary.json", summary)
             if workdir.is_finished(path, run):
-                done = f"finished: {config.num_steps} steps are done, see {path}"
-                console.say(output, done)
+                say(f"finished: {config.num_steps} steps are done, see {path}")
                 return Result("finished", config.num_steps)
             return _train(run, path, output, interrupts)
         except signals.Interrupted as interrupted:
-            console.say(output, "interrupted before the first step; nothing to save")
-            return Result("interrupted", 0, interrupted.number)
+            say("interrupted before a new step; nothing to save")
+            return Result("interrupted", workdir.steps_done(path), interrupted.number)
 
 
 def _train(
@@ -116,28 +114,28 @@ def _train(
     say(console.describe_passes(config, len(corpus.train)))
     text = run.held_out(corpus)
     identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
-    with contextlib.closing(
-        checkpoint.Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
-    ) as checkpoints:
-        state, start_step = workdir.restore_or_init(run, checkpoints, identity, log=say)
+    with contextlib.ExitStack() as stack:
+        closing = lambda x: stack.enter_context(contextlib.closing(x))
+        checkpoints = closing(
+            checkpoint.Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
+        )
+        state, start = workdir.restore_or_init(run, checkpoints, identity, log=say)
         # Only a run that starts or resumes claims the folder for its configuration.
-        if not start_step or not (path / "config.json").exists():
+        if not start or not (path / "config.json").exists():
             workdir.write_json(path / "config.json", config_lib.to_dict(config))
         corpus.tokenizer.save(str(path / "tokenizer.json"))
         batches = data.train_batches(
-            corpus, config.data, seed=config.seed, start_step=start_step
+            corpus, config.data, seed=config.seed, start_step=start
         )
-        progress = console.Progress(
-            output, start_step=start_step, num_steps=config.num_steps
+        sinks = closing(metrics.open_sinks(path, resume_step=start))
+        progress = closing(
+            console.Progress(output, start_step=start, num_steps=config.num_steps)
         )
-        sinks = metrics.open_sinks(path, resume_step=start_step)
-        with contextlib.closing(progress), contextlib.closing(sinks):
-            loop = _Loop(run, checkpoints, sinks, progress, text, identity)
-            state, result = loop.steps(state, start_step, batches, interrupts)
+        loop = _Loop(run, checkpoints, sinks, progress, text, identity)
+        state, result = loop.steps(state, start, batches, interrupts)
     if result.status == "finished":
-        key = jax.random.key(config.seed)
         sample = sampling.sample_document(
-            state.params, config.model, corpus.tokenizer, key=key
+            state.params, config.model, corpus.tokenizer, seed=config.seed
         )
         say(f"sample:\n{sample}")
         say(f"finished: {config.num_steps} steps; results are in {path}")
@@ -145,7 +143,7 @@ def _train(
 
 
 class _Loop(NamedTuple):
-    """The steps of one process, and what each of them leaves behind."""
+    """The steps of one process, and what each one writes."""
 
     run: trainer.Trainer
     checkpoints: checkpoint.Checkpointer
@@ -192,8 +190,8 @@ class _Loop(NamedTuple):
             if saved and finite:
                 # The loss belongs to the parameters before the step.
                 largest = trainer.largest_magnitude(state.params)
-                finite = self._check_finite(step, values["loss"])
-                finite &= self._check_finite(step, largest, "largest parameter")
+                checked = {"loss": values["loss"], "largest parameter": largest}
+                finite = self._check_finite(step, checked)
             if not finite:
                 return state, Result("diverged", step)
             if decided:
@@ -228,14 +226,16 @@ class _Loop(NamedTuple):
         if row is None:
             return True
         self.progress.show(row)
-        return self._check_finite(int(row["step"]), row["train/loss"])
+        return self._check_finite(int(row["step"]), {"loss": row["train/loss"]})
 
-    def _check_finite(self, step: int, value: Any, name: str = "loss") -> bool:
-        if math.isfinite(float(value)):
-            return True
-        kept = self.checkpoints.latest_step()
-        self.progress.print(console.describe_divergence(step, name, value, kept))
-        return False
+    def _check_finite(self, step: int, values: dict[str, Any]) -> bool:
+        for name, value in values.items():
+            if not math.isfinite(float(value)):
+                kept, config = self.checkpoints.latest_step(), self.run.config
+                text = console.describe_divergence(config, step, name, value, kept)
+                self.progress.print(text)
+                return False
+        return True
 
     def _change_ranks(
         self, step: int, state: state_lib.TrainState

@@ -26,7 +26,7 @@ class OptimizerConfig:
     """What all chains share: the learning rate and the clip of the global norm.
 
     Attributes:
-      name: the chain, one of `CHAINS`. Fixed by the class.
+      name: the chain: sct, tsvd, stiefel_muon, spectron, adamw or muon.
       peak_learning_rate: learning rate after warmup.
       schedule: "constant", "cosine" or "wsd" (warmup, stable, decay).
       warmup_steps: steps of linear warmup.
@@ -49,7 +49,7 @@ class OptimizerConfig:
     takes_matrix_mask: ClassVar[bool] = False
 
     def validate(self) -> None:
-        """Raises UserError, naming the field, for values that make no optimizer."""
+        """Raises UserError, naming the field, for an invalid value."""
         for field, choices in _CHOICES.items():
             if hasattr(self, field):
                 errors.check_choice(f"optimizer.{field}", getattr(self, field), choices)
@@ -414,8 +414,8 @@ def from_fields(values: Mapping[str, Any]) -> OptimizerConfig:
         errors.check(
             f"optimizer.{field}",
             value == default,
-            f"{value!r} has no effect: {kind.name!r} has no such field; remove it, or "
-            f"set it to {default!r}",
+            f"{value!r} has no effect, as optimizer.name = {kind.name!r} has no such "
+            f"field; set it to {default!r}, or choose a chain that has it",
         )
     return kind(**own)
 

@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import os
@@ -95,7 +96,8 @@ def _call_get_config(path: pathlib.Path, variant: str) -> Any:
 
 def _load_module(path: pathlib.Path) -> types.ModuleType:
     if not path.is_file():
-        siblings = sorted(str(p) for p in path.parent.glob("*.py"))
+        files = path.parent.glob("**/*.py")
+        siblings = sorted(str(p) for p in files if p.name != "__init__.py")
         raise errors.UserError(
             f"--config: no file {str(path)!r}{errors.nearest(str(path), siblings)}"
         )
@@ -150,9 +152,10 @@ def apply(config: T, pairs: Pairs) -> T:
     """
     changes: dict[str, Any] = {}
     for field, text in pairs:
+        prefix, field = _split_prefix(type(config), field)
         field, text = _current_names(field, text)
-        group, keys = changes, field.split(".")
-        value = _parse_field(config, keys, text)
+        value = _parse_field(config, prefix, field, text)
+        group, keys = changes, (prefix + field).split(".")
         for key in keys[:-1]:
             group = group.setdefault(key, {})
         group[keys[-1]] = value
@@ -196,15 +199,29 @@ def _current_names(field: str, text: str) -> tuple[str, str]:
 _CHAIN_DEFAULT = object()
 
 
-def _parse_field(config: Any, keys: list[str], text: str) -> Any:
-    """The value of `text` for the field that a path of keys names."""
+def _split_prefix(kind: Any, field: str) -> tuple[str, str]:
+    """The path to the experiment within a configuration, and the field in it."""
+    keys = field.split(".")
+    for depth, key in enumerate(keys):
+        if kind is config_lib.ExperimentConfig:
+            return "".join(f"{key}." for key in keys[:depth]), ".".join(keys[depth:])
+        kind = typing.get_type_hints(kind).get(key)
+        if not dataclasses.is_dataclass(kind):
+            break
+    return "", field
+
+
+def _parse_field(config: Any, prefix: str, field: str, text: str) -> Any:
+    """The value of `text` for a field, given the path to its experiment."""
     kind: Any = type(config)
+    keys = (prefix + field).split(".")
     for depth, key in enumerate(keys):
         name = ".".join(keys[: depth + 1])
         hints = _hints(kind)
         if key not in hints:
+            near = _near(key, hints, prefix=name.removesuffix(key))
             raise errors.UserError(
-                f"unknown config field {name!r}{errors.suggestion(_near(key, hints))}"
+                f"unknown config field {name!r}{errors.suggestion(near)}"
             )
         kind = hints[key]
         last = depth == len(keys) - 1
@@ -215,10 +232,9 @@ def _parse_field(config: Any, keys: list[str], text: str) -> Any:
             )
         if not dataclasses.is_dataclass(kind) and not last:
             raise errors.UserError(f"unknown config field {'.'.join(keys)!r}")
-    field = ".".join(keys)
     if field in config_lib.CHAIN_DEFAULTS and text.lower() in ("none", "null"):
         return _CHAIN_DEFAULT
-    return _parse(field, kind, text)
+    return _parse(prefix + field, kind, text)
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -250,14 +266,19 @@ ALIASES = {
 }
 
 
-def _near(key: str, hints: Iterable[str]) -> str | None:
-    """The field that a wrong key probably means: a neighbour, or one of any group."""
-    near = ALIASES.get(key) or errors.closest(key, tuple(hints))
-    if near:
-        return near
-    names: dict[str, str] = {}
-    for name, _, _ in fields_of(config_lib.ExperimentConfig()):
-        names.setdefault(name.rpartition(".")[2], name)
+def _near(key: str, hints: Iterable[str], *, prefix: str) -> str | None:
+    """The field that a wrong key probably means, of this group or else of any."""
+    names = {name.rpartition(".")[2]: name for name in reversed(_all_fields())}
+    names |= {
+        old.rpartition(".")[2]: new
+        for old, new in config_lib.RENAMED_FIELDS.items()
+        if "." in old
+    }
+    names |= ALIASES
+    if key in names:
+        return names[key]
+    if near := errors.closest(key, tuple(hints)):
+        return prefix + near
     leaf = errors.closest(key, tuple(names), cutoff=0.7)
     return names[leaf] if leaf else None
 
@@ -306,7 +327,7 @@ def _split_tuple(text: str) -> tuple[str, ...]:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Command-line flags: - and _ alike, no abbreviations, typos answered, exit 2."""
+    """Treats - and _ alike, rejects abbreviations, and suggests corrections."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -336,12 +357,20 @@ class FlagParser(argparse.ArgumentParser):
                 pairs.append((name.removeprefix("--config."), value))
             else:
                 plain.append(name + equals + value)
+        # Before argparse, which first misses a required flag that a typo hides.
+        flags = [word.partition("=")[0] for word in plain if word.startswith("--")]
+        self._refuse(
+            [flag for flag in flags if flag not in self._option_string_actions]
+        )
         namespace, unknown = self.parse_known_args(plain)
+        self._refuse(unknown)
+        return namespace, pairs
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
         if unknown:
             known = [option for a in self._actions for option in a.option_strings]
-            flag = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {flag!r}{errors.nearest(flag, known)}")
-        return namespace, pairs
+            near = errors.nearest(unknown[0].partition("=")[0], known)
+            self.error(f"unknown argument {unknown[0]!r}{near}")
 
     def parse_flags(self, argv: Sequence[str]) -> argparse.Namespace:
         """Returns the flags of a command that has no configuration to override."""
@@ -386,13 +415,17 @@ def parse_experiment(
 @contextlib.contextmanager
 def notes_on_renames() -> Iterator[None]:
     """Prints warnings about earlier names as notes on standard error."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FutureWarning)
-        yield
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FutureWarning)
+            yield
+    finally:
+        notes = [str(w.message) for w in caught if w.category is FutureWarning]
+        for note in dict.fromkeys(notes):
+            print(f"note: {note}", file=sys.stderr)
     for warning in caught:
-        if warning.category is FutureWarning:
-            print(f"note: {warning.message}", file=sys.stderr)
-        else:
+        if warning.category is not FutureWarning:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
@@ -413,31 +446,46 @@ _ENTRY = re.compile(r"^( +)(\w+): (.*(?:\n\1 +.*)*)", re.MULTILINE)
 
 def field_help() -> str:
     """Returns every field of an experiment with its default and its meaning."""
-    lines = ["Fields, with their defaults:"]
+    lines = ["Fields, with the defaults of the library; a config file may change them:"]
     indent = " " * 6
     said = ""
-    defaults = config_lib.ExperimentConfig()
-    chains = [
-        field
-        for kind in optimizer_config.CHAINS.values()
-        for field in fields_of(kind(), "optimizer.")
-    ]
-    entries: dict[str, tuple[str, Any, str]] = {}
-    for entry in (*fields_of(defaults), *chains):
-        entries.setdefault(entry[0], entry)
-    groups = {name.partition(".")[0]: None for name in entries}
-    ordered = sorted(
-        entries.values(), key=lambda e: list(groups).index(e[0].partition(".")[0])
-    )
-    for name, value, meaning in ordered:
-        text = ",".join(value) if isinstance(value, tuple) else value
-        lines.append(f"  --config.{name}={text}")
+    for name, (meaning, values) in _all_fields().items():
+        lines.append(f"  --config.{name}={_defaults(values)}")
         if meaning != said:
             lines += textwrap.wrap(
                 meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent
             )
         said = meaning
     return "\n".join(lines)
+
+
+@functools.cache
+def _all_fields() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Meaning of every field, and its default by chain; fields of a group together."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for chain, kind in optimizer_config.CHAINS.items():
+        experiment = config_lib.ExperimentConfig(optimizer=kind())
+        for name, value, meaning in fields_of(experiment):
+            found.setdefault(name, (meaning, {}))[1][chain] = value
+    default = config_lib.ExperimentConfig().optimizer.name
+    found["optimizer.name"] = (
+        found["optimizer.name"][0],
+        dict.fromkeys(optimizer_config.CHAINS, default),
+    )
+    groups = [field.name for field in dataclasses.fields(config_lib.ExperimentConfig)]
+    order = lambda item: groups.index(item[0].partition(".")[0])
+    return dict(sorted(found.items(), key=order))
+
+
+def _defaults(values: dict[str, Any]) -> str:
+    """The default of a field, with the chains where they differ or some lack it."""
+    by_text: dict[str, list[str]] = {}
+    for chain, value in values.items():
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        by_text.setdefault(text, []).append(chain)
+    if len(by_text) == 1 and values.keys() == optimizer_config.CHAINS.keys():
+        return next(iter(by_text))
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in by_text.items())
 
 
 def fields_of(

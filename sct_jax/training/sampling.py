@@ -60,7 +60,7 @@ def sample_document(
     config: model.ModelConfig,
     tokenizer: data.Tokenizer,
     *,
-    key: PRNGKeyArray,
+    seed: int,
 ) -> str:
     """Returns the start of a document, shorter for a model that is slow here."""
     per_token = accounting.flops_per_token(config, seq_len=_MAX_TOKENS) / 3
@@ -69,7 +69,7 @@ def sample_document(
         params,
         config,
         jnp.array([tokenizer.document_mark], jnp.int32),
-        key=key,
+        key=jax.random.key(seed),
         num_tokens=length,
     )
     return tokenizer.decode(np.asarray(ids).tolist())

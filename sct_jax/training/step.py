@@ -124,8 +124,8 @@ def make_eval_step(
 
     Args:
       config: shape of the model.
-      num_microbatches: evaluate the batch in so many shares, one after the other.
-        Evaluation then fits into memory wherever training does.
+      num_microbatches: number of shares of the batch, evaluated in sequence, so that
+        evaluation fits into memory wherever training does.
       linear: multiplies by every matrix of the layers and the head.
     """
 

@@ -138,8 +138,8 @@ class Trainer:
     def compile(self, state: state_lib.TrainState) -> float:
         """Compiles the step for a state of these shapes and returns the seconds taken.
 
-        Does nothing where that is done, or where `step` is "layerwise", which compiles
-        as it goes.
+        Does nothing if already compiled, or if `step` is "layerwise", which compiles on
+        first use.
         """
         key = _shapes(state)
         if self._jitted_step is None or key in self._compiled:
@@ -166,7 +166,7 @@ class Trainer:
         the results of `diagnose`, which are 0 unless asked for.
 
         Args:
-          state: donated, so gone afterwards.
+          state: donated; do not use it afterwards.
           batch: (B, L) arrays, on the host or already placed.
           diagnose: whether to compute the costly metrics.
         """
@@ -181,7 +181,7 @@ class Trainer:
     ) -> tuple[state_lib.TrainState, rank.Change | None]:
         """Returns the state at the ranks that `adaptive_rank` now asks for.
 
-        The change is None, and the state the same object, where nothing changes.
+        If no rank changes, returns the same state object and None.
 
         Args:
           state: the current state.
@@ -225,7 +225,7 @@ class Trainer:
         return evaluation.summarise(losses, text)
 
     def _shardings(self, tree: Any) -> Any:
-        if self.mesh.size == 1:  # no rule needs to cover parameters of one's own
+        if self.mesh.size == 1:  # custom parameters need no sharding rule
             whole = NamedSharding(self.mesh, PartitionSpec())
             return jax.tree.map(lambda _: whole, tree)
         return sharding.shardings(tree, self.mesh)

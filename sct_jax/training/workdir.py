@@ -43,7 +43,7 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
     if restored is None:
         raise errors.UserError(f"workdir: {path} has no checkpoint yet")
     state, record = restored
-    # The checkpoint may be older than config.json, which a longer run has replaced.
+    # config.json keeps the settings of the first call; the run may be longer by now.
     config = config_lib.from_dict(record["config"])
     tokenizer = data.Tokenizer.load(str(path / "tokenizer.json"))
     return LoadedRun(config, state.params, tokenizer)
@@ -83,8 +83,8 @@ def claim(path: pathlib.Path) -> Iterator[None]:
         )
         if state == "unsupported":
             warnings.warn(
-                f"{path} is on a file system without locks: make sure that no other "
-                "process trains there",
+                f"{path} cannot be locked (its file system may have no locks): make "
+                "sure that no other process trains there",
                 stacklevel=3,
             )
         yield
@@ -115,14 +115,18 @@ def read_config(path: pathlib.Path) -> config_lib.ExperimentConfig:
 
 
 def committed_config(path: pathlib.Path) -> config_lib.ExperimentConfig | None:
-    """Returns the configuration that further steps in this workdir must have.
+    """Returns the configuration that further steps in this workdir must continue.
 
     None before the first checkpoint: until then a run may change, for example because
     it did not fit into memory.
     """
-    if steps_done(path) and (path / "config.json").exists():
+    step = steps_done(path)
+    if not step:
+        return None
+    if (path / "config.json").exists():
         return read_config(path)
-    return None
+    with reading(path) as checkpoints:
+        return config_lib.from_dict(checkpoints.read_record(step)["config"])
 
 
 def resolve(
@@ -223,7 +227,7 @@ def restore_or_init(
 
 def steps_done(path: pathlib.Path) -> int:
     """Returns the newest step on disk, 0 for a new run."""
-    if not (path / "checkpoints").is_dir():
+    if not os.path.isdir(path / "checkpoints"):  # False for a path that cannot exist
         return 0
     with reading(path) as checkpoints:
         return checkpoints.latest_step() or 0
