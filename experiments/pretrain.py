@@ -5,10 +5,18 @@ python -m experiments.pretrain --config=configs/smollm_r128.py --config.seed=1
 """
 
 import sys
+from collections.abc import Sequence
 
-from sct_jax.training import cli
+from sct_jax.training import huge_pages
 
-main = cli.main
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code, see `sct_jax.training.cli.main`."""
+    from sct_jax.training import cli
+
+    return cli.main(argv)
+
 
 if __name__ == "__main__":
-    sys.exit(cli.console_script())
+    huge_pages.restart_with_huge_pages()
+    sys.exit(main())

@@ -13,10 +13,10 @@ if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 from sct_jax import errors
-from sct_jax.training import huge_pages, loop, overrides, signals
+from sct_jax.training import loop, overrides, signals
 
 
-def main(argv: Sequence[str] | None = None, *, restart: bool = False) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code of a run.
 
     0 finished (or finished earlier), 1 diverged, 2 bad input, 130 after SIGINT and 143
@@ -24,16 +24,12 @@ def main(argv: Sequence[str] | None = None, *, restart: bool = False) -> int:
 
     Args:
       argv: command line without the program; `sys.argv[1:]` if None.
-      restart: whether to restart in huge memory pages where they help, once the command
-        line is known to be good.
     """
     arguments = sys.argv[1:] if argv is None else argv
     with overrides.notes_on_renames():
         experiment, workdir, flags = overrides.parse_experiment(
             arguments, __doc__ or ""
         )
-        if restart:  # the next process prints the notes
-            huge_pages.restart_with_huge_pages()
     try:
         result = loop.train(experiment, workdir, dry_run=flags.dry_run)
     except errors.UserError as error:
@@ -41,8 +37,3 @@ def main(argv: Sequence[str] | None = None, *, restart: bool = False) -> int:
     if result.signal is not None:
         return signals.exit_code(result.signal)
     return 1 if result.status == "diverged" else 0
-
-
-def console_script() -> int:
-    """Runs `main` as the program of this process."""
-    return main(restart=True)
