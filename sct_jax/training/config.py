@@ -126,6 +126,8 @@ class ExperimentConfig:
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
         unused = self.optimizer.unused_fields() + self.adaptive_rank.unused_fields()
+        if self.data.split is not None and self.data.source != "stdlib":
+            unused.append('data.split: has no effect without data.source = "stdlib"')
         warmup = self.optimizer.warmup_steps
         if warmup >= self.num_steps:
             unused.append(
