@@ -172,9 +172,12 @@ def test_fields_without_effect_are_told(experiment, tmp_path):
         optimizer=decaying,
         adaptive_rank=dataclasses.replace(config.adaptive_rank, energy=0.9),
     )
-    assert (
-        in_use.optimizer.unused_fields() == in_use.adaptive_rank.unused_fields() == []
+    assert in_use.unused_fields() == []
+    divided = dataclasses.replace(
+        in_use, data=dataclasses.replace(in_use.data, split="files")
     )
+    (note,) = divided.unused_fields()
+    assert note.startswith("data.split: ")
     constant = dataclasses.replace(experiment.optimizer, final_rate_ratio=0.5)
     (note,) = constant.unused_fields()
     assert note.startswith("optimizer.final_rate_ratio")
