@@ -12,7 +12,8 @@ Variants, of the `tiny` model in configs/smollm_r128.py:
 The run prints every change. At each change metrics.jsonl records the stored rank of
 every weight, and its mean rank in use.
 
-Hardware and time: 2 to 5 minutes on 2 CPU cores.
+Hardware, time and loss: 2 to 5 minutes on 2 CPU cores. `energy` ends at a held-out loss
+of 3.53 nats per token.
 """
 
 import dataclasses
