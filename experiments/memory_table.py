@@ -3,7 +3,7 @@
 python -m experiments.memory_table
 python -m experiments.memory_table --rank=64 --json=memory.json
 
-Bytes are those of the weight, the gradient and Adam's two moments in float32, computed
+Bytes count the weight, the gradient and Adam's two moments in float32, computed
 from shapes. For the columns "measured", one step of Adam runs on one matrix, and its
 arrays on the device are counted. Activations are not included.
 """

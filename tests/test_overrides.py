@@ -156,7 +156,7 @@ def test_an_earlier_name_works_with_a_note(field, text, now, value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """A configuration that holds an experiment, as those of comparisons do."""
+    """A configuration that holds an experiment, like a comparison."""
 
     seeds: tuple[int, ...] = (0,)
     base: config_lib.ExperimentConfig = BASE

@@ -1,4 +1,4 @@
-"""Committed rows are those of the configurations, and all tables are made of them."""
+"""Committed rows match the configurations, and all tables are made from them."""
 
 import json
 import pathlib

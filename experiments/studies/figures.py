@@ -155,7 +155,7 @@ def gaps(
     reference: summary.MethodSummary,
     kind: str,
 ) -> Figure:
-    """Returns losses minus those of a reference, over the tokens per parameter.
+    """Returns losses minus a reference, over the tokens per parameter.
 
     Args:
       methods: the methods.
@@ -231,7 +231,7 @@ def effective_ranks(methods: Methods, budget: Budget) -> Figure:
     """Returns the effective rank over the run, relative to the initial one.
 
     Mean over all kinds of matrices. A dense matrix has several times the rank of
-    factors, so absolute ranks would hide how those of factors change.
+    factors, so absolute ranks would hide how factors change.
     """
     figure, axes = _figure("step", "effective rank, relative to the start")
     for method in methods:

@@ -136,7 +136,7 @@ def table(
 def differences(
     methods: Sequence[summary.MethodSummary], reference: summary.MethodSummary
 ) -> tuple[list[str], list[list[str]]]:
-    """Returns header and body of the losses minus those of one method."""
+    """Returns header and body of the losses minus one reference method."""
     budgets = [b for b in methods[0].budgets if b in reference.budgets]
     body = [
         [method.name, *(summary.gap_text(method, reference, b) for b in budgets)]

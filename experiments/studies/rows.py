@@ -32,7 +32,7 @@ class Result:
       steps: updates.
       tokens: training tokens.
       flops: training FLOPs, head included.
-      layer_flops: those of the layers alone.
+      layer_flops: training FLOPs of the layers alone.
       loss: held out, in nats per token; infinite after a divergence.
       bits_per_byte: the same per byte of text.
     """

@@ -81,7 +81,7 @@ def _search(
 ) -> list[trial_lib.Trial]:
     """The trials of a method's tuning, as far as `rows` determine them.
 
-    Those of the first search come first, by ascending learning rate.
+    Trials of the first search come first, by ascending learning rate.
     """
     at = functools.partial(
         comparison.trial, method, seed=comparison.seeds[0], seconds=seconds

@@ -65,7 +65,7 @@ def loss(*budgets: trial_lib.Budget) -> list[Column]:
 
 
 def minus(study: str, names: Sequence[str], *budgets: trial_lib.Budget) -> list[Column]:
-    """Returns columns of the losses minus those of some methods of a study."""
+    """Returns columns of the losses minus some methods of a study."""
     return [
         (
             f"minus {name}, {trial_lib.EQUAL[budget.kind]}",
@@ -121,7 +121,7 @@ def recipe() -> str:
 
 
 def recipe_long() -> str:
-    """Returns the losses of variations minus those of the methods that they vary."""
+    """Returns the losses of variations minus the methods that they vary."""
     methods = methods_of("compare_methods-recipe_long")
     varied = [m for m in methods.values() if m.variation_of]
     change = lambda m: summary.gap_text(m, methods[m.variation_of], TOKENS(10))
