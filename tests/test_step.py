@@ -20,7 +20,7 @@ BOUND = 0.05
 
 
 def draw_params(config=SMALL):
-    """Returns parameters like those of `model.init`, which takes seconds to compile."""
+    """Returns parameters like `model.init`, which takes seconds to compile."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
     rng = np.random.default_rng(0)
 

@@ -106,7 +106,7 @@ def make_train_step(
 ) -> "LayerwiseStep":
     """Returns `step(state, batch, diagnose) -> (state, metrics)`; do not jit it.
 
-    The step donates the state. Its result equals that of `step_lib.make_train_step` up
+    The step donates the state. It matches `step_lib.make_train_step` up
     to rounding. Metrics have the same names; `grad_norm` is summed over the layers.
 
     Requires chains that pass `check_local`, and separate layers (`scan_layers=False`)

@@ -82,7 +82,7 @@ class Trainer:
             tx=self.tx,
             init_params=init_params,
         )
-        abstract = jax.eval_shape(self._init, jax.random.key(0))
+        abstract = state_lib.abstract(config.model, self.tx, init_params=init_params)
         self.abstract_state = self._with_shardings(abstract)
         self._rank_budget = rank.num_parameters(abstract.params)
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -173,8 +173,10 @@ class Trainer:
         placed, wanted = self.place(batch), jnp.asarray(diagnose)
         if self._jitted_step is None:
             return self._layerwise_step(state, placed, wanted)
-        self.compile(state)
-        return self._compiled[_shapes(state)](state, placed, wanted)
+        shapes = _shapes(state)
+        if shapes not in self._compiled:
+            self.compile(state)
+        return self._compiled[shapes](state, placed, wanted)
 
     def change_ranks(
         self, state: state_lib.TrainState, step: int
