@@ -1,9 +1,16 @@
 """The error that asks the user, not a developer, to change something."""
 
 import difflib
+import math
 import operator
+import struct
 from collections.abc import Sequence
 from typing import Any
+
+_SMALLEST_FLOAT32 = 2.0**-126
+
+MAX_INT32 = 2**31 - 1
+"""Steps are counted in int32, on the devices."""
 
 
 class UserError(ValueError):
@@ -43,6 +50,8 @@ def check_bounds(
 ) -> None:
     """Raises UserError for a field of `config` that is out of bounds; None passes.
 
+    A float has to meet the bounds once rounded to float32 too, as arrays hold it.
+
     Args:
       prefix: prepended to field names in messages, for example "optimizer.".
       config: object with the fields.
@@ -65,11 +74,39 @@ def check_bounds(
     wanted = " and ".join(f"{sign} {limit}" for limit, sign, _ in bounds)
     for field in fields:
         value = getattr(config, field)
-        check(
-            f"{prefix}{field}",
-            value is None or all(holds(value, limit) for limit, _, holds in bounds),
-            f"{value} must be {wanted}",
-        )
+        if value is None:
+            continue
+        for x in (value, to_float32(value)):
+            check(
+                f"{prefix}{field}",
+                all(holds(x, limit) for limit, _, holds in bounds),
+                f"{value} must be {wanted}" + " in float32" * (x != value),
+            )
+
+
+def check_float32(field: str, value: int | float) -> None:
+    """Raises UserError for what float32 rounds to zero or infinity, and for NaN."""
+    check(field, math.isfinite(value), f"{value} is not finite")
+    rounded = to_float32(value)
+    check(
+        field,
+        math.isfinite(rounded) and (rounded != 0 or value == 0),
+        f"{value} is beyond float32, which holds it as {rounded}",
+    )
+
+
+def to_float32(value: int | float) -> int | float:
+    """Returns a float as arrays on a device hold it; an integer as it is.
+
+    Devices flush subnormal numbers to zero.
+    """
+    if not isinstance(value, float):
+        return value
+    try:
+        (rounded,) = struct.unpack("f", struct.pack("f", value))
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded if abs(rounded) >= _SMALLEST_FLOAT32 else 0.0
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:

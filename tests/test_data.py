@@ -810,8 +810,11 @@ def test_a_lost_race_without_locks_ends_well(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     path = tmp_path / "cache" / "folder"
 
-    def is_complete(folder):
-        return os.path.exists(os.path.join(folder, "whole"))
+    def load(folder):
+        try:
+            return pathlib.Path(folder, "whole").read_text()
+        except OSError as error:
+            raise cache.Damaged(str(error)) from error
 
     def build(folder):
         # The other process is faster.
@@ -819,8 +822,7 @@ def test_a_lost_race_without_locks_ends_well(tmp_path, monkeypatch):
         (path / "whole").write_text("theirs")
         pathlib.Path(folder, "whole").write_text("ours")
 
-    cache.folder(str(path), build=build, is_complete=is_complete)
-    assert (path / "whole").read_text() == "theirs"
+    assert cache.folder(str(path), build=build, load=load) == "theirs"
     assert not list(path.parent.glob("*.partial-*"))
 
 

@@ -1,17 +1,18 @@
 """Batches of tokens, at any step in O(1), from a corpus that is prepared once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from sct_jax import errors
-from sct_jax.data import cache, settings, sources, tokens
+from sct_jax import errors, paths
+from sct_jax.data import cache, patterns, settings, sources, splits, tokens
 from sct_jax.data import tokenizer as tokenizer_lib
 
 # More text hardly improves a tokenizer. Of a larger corpus it sees every k-th chunk.
@@ -47,14 +48,15 @@ def prepare(
 
     Files with unchanged names, sizes and times count as unchanged and are not read (see
     `sources.Source`). Changed ones are hashed, and cached tokens of the same text and
-    tokenizer are still used.
+    tokenizer are still used. Cached files are read in full each time, about half
+    a second per GB; those that are not as they were written are made again.
 
     Args:
       config: the corpus and tokenizer.
       vocab_size: of the model. A tokenizer trained here gets exactly as many if
         the text has enough pairs to merge.
       log: receives a few lines: progress, counts of files, documents, bytes and tokens,
-        skipped documents, and the hash.
+        skipped documents, the hash, and which cached file was damaged.
 
     Raises:
       UserError: a field has an invalid value.
@@ -63,83 +65,129 @@ def prepare(
     root = _cache_dir(config)
     given = None
     if config.tokenizer is not None:
-        given = tokenizer_lib.Tokenizer.load(os.path.expanduser(config.tokenizer))
+        given = tokenizer_lib.Tokenizer.load(
+            paths.expand("data.tokenizer", config.tokenizer)
+        )
         _check_vocab_size(given, vocab_size, path=config.tokenizer)
     recipe = given.hash if given else f"trained {vocab_size}"
 
-    source = _open(config, root)
-    lookup = os.path.join(root, "lookup", _key(source.fingerprint, recipe))
-    folder = _read_lookup(lookup)
-    metadata = tokens.read_metadata(folder) if folder else None
-    if not folder or metadata is None:
-        log(f"data: reading {source.name}")
+    source = _open(config, root, log=log)
+    lookup = os.path.join(root, "lookup", f"{_key(source.fingerprint, recipe)}.json")
+    found = _look_up(lookup, log=log)
+    if found is None:
+        log(f"data: reading {patterns.shown(source.name)}")
         source, summary = sources.scan(source)
         folder = os.path.join(root, _key(summary.hash, recipe))
 
         def build(partial: str) -> None:
-            tokenizer = given or _train(source, summary, vocab_size=vocab_size, log=log)
+            tokenizer = given or tokens.kept_tokenizer(
+                folder, text_hash=summary.hash, vocab_size=vocab_size
+            )
+            if tokenizer is None:
+                tokenizer = _train(source, summary, vocab_size=vocab_size, log=log)
             total = sum(summary.bytes.values())
             log(f"data: encoding {total:,} bytes, once; kept in {folder}")
-            tokens.build(partial, source, summary=summary, tokenizer=tokenizer)
-            if _open(config, root).fingerprint != source.fingerprint:
+            tokens.build(
+                partial,
+                source,
+                summary=summary,
+                tokenizer=tokenizer,
+                key=os.path.basename(folder),
+            )
+            if _open(config, root, log=log).fingerprint != source.fingerprint:
                 raise errors.UserError(
                     f"data.source: files of {source.name!r} changed while they were "
                     "read; run again once they stop changing"
                 )
 
-        cache.folder(
-            folder,
-            build=build,
-            is_complete=lambda path: tokens.read_metadata(path) is not None,
+        opened = cache.folder(folder, build=build, load=_load, log=log)
+        cache.write_record(
+            lookup,
+            {
+                "lookup": os.path.basename(lookup),
+                "folder": os.path.basename(folder),
+                "summary": dataclasses.asdict(summary),
+            },
         )
-        cache.write_text(lookup, os.path.basename(folder))
-        metadata = tokens.read_metadata(folder)
-        if metadata is None:
-            raise errors.UserError(
-                f"data.cache_dir: another program changed {folder!r} while it was in "
-                "use; run again, or name another folder"
-            )
-    tokenizer, mapped = tokens.load(folder, metadata=metadata)
-    log(_describe(source.name, tokenizer, metadata))
+    else:
+        summary, opened = found
+    log(_describe(source.name, summary, opened))
     return Corpus(
-        tokenizer=tokenizer,
-        train=mapped["train"],
-        validation=mapped["validation"],
-        documents=sum(metadata["documents"].values()),
-        bytes=sum(metadata["bytes"].values()),
-        hash=metadata["hash"],
+        tokenizer=opened.tokenizer,
+        train=opened.tokens["train"],
+        validation=opened.tokens["validation"],
+        documents=sum(summary.documents.values()),
+        bytes=sum(summary.bytes.values()),
+        hash=summary.hash,
     )
+
+
+class _Opened(NamedTuple):
+    """The tokenizer of a folder of tokens, and the tokens of each split."""
+
+    tokenizer: tokenizer_lib.Tokenizer
+    tokens: dict[str, np.memmap]
+
+
+def _load(folder: str) -> _Opened:
+    """Returns what a folder holds, once all of it is verified.
+
+    Raises:
+      Damaged: it is not as it was written, or not where it was written.
+    """
+    metadata = tokens.read_metadata(folder)
+    if metadata.get("key") != os.path.basename(folder):
+        raise cache.Damaged(f"{folder!r} holds other text, or tokens of another kind")
+    return _Opened(*tokens.load(folder, metadata=metadata))
+
+
+def _look_up(
+    path: str, *, log: Callable[[str], None]
+) -> tuple[sources.Summary, _Opened] | None:
+    """Returns what the text had when it was read last, and its tokens.
+
+    None if it has to be read: it is new, or its tokens are gone or damaged.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        record = cache.read_record(path)
+        if record.get("lookup") != os.path.basename(path):
+            raise cache.Damaged(f"{path!r} is a copy of another file")
+        summary = sources.Summary(**record["summary"])
+        name = os.path.basename(record["folder"])
+    except (cache.Damaged, KeyError, TypeError) as error:
+        log(f"data: {error}; the text is read again")
+        return None
+    root = os.path.dirname(os.path.dirname(path))
+    with contextlib.suppress(cache.Damaged):  # reported when it is built again
+        return summary, _load(os.path.join(root, name))
+    return None
 
 
 def _cache_dir(config: settings.DataConfig) -> str:
     if config.cache_dir is not None:
-        return os.path.abspath(os.path.expanduser(config.cache_dir))
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return os.path.abspath(paths.expand("data.cache_dir", config.cache_dir))
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    user = paths.expand("data.cache_dir", user)
     return os.path.join(os.path.abspath(user), "sct_jax")
 
 
-def _open(config: settings.DataConfig, root: str) -> sources.Source:
+def _open(
+    config: settings.DataConfig, root: str, *, log: Callable[[str], None]
+) -> sources.Source:
     return sources.open_source(
         config.source,
         text_field=config.text_field,
         cache_dir=root,
         split=config.split or "pieces",
+        log=log,
     )
 
 
 def _key(*parts: str) -> str:
     text = json.dumps([tokens.FORMAT, *parts])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _read_lookup(path: str) -> str | None:
-    """Returns the folder of tokens named in the file `path`; it may not exist."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            name = file.read()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return os.path.join(os.path.dirname(os.path.dirname(path)), os.path.basename(name))
 
 
 def _check_vocab_size(
@@ -171,18 +219,12 @@ def _train(
     )
 
 
-def _describe(
-    name: str, tokenizer: tokenizer_lib.Tokenizer, metadata: dict[str, Any]
-) -> str:
-    files = f"{metadata['files']:,} files, " if metadata["files"] else ""
-    skipped = sources.describe_skipped(metadata["skipped"])
+def _describe(name: str, summary: sources.Summary, opened: _Opened) -> str:
+    train, validation = (len(opened.tokens[split]) for split in splits.SPLITS)
     return (
-        f"data: {name}: {files}{sum(metadata['documents'].values()):,} documents, "
-        f"{sum(metadata['bytes'].values()):,} bytes, "
-        f"{f'skipped {skipped}, ' if skipped else ''}"
-        f"hash {metadata['hash'][:16]}; {metadata['tokens']['train']:,} tokens to "
-        f"train on, {metadata['tokens']['validation']:,} to validate, a vocabulary of "
-        f"{tokenizer.vocab_size:,}"
+        f"data: {patterns.shown(name)}: {sources.describe(summary)}, "
+        f"hash {summary.hash[:16]}; {train:,} tokens to train on, {validation:,} to "
+        f"validate, a vocabulary of {opened.tokenizer.vocab_size:,}"
     )
 
 
@@ -192,14 +234,16 @@ def train_batches(
     *,
     seed: int,
     start_step: int = 0,
+    windows_before: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Returns endless batches from `start_step` on, reshuffled every epoch.
 
     `seed` determines one endless order of windows. Step k takes windows k batch_size to
-    (k + 1) batch_size, so any step is reached in O(1). The rows of all processes,
-    concatenated, do not depend on the number of processes.
+    (k + 1) batch_size, so any step is reached in O(1). A run whose batch size has
+    changed continues where it was by `windows_before`, which is added to both. The rows
+    of all processes, concatenated, do not depend on the number of processes.
 
     A batch has `inputs`, `targets` and `segment_ids` (see `eval_batches`), each
     (batch_size / process_count, seq_len) int32.
@@ -217,9 +261,10 @@ def train_batches(
         .seed(seed)
         .shuffle()
         .repeat()
+        .slice(slice(start_step * config.batch_size + windows_before, None))
         .batch(rows, drop_remainder=True)
         # Consecutive batches of `rows` belong to processes 0, 1, ...
-        .slice(slice(start_step * process_count + process_index, None, process_count))
+        .slice(slice(process_index, None, process_count))
         .map(lambda window_rows: _batch(window_rows, corpus, config))
     )
     # Forked workers deadlock beside JAX. One thread is enough to read memory.
@@ -291,8 +336,8 @@ def _batch(
         # An embedding would clamp it silently.
         raise errors.UserError(
             f"data.cache_dir: cached tokens contain id {largest}, beyond the "
-            f"vocabulary of {corpus.tokenizer.vocab_size}; the cache is damaged: "
-            f"remove the folder of {getattr(corpus.train, 'filename', '')}"
+            f"vocabulary of {corpus.tokenizer.vocab_size}: they were changed while "
+            "they were in use; run again, and they are made again"
         )
     ids = window_rows.astype(np.int32)
     inputs, targets = ids[:, :-1], ids[:, 1:]

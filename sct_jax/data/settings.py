@@ -21,11 +21,17 @@ class DataConfig:
         folder (XDG_CACHE_HOME or ~/.cache).
       text_field: key of the text in TFDS examples and JSON lines.
       cross_document_attention: attend to earlier documents of the same window.
-      split: how "stdlib" is divided into training and validation text. "pieces" holds
-        out pieces of about 8 KB, at most two per file. "files" holds out whole files;
-        nearly half of that validation text is one file of English prose. None is
-        "pieces" for a new run; a resumed run keeps its own split. All other sources
-        are divided by document.
+      split: how the source is divided into training and validation text. None is the
+        first value below for a new run; a resumed run keeps its own.
+        "stdlib" has two values. "pieces" holds out pieces of about 8 KB, at most two
+        per file. "files" holds out whole files; nearly half of that validation text is
+        one file of English prose.
+        All other sources have two more. "documents" holds out documents by a hash of
+        their text, so equal ones stay together; where these are less than 2 % or more
+        than 8 % of the bytes, it holds out others, and cuts one if it must. A TFDS
+        dataset keeps its validation split, or the last 4 % of its examples, without the
+        training documents that are in it too. "paths" holds out documents by a hash of
+        their name, and is what runs use that began when there was no other way.
     """
 
     source: str = "stdlib"
@@ -37,6 +43,13 @@ class DataConfig:
     text_field: str = "text"
     cross_document_attention: bool = False
     split: str | None = None
+
+    @property
+    def kinds_of_split(self) -> tuple[str, str]:
+        """Returns the values of `split` for this source; a new run takes the first."""
+        if self.source == "stdlib":
+            return "pieces", "files"
+        return "documents", "paths"
 
     @property
     def tokens_per_step(self) -> int:
@@ -53,11 +66,29 @@ class DataConfig:
             "data.", self, "batch_size", "seq_len", "num_microbatches", least=1
         )
         errors.check(
+            "data.batch_size",
+            self.tokens_per_step <= errors.MAX_INT32,
+            f"{self.batch_size} sequences of data.seq_len {self.seq_len} are more than "
+            f"{errors.MAX_INT32:,} tokens per step",
+        )
+        errors.check(
             "data.num_microbatches",
             self.batch_size % self.num_microbatches == 0,
             f"{self.num_microbatches} does not divide data.batch_size "
             f"{self.batch_size}",
         )
         for name in ("source", "text_field", "tokenizer", "cache_dir"):
-            errors.check(f"data.{name}", getattr(self, name) != "", "must not be empty")
-        errors.check_choice("data.split", self.split, (None, "pieces", "files"))
+            value = getattr(self, name)
+            errors.check(f"data.{name}", value != "", "must not be empty")
+            errors.check(
+                f"data.{name}",
+                value is None or "\0" not in value,
+                "must not contain a zero byte",
+            )
+        choices = (None, "pieces", "files", "documents", "paths")
+        errors.check_choice("data.split", self.split, choices)
+        errors.check(
+            "data.split",
+            self.source != "stdlib" or self.split in choices[:3],
+            f"{self.split!r} does not divide \"stdlib\"; choose 'pieces' or 'files'",
+        )

@@ -9,6 +9,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from sct_jax import files
+
 
 class StdlibText(tfds.core.GeneratorBasedBuilder):
     """Every .py file of the running Python's standard library, byte for byte.
@@ -51,7 +53,7 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, paths: Sequence[str]) -> Iterator[tuple[str, dict]]:
         for path in paths:
             try:
-                with open(os.path.join(self._root, path), "rb") as file:
+                with files.open_regular(os.path.join(self._root, path)) as file:
                     text = file.read()
             except OSError:
                 continue  # the reader misses the path and counts it

@@ -1,24 +1,23 @@
 """Byte-level byte-pair encoding: lossless text to token ids and back."""
 
 import dataclasses
+import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sct_jax import errors, files
+from sct_jax.data import tokenizer_json
 
 DOCUMENT_MARK = "<|endoftext|>"
 
 # Names in tokenizer.json files of other projects, in order of preference.
 _DOCUMENT_MARKS = (DOCUMENT_MARK, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>")
-# A combining accent, a ligature, spaces: normalizers and strippers change them.
-_PROBE = "cafe\u0301 \ufb01ne\n  A  \t b "
 # 256 bytes and the document mark
 _MIN_VOCAB_SIZE = 257
 # Longer documents are encoded in chunks: one document of 50 MB took 9 GB of memory. No
@@ -27,6 +26,22 @@ _CHUNK_CHARACTERS = 1 << 16
 # Hidden from the trainer: merging inside one endless word is quadratic, and useless.
 # (`\b` makes the search start once per word: 3 times faster.)
 _ENDLESS_WORDS = re.compile(r"\b\w{256,}")
+# The trainer sees other endless runs (emoji, dashes, spaces) in parts of this length.
+_TRAINER_WORD_BYTES = 4096
+
+# Byte-level tokens are written with one printable character per byte.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHER = tuple(byte for byte in range(0x100) if byte not in _PRINTABLE)
+# For `str.translate`. The characters of `_OTHER` themselves stand for no byte: they
+# become one that Latin-1 lacks.
+_TO_LATIN_1 = (
+    dict.fromkeys(_OTHER, 0xFFFF)
+    | {byte: byte for byte in _PRINTABLE}
+    | {0x100 + place: byte for place, byte in enumerate(_OTHER)}
+)
+_NOT_IN_UTF_8 = (0xC0, 0xC1, *range(0xF5, 0x100))
+# Takes the place of a special token's text: no text has it.
+_NO_TEXT = b"\xff"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +61,71 @@ class Tokenizer:
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without special tokens."""
-        return [id_ for ids in self.encode_batch(list(chunks(text))) for id_ in ids]
+        """Returns the ids of `text`, without special tokens.
+
+        Raises:
+          UserError: the tokenizer changes this text.
+        """
+        parts = list(chunks(text))
+        encoded = self.encode_batch(parts)
+        for part, ids in zip(parts, encoded, strict=True):
+            self.count_bytes(part, ids, where="the tokenizer changes text")
+        return [id_ for ids in encoded for id_ in ids]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, on all cores; cut long texts by `chunks`."""
-        encodings = self.backend.encode_batch_fast(
-            list(texts), add_special_tokens=False
+        """Returns the ids of each text, on all cores; cut long texts by `chunks`.
+
+        Check them with `count_bytes`.
+
+        Raises:
+          UserError: the library fails, by a regular expression that takes too long.
+        """
+        try:
+            return self._encode(texts)
+        except RuntimeError as error:
+            raise errors.UserError(
+                f"data.tokenizer: the tokenizer fails on a text ({error}); name another"
+            ) from error
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        encode = functools.partial(
+            self.backend.encode_batch_fast, list(texts), add_special_tokens=False
         )
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in tokenizer_json.attempt(encode)]
+
+    def count_bytes(self, text: str, ids: Iterable[int], *, where: str) -> int:
+        """Returns the length of the UTF-8 of `text`, which `ids` stand for exactly.
+
+        Args:
+          text: a text.
+          ids: its tokens.
+          where: begins the message of the error.
+
+        Raises:
+          UserError: `ids` do not stand for `text`: the tokenizer drops or changes some.
+        """
+        wanted = text.encode()
+        found = b"".join(map(self._texts.__getitem__, ids))
+        if found == wanted:
+            return len(wanted)
+        pairs = enumerate(zip(wanted, found, strict=False))
+        same = next((k for k, (a, b) in pairs if a != b), min(len(wanted), len(found)))
+        near = slice(max(same - 20, 0), same + 20)
+        before, after = (raw[near].decode(errors="replace") for raw in (wanted, found))
+        raise errors.UserError(
+            f"data.tokenizer: {where}: {before!r} becomes {after!r}, so losses per "
+            "byte are undefined; name a tokenizer that keeps text as it is, or leave "
+            "the field empty to train one"
+        )
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Returns the text of `ids`, with special tokens by name.
 
-        Tokens are bytes: a character cut at either end becomes U+FFFD.
+        Tokens are bytes: a character cut at either end becomes U+FFFD. Ids without a
+        token are left out.
         """
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        pieces = (self._names.get(int(id_), b"") for id_ in ids)
+        return b"".join(pieces).decode(errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
         """Returns the bytes of text per id, (vocab_size,) int32.
@@ -70,11 +134,29 @@ class Tokenizer:
         length of its UTF-8, which turns nats per token into bits per byte.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
-        for token, id_ in self.backend.get_vocab(with_added_tokens=False).items():
-            lengths[id_] = len(token)  # byte-level: one character per byte
-        for id_, added in self.backend.get_added_tokens_decoder().items():
-            lengths[id_] = 0 if added.special else len(added.content.encode())
+        for id_, text in self._names.items():
+            lengths[id_] = len(text)
+        lengths[self._special] = 0
         return lengths
+
+    @functools.cached_property
+    def _names(self) -> dict[int, bytes]:
+        """The bytes of each id; those of a special token spell its name."""
+        vocab = self.backend.get_vocab(with_added_tokens=False)
+        added = self.backend.get_added_tokens_decoder()
+        return {id_: _bytes_of(token) for token, id_ in vocab.items()} | {
+            id_: token.content.encode() for id_, token in added.items()
+        }
+
+    @functools.cached_property
+    def _texts(self) -> dict[int, bytes]:
+        """The bytes of text of each id; `_NO_TEXT` for special tokens."""
+        return self._names | dict.fromkeys(self._special, _NO_TEXT)
+
+    @functools.cached_property
+    def _special(self) -> list[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return [id_ for id_, token in added.items() if token.special]
 
     @property
     def hash(self) -> str:
@@ -90,37 +172,33 @@ class Tokenizer:
         """Returns the tokenizer of a tokenizer.json file.
 
         Drops truncation and padding, which are for single inputs. Drops normalizers and
-        a prefix space, which would change the bytes of the text.
+        a prefix space, which would change the bytes of the text, and dropout, which
+        would give one text other ids each time.
 
         Raises:
           UserError: names `data.tokenizer`. The file is missing, corrupt or not
             byte-level, changes text, or has no usual document mark.
         """
+        loaded = cls._of(tokenizer_json.read(path), path=path)
+        known = set(loaded._texts.values())
+        missing = [
+            byte
+            for byte in range(0x100)
+            if byte not in _NOT_IN_UTF_8 and bytes([byte]) not in known
+        ]
+        if missing:
+            raise tokenizer_json.unfit(
+                path,
+                f"has no token for {len(missing)} of the bytes of text (the first: "
+                f"{bytes(missing[:1])!r}), so it drops them",
+            )
+        texts = tokenizer_json.probes(loaded.backend)
         try:
-            with open(path, encoding="utf-8") as file:
-                found = json.loads(file.read())
-            split = _without_prefix_space(found["pre_tokenizer"])
-            backend = tokenizers.Tokenizer.from_str(
-                json.dumps(found | {"normalizer": None, "pre_tokenizer": split})
-            )
-        except Exception as error:  # the library raises nothing narrower
-            raise errors.UserError(
-                f"data.tokenizer: {path!r} is not a readable tokenizer.json ({error}); "
-                "name another, or leave the field empty to train one"
-            ) from error
-        if '"ByteLevel"' not in json.dumps(json.loads(backend.to_str())["decoder"]):
-            raise errors.UserError(
-                f"data.tokenizer: {path!r} is not byte-level, so losses per byte are "
-                "undefined; use one like GPT-2's, Llama 3's or SmolLM2's"
-            )
-        loaded = cls._of(backend, path=path)
-        back = loaded.decode(loaded.encode(_PROBE))
-        errors.check(
-            "data.tokenizer",
-            back == _PROBE,
-            f"{path!r} changes text: {_PROBE!r} is decoded as {back!r}, so losses per "
-            "byte are undefined; use a lossless one",
-        )
+            encoded = loaded._encode(texts)
+        except RuntimeError as error:
+            raise tokenizer_json.unreadable(path, str(error)) from error
+        for text, ids in zip(texts, encoded, strict=True):
+            loaded.count_bytes(text, ids, where=f"{path!r} changes text")
         return loaded
 
     @classmethod
@@ -158,7 +236,10 @@ class Tokenizer:
                 f"a document mark) to train a tokenizer, not {vocab_size}"
             )
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.FixedLength(_TRAINER_WORD_BYTES)]
+        )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -170,19 +251,16 @@ class Tokenizer:
             (_ENDLESS_WORDS.sub(" ", p) for text in texts for p in chunks(text)),
             trainer,
         )
+        backend.pre_tokenizer = split
         return cls._of(backend, path="")
 
 
-def _without_prefix_space(split: Any) -> Any:
-    """Returns a pre-tokenizer, possibly nested, that adds no space before the text."""
-    if isinstance(split, list):
-        return [_without_prefix_space(part) for part in split]
-    if not isinstance(split, dict):
-        return split
-    return {
-        key: False if key == "add_prefix_space" else _without_prefix_space(value)
-        for key, value in split.items()
-    }
+def _bytes_of(token: str) -> bytes:
+    """Returns the bytes that an entry of a byte-level vocabulary stands for."""
+    try:
+        return token.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError:  # no token of bytes: no text has it
+        return token.encode()
 
 
 def chunks(text: str) -> Iterator[str]:

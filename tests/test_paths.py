@@ -1,0 +1,33 @@
+import pathlib
+
+import pytest
+
+from sct_jax import data, errors, paths
+
+
+def test_a_home_folder_replaces_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert paths.expand("workdir", "~/x") == "/home/ada/x"
+    assert paths.expand("workdir", pathlib.Path("~")) == "/home/ada"
+
+
+@pytest.mark.parametrize("path", ["", "a/~/b", "./~", "/x~", "a b", "*.txt"])
+def test_other_paths_stay(path):
+    assert paths.expand("workdir", path) == path
+
+
+@pytest.mark.parametrize("path", ["~", "~/x", "~nobody-of-this-name/x"])
+def test_a_home_folder_that_nobody_has_is_refused(monkeypatch, path):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(errors.UserError, match="^data.cache_dir: ") as caught:
+        paths.expand("data.cache_dir", path)
+    assert repr(path) in str(caught.value) and f"./{path}" in str(caught.value)
+
+
+def test_without_a_home_there_is_no_folder_of_that_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(errors.UserError, match="^data.cache_dir: "):
+        data.prepare(data.DataConfig(), vocab_size=300)
+    assert not list(tmp_path.iterdir())
