@@ -77,9 +77,7 @@ def step(config, num_microbatches=1, **changes):
     train = step_lib.make_train_step(config, tx, num_microbatches=num_microbatches)
 
     def fn(params, opt_state):
-        state = state_lib.TrainState(
-            step=jnp.zeros([], jnp.int32), params=params, opt_state=opt_state
-        )
+        state = state_lib.start(params, tx).replace(opt_state=opt_state)
         return train(state, batch(), jnp.array(True))
 
     return jax.make_jaxpr(fn)(params, opt_state)

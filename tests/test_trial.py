@@ -222,9 +222,7 @@ def test_other_parameters_have_their_own_rate(experiment, change):
     )
     tx = train.trainer_of(trial).tx
     params = model.init(jax.random.key(0), trial.experiment.model)
-    state = state_lib.TrainState(
-        step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
-    )
+    state = state_lib.start(params, tx)
     state = train.at_rate(state, trial, 0.5e-9)
     updates, _ = jax.jit(tx.update)(params, state.opt_state, params)
     # Adam's first step has the size of its rate.

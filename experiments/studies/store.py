@@ -31,6 +31,13 @@ Plan = Callable[[search.Rows], Sequence[trial_lib.Trial]]
 _POLL_SECONDS = 5.0
 
 
+def _by_path(config: data.DataConfig) -> str:
+    """Returns what else to do about rows that may be older than splits by content."""
+    if config.split in config.kinds_of_split or config.source == "stdlib":
+        return ""
+    return ", or set data.split to 'paths' if they began before it could be 'documents'"
+
+
 class Store:
     """The rows of one folder.
 
@@ -92,7 +99,8 @@ class Store:
                     flag,
                     found == corpus.hash,
                     f"contains trials on the text with hash {found[:16]}; the present "
-                    f"text has {corpus.hash[:16]}. Choose another folder",
+                    f"text has {corpus.hash[:16]}. Choose another folder"
+                    f"{_by_path(row.trial.experiment.data)}",
                 )
 
     def reused(self, trial: trial_lib.Trial) -> rows_lib.Row | None:

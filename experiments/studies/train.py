@@ -162,8 +162,13 @@ def _trainer(trial: trial_lib.Trial, guided: bool) -> trainer.Trainer:
 def _without_rates(trial: trial_lib.Trial) -> trial_lib.Trial:
     """The trial with everything fixed that its compiled programs do not depend on."""
     experiment = trial.experiment
+    # A rate that diverges shall be seen to diverge: no step is skipped.
     optimizer = dataclasses.replace(
-        experiment.optimizer, peak_learning_rate=1.0, warmup_steps=0
+        experiment.optimizer,
+        peak_learning_rate=1.0,
+        warmup_steps=0,
+        skip_nonfinite=None,
+        spikes="log",
     )
     adapts = experiment.adaptive_rank.energy is not None
     experiment = dataclasses.replace(

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sct_jax import errors, losses, model, sharding, spectral
+from sct_jax.training import guard as guard_lib
 from sct_jax.training import optimizer_config
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
@@ -101,8 +102,23 @@ def check_local(config: optimizer_config.OptimizerConfig) -> None:
         )
 
 
+class TornStep(Exception):
+    """A gradient was not finite after other weights had already been updated.
+
+    The state of the step is lost.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"step {step}: the gradient of some layers is not finite")
+        self.step = step
+
+
 def make_train_step(
-    stack: Stack, tx: optax.GradientTransformation, *, mesh: Mesh | None = None
+    stack: Stack,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> "LayerwiseStep":
     """Returns `step(state, batch, diagnose) -> (state, metrics)`; do not jit it.
 
@@ -116,10 +132,11 @@ def make_train_step(
       stack: the model, see `stack_of`.
       tx: a chain with local rules.
       mesh: devices over which the state is sharded; None for one device.
+      guard: decides which steps are applied. It judges a spike by the loss alone.
     """
     # The same rule as in `spectral.linear`: joining a sharded axis moves activations.
     flatten_rows = mesh is None or mesh.size == 1
-    return LayerwiseStep(stack, tx, mesh=mesh, flatten_rows=flatten_rows)
+    return LayerwiseStep(stack, tx, guard, mesh=mesh, flatten_rows=flatten_rows)
 
 
 class LayerwiseStep:
@@ -129,12 +146,14 @@ class LayerwiseStep:
         self,
         stack: Stack,
         tx: optax.GradientTransformation,
+        guard: guard_lib.Guard,
         *,
         mesh: Mesh | None,
         flatten_rows: bool,
     ):
         self._stack = stack
         self._tx = optax.with_extra_args_support(tx)
+        self._guard = guard
         self._mesh = mesh
         self._linear = functools.partial(spectral.linear, flatten_rows=flatten_rows)
         self._head_only = tuple(k for k in stack.head_keys if k not in stack.embed_keys)
@@ -156,6 +175,8 @@ class LayerwiseStep:
             static_argnames=("layout", "diagnose"),
             donate_argnames=("params", "per_param_state"),
         )
+        self._accepts = jax.jit(guard.accepts)
+        self._after = jax.jit(guard.after)
         self._summarise = jax.jit(_summarise)
 
     def init(
@@ -179,6 +200,7 @@ class LayerwiseStep:
             step=jnp.zeros([], jnp.int32),
             params=whole.params,
             opt_state=_join_state(whole.per_param_state, whole.shared, layout),
+            guard=guard_lib.init(),
         )
 
     def __call__(
@@ -186,10 +208,22 @@ class LayerwiseStep:
         state: state_lib.TrainState,
         batch: Any,
         diagnose: bool | Bool[Array, ""],
+        *,
+        reject: bool = False,
     ) -> tuple[state_lib.TrainState, step_lib.Metrics]:
-        """Returns the state after one update, and its metrics; consumes `state`."""
+        """Returns the state after one step, and its metrics; consumes `state`.
+
+        Args:
+          state: donated.
+          batch: passed to the stack.
+          diagnose: whether to compute the costly metrics.
+          reject: do not apply the step, as its gradient is known not to be finite.
+
+        Raises:
+          TornStep: a gradient is not finite, and the state before the step is lost.
+        """
         tape = self.forward(state.params, batch)
-        return self.backward(state, tape, batch, bool(diagnose))
+        return self.backward(state, tape, batch, bool(diagnose), reject=reject)
 
     def forward(self, params: model.Params, batch: Any) -> "Tape":
         """Runs the forward pass; returns what `backward` needs."""
@@ -207,11 +241,13 @@ class LayerwiseStep:
         tape: "Tape",
         batch: Any,
         diagnose: bool,
+        *,
+        reject: bool = False,
     ) -> tuple[state_lib.TrainState, step_lib.Metrics]:
-        """Returns the updated state and metrics; consumes `state` and `tape`."""
+        """Returns the updated state and metrics, see `__call__`; consumes `tape`."""
         params = state.params
         per_param_state, shared, layout = _split_state(state.opt_state)
-        metrics = []
+        metrics, accepted = [], [jnp.array(True)]
 
         def update(grads: dict[str, Any], select: Callable[[Any], Any]) -> _Part:
             """Returns the part of the model that `select` selects, updated."""
@@ -220,9 +256,11 @@ class LayerwiseStep:
                 [select(node) for node in per_param_state],
                 shared,
                 grads,
+                accepted[-1],
                 layout=layout,
                 diagnose=diagnose,
             )
+            accepted.append(part_metrics.pop("accepted"))
             metrics.append(part_metrics)
             return _Part(*part)
 
@@ -232,6 +270,8 @@ class LayerwiseStep:
             tape.streams.pop(),
             batch,
         )
+        if self._guard.rejects and (reject or not self._accepts(state.guard, loss)):
+            return self._rejected(state, loss, diagnose, known=reject)
         head_only = self._head_only
         parts = [update(grads | {"layers": ()}, lambda node: _ends(node, head_only))]
         for index in reversed(range(len(params["layers"]))):
@@ -262,13 +302,38 @@ class LayerwiseStep:
         parts.reverse()  # the backward pass visits the last layer first
 
         whole = _join_parts(parts, _merge)
+        first, last = accepted[1], accepted[-1]
+        if self._guard.rejects and bool(first & ~last):
+            raise TornStep(int(state.step) + 1)
         step, summary = self._summarise(state.step, loss, metrics)
+        guard, of_guard = self._after(
+            state.guard,
+            loss,
+            summary["grad_norm"],
+            accepted=last,
+            logged=jnp.array(diagnose),
+        )
         new_state = state_lib.TrainState(
             step=step,
             params=whole.params,
             opt_state=_join_state(whole.per_param_state, whole.shared, layout),
+            guard=guard,
         )
-        return new_state, summary
+        return new_state, summary | of_guard
+
+    def _rejected(self, state, loss, diagnose, *, known):
+        grad_norm = jnp.full([], jnp.inf if known else jnp.nan, jnp.float32)
+        guard, metrics = self._after(
+            state.guard,
+            loss,
+            grad_norm if known else None,
+            accepted=jnp.array(False),
+            logged=jnp.array(diagnose),
+        )
+        metrics |= {"loss": loss, "grad_norm": grad_norm}
+        if diagnose:
+            metrics |= step_lib.diagnose(state.params, state.params)
+        return state.replace(step=state.step + 1, guard=guard), metrics
 
     def _with_state(self, params):
         per_param_state, shared, _ = _split_state(self._tx.init(params))
@@ -301,11 +366,22 @@ class LayerwiseStep:
             grads[name] = jax.tree.map(jnp.add, grads[name], of_head)
         return grads
 
-    def _update_fn(self, params, per_param_state, shared, grads, *, layout, diagnose):
-        opt_state = _join_state(per_param_state, shared, layout)
-        updates, opt_state = self._tx.update(grads, opt_state, params)
-        new = optax.apply_updates(params, updates)
-        metrics = {"squared_grad_norm": optax.tree.norm(grads, squared=True)}
+    def _update_fn(
+        self, params, per_param_state, shared, grads, accepted, *, layout, diagnose
+    ):
+        before = _join_state(per_param_state, shared, layout)
+
+        def update():
+            updates, opt_state = self._tx.update(grads, before, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        squared_norm = optax.tree.norm(grads, squared=True)
+        if self._guard.rejects:
+            accepted &= jnp.isfinite(squared_norm)
+            new, opt_state = jax.lax.cond(accepted, update, lambda: (params, before))
+        else:
+            new, opt_state = update()
+        metrics = {"squared_grad_norm": squared_norm, "accepted": accepted}
         if diagnose:
             metrics |= step_lib.diagnose(params, new)
         per_param_state, shared, _ = _split_state(self._place(opt_state))

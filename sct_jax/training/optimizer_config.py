@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import optax
 
 from sct_jax import errors, optimizers, transforms
+from sct_jax.training import guard as guard_lib
 
 C = TypeVar("C", bound="OptimizerConfig")
 
@@ -34,6 +35,10 @@ class OptimizerConfig:
         reached one step after the last.
       decay_ratio: share of all steps that "wsd" decays over, linearly.
       grad_clip: bound of the global gradient norm; None for no clip.
+      skip_nonfinite: a step with a loss or gradient that is not finite is not applied;
+        after this many in a row the run ends. None applies every step.
+      spikes: "log" counts losses and gradient norms far above their trend, "skip" does
+        not apply those steps either, see `guard.Guard`.
     """
 
     name: str = dataclasses.field(default="", init=False)
@@ -43,6 +48,8 @@ class OptimizerConfig:
     final_rate_ratio: float = 0.1
     decay_ratio: float = 0.2
     grad_clip: float | None = None
+    skip_nonfinite: int | None = guard_lib.DEFAULT.max_skipped
+    spikes: str = guard_lib.DEFAULT.spikes
 
     # The function of `sct_jax.optimizers`, and whether it takes a `matrix_mask`.
     chain_fn: ClassVar[Chain]
@@ -60,6 +67,11 @@ class OptimizerConfig:
             self.chain(0.0)
         except ValueError as error:
             raise errors.UserError(f"optimizer: {error}") from error
+
+    @property
+    def guard(self) -> guard_lib.Guard:
+        """Returns what decides which steps are applied."""
+        return guard_lib.Guard(self.skip_nonfinite, self.spikes)
 
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
@@ -363,6 +375,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "moment_dtype": MOMENT_DTYPES,
     "tangent_projection": (None, *optimizers.TANGENT_PROJECTIONS),
     "coordinates": transforms.COORDINATES,
+    "spikes": guard_lib.SPIKES,
 }
 
 _BOUNDS: tuple[tuple[dict[str, Any], str], ...] = (
@@ -372,7 +385,10 @@ _BOUNDS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"least": 0}, "singular_value_lr_multiplier dense_lr_multiplier"),
     ({"least": 0, "below": 1}, "b1 b2 momentum"),
     ({"least": 0, "most": 1}, "final_rate_ratio decay_ratio"),
-    ({"least": 1}, "retraction_every"),
+    ({"least": 1}, "retraction_every skip_nonfinite"),
+    # Steps and widths meet int32 arrays.
+    ({"most": errors.MAX_INT32}, "warmup_steps retraction_every skip_nonfinite"),
+    ({"most": errors.MAX_INT32}, "base_width"),
 )
 
 

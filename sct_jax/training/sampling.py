@@ -1,5 +1,7 @@
 """A sample of text from a model, for a look at what it has learned."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ _MAX_FLOPS = 1e12
 def generate(
     params: model.Params,
     config: model.ModelConfig,
-    prompt: Int[Array, " P"],
+    prompt: Int[Array, " P"] | Sequence[int],
     *,
     key: PRNGKeyArray,
     num_tokens: int = _MAX_TOKENS,
@@ -35,13 +37,15 @@ def generate(
       temperature: divides the logits; 0 takes the likeliest token.
 
     Raises:
-      ValueError: for a prompt that is empty or longer than `num_tokens`.
+      ValueError: for a prompt that is empty, longer than `num_tokens`, or not one
+        sequence.
     """
-    start = prompt.shape[0]
+    prompt = jnp.asarray(prompt, jnp.int32)
+    start = prompt.shape[0] if prompt.ndim == 1 else 0
     if not 0 < start <= num_tokens:
         raise ValueError(
-            f"the prompt has {start} tokens, which must be between 1 and num_tokens = "
-            f"{num_tokens}"
+            f"the prompt must be one sequence of 1 to num_tokens = {num_tokens} "
+            f"tokens, but has shape {prompt.shape}"
         )
     buffer = jnp.zeros(num_tokens, jnp.int32).at[:start].set(prompt)
 

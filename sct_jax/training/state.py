@@ -10,17 +10,30 @@ import optax
 from jaxtyping import PRNGKeyArray
 
 from sct_jax import model
+from sct_jax.training import guard as guard_lib
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Parameters and optimizer state after `step` applied updates.
+    """Parameters and optimizer state after `step` batches.
 
-    Leaves are arrays, or their shapes or shardings in trees of those.
+    Leaves are arrays, or their shapes or shardings in trees of those. `guard` counts
+    the steps that were not applied.
     """
 
     step: Any
     params: Any
     opt_state: Any
+    guard: Any
+
+
+def start(params: model.Params, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state of these parameters before the first update."""
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        opt_state=tx.init(params),
+        guard=guard_lib.init(),
+    )
 
 
 def init(
@@ -42,9 +55,7 @@ def init(
         params = model.init(key, model_config)
     else:
         params = init_params(key)
-    return TrainState(
-        step=jnp.zeros([], jnp.int32), params=params, opt_state=tx.init(params)
-    )
+    return start(params, tx)
 
 
 def abstract(

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from sct_jax import losses, model, spectral
+from sct_jax.training import guard as guard_lib
 from sct_jax.training import state as state_lib
 
 Batch = dict[str, Int[Array, "B L"]]
@@ -60,15 +61,16 @@ def make_train_step(
     num_microbatches: int = 1,
     linear_at: Callable[[Int[Array, ""]], model.Linear] = lambda _: spectral.linear,
     diagnose: Diagnose = diagnose,
+    guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> TrainStep:
     """Returns `train_step(state, batch, diagnose) -> (state, metrics)`; jit it.
 
     A scan averages the gradients of `num_microbatches` equal shares of the batch.
     Factors are orthonormal after every step, because the retraction is part of `tx`.
 
-    Metrics are `loss`, `grad_norm` (before clipping), and the results of the function
-    `diagnose`. The latter are computed where the step's argument `diagnose` is true,
-    and 0 elsewhere.
+    Metrics are `loss`, `grad_norm` (before clipping), those of `guard`, and the results
+    of the function `diagnose`. The latter are computed where the step's argument
+    `diagnose` is true, and 0 elsewhere.
 
     Args:
       config: shape of the model.
@@ -77,6 +79,7 @@ def make_train_step(
       linear_at: number of applied updates -> function that multiplies by every matrix
         of the layers and the head, for methods that change the forward pass.
       diagnose: (old parameters, new parameters) -> dict of scalars to report.
+      guard: decides which steps are applied.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -102,12 +105,28 @@ def make_train_step(
 
     def train_step(state, batch, wanted):
         loss, grads = accumulate(state.params, batch, linear_at(state.step))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        grad_norm = optax.tree.norm(grads)
+        accepted = guard.accepts(state.guard, loss, grad_norm)
+
+        def update():
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        if guard.rejects:
+            keep = lambda: (state.params, state.opt_state)
+            params, opt_state = jax.lax.cond(accepted, update, keep)
+        else:
+            params, opt_state = update()
+        guard_state, metrics = guard.after(
+            state.guard, loss, grad_norm, accepted=accepted, logged=wanted
+        )
+        metrics |= {"loss": loss, "grad_norm": grad_norm}
         metrics |= diagnostics(state.params, params, wanted)
         new_state = state_lib.TrainState(
-            step=state.step + 1, params=params, opt_state=opt_state
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            guard=guard_state,
         )
         return new_state, metrics
 

@@ -94,6 +94,7 @@ class Trainer:
                 num_microbatches=config.data.num_microbatches,
                 linear_at=linear_at or (lambda _: linear),
                 diagnose=diagnose,
+                guard=config.optimizer.guard,
             )
             self._jitted_step = jax.jit(
                 step,
@@ -102,7 +103,10 @@ class Trainer:
             )
         else:
             self._layerwise_step = layerwise.make_train_step(
-                layerwise.stack_of(config.model), self.tx, mesh=mesh
+                layerwise.stack_of(config.model),
+                self.tx,
+                mesh=mesh,
+                guard=config.optimizer.guard,
             )
         self._eval_step = jax.jit(
             step_lib.make_eval_step(
@@ -127,7 +131,8 @@ class Trainer:
         """
         if self.config.adaptive_rank.energy is None:
             return self.abstract_state
-        return rank.with_ranks(self.abstract_state, record["ranks"])
+        abstract = self.abstract_state
+        return rank.with_ranks(abstract, record["ranks"], params=abstract.params)
 
     def place(self, batch: HostBatch) -> step_lib.Batch:
         """Returns a batch on the devices, its rows sharded over `data` and `fsdp`."""
@@ -158,21 +163,31 @@ class Trainer:
         return time.monotonic() - began
 
     def step(
-        self, state: state_lib.TrainState, batch: HostBatch, *, diagnose: bool
+        self,
+        state: state_lib.TrainState,
+        batch: HostBatch,
+        *,
+        diagnose: bool,
+        reject: bool = False,
     ) -> tuple[state_lib.TrainState, step_lib.Metrics]:
-        """Returns the state after one update, and its metrics; consumes `state`.
+        """Returns the state after one step, and its metrics; consumes `state`.
 
-        Metrics are scalars on the device: `loss` in nats per token, `grad_norm`, and
-        the results of `diagnose`, which are 0 unless asked for.
+        Metrics are scalars on the device: `loss` in nats per token, `grad_norm`, those
+        of the guard, and the results of `diagnose`, which are 0 unless asked for.
 
         Args:
           state: donated; do not use it afterwards.
           batch: (B, L) arrays, on the host or already placed.
           diagnose: whether to compute the costly metrics.
+          reject: do not apply this step, which was torn before.
+
+        Raises:
+          layerwise.TornStep: the layerwise step found a gradient that is not finite
+            when the state before the step was already gone.
         """
         placed, wanted = self.place(batch), jnp.asarray(diagnose)
         if self._jitted_step is None:
-            return self._layerwise_step(state, placed, wanted)
+            return self._layerwise_step(state, placed, wanted, reject=reject)
         shapes = _shapes(state)
         if shapes not in self._compiled:
             self.compile(state)
@@ -208,7 +223,8 @@ class Trainer:
             )
             return state.replace(params=params, opt_state=opt_state)
 
-        after = rank.with_ranks(jax.eval_shape(lambda x: x, state), change.ranks)
+        before = jax.eval_shape(lambda x: x, state)
+        after = rank.with_ranks(before, change.ranks, params=before.params)
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         resized = jax.jit(resize, out_shardings=self._shardings(after))(
             state, change.active, key
