@@ -4,10 +4,9 @@ python -m experiments.pretrain --config=configs/smollm_r128.py:tiny
 python -m experiments.pretrain --config=configs/smollm_r128.py --config.seed=1
 """
 
-import sys
 from collections.abc import Sequence
 
-from sct_jax.training import huge_pages
+from sct_jax.training import huge_pages, process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,4 +18,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
-    sys.exit(main())
+    process.run(main)

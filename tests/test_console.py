@@ -13,6 +13,33 @@ def console(*, terminal: bool) -> rich.console.Console:
     )
 
 
+class Closed(io.StringIO):
+    """Standard output whose reader has gone, in an encoding of its own."""
+
+    encoding = "ascii"
+    errors = "strict"
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_output_that_nobody_reads_stops_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stdout", Closed())
+    out = console_lib.standard_output()
+    console_lib.say(out, "a € \udcff [b]")
+    progress = console_lib.Progress(out, start_step=0, num_steps=2)
+    progress.show(shown(2))
+    progress.close()
+
+
+def test_standard_output_prints_any_name(capsys):
+    console_lib.say(console_lib.standard_output(), "a € \udcff [b]")
+    assert capsys.readouterr().out == "a € \\udcff [b]\n"
+
+
 def shown(row_step, loss=2.5):
     return {
         "step": row_step,

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import os
 import subprocess
 import sys
 
@@ -95,3 +96,74 @@ def test_an_error_in_the_block_passes_and_releases(tmp_path):
         raise OSError("inside")
     with files.lock(tmp_path / "a", wait=False) as state:
         assert state == "held"
+
+
+def test_a_folder_that_is_held_is_told_from_another(tmp_path):
+    path = tmp_path / "[a]"
+    path.mkdir()
+    held = files.HeldFolder(path)
+    (held.alias / "x").write_text("x")
+    assert (path / "x").read_text() == "x"
+    assert held.is_there()
+    path.rename(tmp_path / "b")
+    assert not held.is_there()
+    path.mkdir()
+    assert not held.is_there()
+    assert [p.name for p in held.alias.iterdir()] == ["x"]
+    path.rmdir()
+    path.symlink_to(tmp_path / "b")
+    assert held.is_there()
+    held.close()
+    assert not held.alias.exists()
+
+
+def test_a_held_folder_must_be_one(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("file", "nothing"):
+        with pytest.raises(OSError):
+            files.HeldFolder(tmp_path / name)
+
+
+def test_whatever_it_is_can_be_removed(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").symlink_to("a")
+    for name in ("link", "folder"):
+        files.remove(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "file"}
+    for name in ("a", "file"):
+        files.remove(tmp_path / name)
+        with pytest.raises(FileNotFoundError):
+            files.remove(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        files,
+        "sync",
+        lambda fd: seen.append((os.fstat(fd).st_size, os.listdir(tmp_path))),
+    )
+    files.replace_text(tmp_path / "a", "text")
+    ((size, (name,)),) = seen
+    assert size == 4
+    assert name.startswith("a.partial-")
+
+
+def test_a_file_system_that_cannot_sync_is_no_error(tmp_path, monkeypatch):
+    def refuse(code):
+        def fail(_):
+            raise OSError(code, "no")
+
+        return fail
+
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    files.replace_text(tmp_path / "a", "text")
+    files.sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with pytest.raises(OSError):
+        files.replace_text(tmp_path / "a", "other")
+    assert (tmp_path / "a").read_text() == "text"

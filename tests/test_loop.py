@@ -59,6 +59,7 @@ def experiment(tmp_path_factory):
             cache_dir=str(root / "cache"),
             batch_size=BATCH,
             seq_len=LENGTH,
+            split="documents",
         ),
         optimizer=optimizer_config.Sct(
             peak_learning_rate=0.02,
@@ -232,16 +233,22 @@ def spoilt(step, change):
     """`Trainer.step` with the results of one step changed."""
     original = trainer.Trainer.step
 
-    def wrapped(self, state, batch, *, diagnose):
-        state, values = original(self, state, batch, diagnose=diagnose)
+    def wrapped(self, state, batch, **kwargs):
+        state, values = original(self, state, batch, **kwargs)
         return change(state, values) if int(state.step) == step else (state, values)
 
     return wrapped
 
 
+def applying_every_step(experiment):
+    optimizer = dataclasses.replace(experiment.optimizer, skip_nonfinite=None)
+    return dataclasses.replace(experiment, optimizer=optimizer)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(
     experiment, tmp_path, monkeypatch
 ):
+    experiment = applying_every_step(experiment)
     with monkeypatch.context() as patch:
         lose = lambda state, values: (state, values | {"loss": values["loss"] * np.nan})
         patch.setattr(trainer.Trainer, "step", spoilt(2, lose))
@@ -265,7 +272,7 @@ def test_a_loss_that_is_not_logged_is_checked_before_a_save(
         return state.replace(params=params), values | lost
 
     monkeypatch.setattr(trainer.Trainer, "step", spoilt(3, spoil))
-    config = dataclasses.replace(experiment, log_every=100)
+    config = dataclasses.replace(applying_every_step(experiment), log_every=100)
     status, text = train(config, tmp_path)
     assert status == "diverged"
     assert text.count("diverged:") == 1
@@ -455,7 +462,7 @@ def test_a_longer_run_prints_the_change_in_learning_rate(experiment):
     assert step == 3
     # Of the one step of decay nothing is left; of two, a half.
     assert "num_steps changed from 3 to 4" in lines[1]
-    assert "changes from 0.00e+00 to 1.00e-02" in lines[1]
+    assert "changes from 0.00e+00 to 1.00e-02" in lines[2]
 
 
 @pytest.mark.parametrize(("damaged", "older"), [(6, 3), (8, 6)], ids=["", "the last"])
@@ -692,7 +699,7 @@ def test_a_typo_in_the_source_does_not_claim_the_workdir(experiment, tmp_path):
     assert refusal(wrong, tmp_path / "run").startswith("data.source: ")
     # The corrected command is the first that this folder is of; a dry run asks least.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_train", lambda *_: loop.Result("finished"))
+        patch.setattr(loop, "_train", lambda *_, **__: loop.Result("finished"))
         status, _ = train(experiment, tmp_path / "run")
     assert status == "finished"
 
@@ -769,18 +776,49 @@ def test_a_dry_run_leaves_the_summary_of_another_run(experiment, workdir):
 
 def test_a_run_keeps_its_split_without_its_config(experiment, finished, tmp_path):
     """The checkpoint knows what config.json said."""
+    either = dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, split=None)
+    )
     stdlib = dataclasses.replace(
-        experiment, data=dataclasses.replace(experiment.data, source="stdlib")
+        either, data=dataclasses.replace(either.data, source="stdlib")
     )
     assert workdir_lib.resolve(stdlib, tmp_path).data.split == "pieces"
+    assert workdir_lib.resolve(either, tmp_path).data.split == "documents"
     path = tmp_path / "run"
     shutil.copytree(finished[0], path)
     (path / "config.json").unlink()
     earlier = workdir_lib.committed_config(path)
     assert earlier == experiment
-    assert workdir_lib.resolve(stdlib, path).data.split == earlier.data.split
+    assert workdir_lib.resolve(either, path) == experiment
+    assert workdir_lib.resolve(stdlib, path).data.split == "pieces"
     too_long = tmp_path / ("x" * 300)
     assert workdir_lib.resolve(stdlib, too_long).data.split == "pieces"
+
+
+def test_a_run_that_began_when_names_divided_the_text_goes_on(experiment, tmp_path):
+    """It names no kind of split, and resumes on the same text without one."""
+    by_path, either = (
+        dataclasses.replace(
+            experiment, data=dataclasses.replace(experiment.data, split=split)
+        )
+        for split in ("paths", None)
+    )
+    status, _ = train(by_path, tmp_path)
+    assert status == "finished"
+    forget_after(tmp_path, 3)
+    earlier = config_lib.to_dict(by_path)
+    del earlier["data"]["split"]
+    (tmp_path / "config.json").write_text(json.dumps(earlier))
+    status, text = train(either, tmp_path)
+    assert status == "finished"
+    assert "resumed at step 3" in text
+    assert workdir_lib.load_run(tmp_path).config.data.split == "paths"
+    # A new run takes other text.
+    hashes = {
+        data.prepare(config.data, vocab_size=300, log=str).hash
+        for config in (by_path, either)
+    }
+    assert len(hashes) == 2
 
 
 def test_a_workdir_of_any_name_is_printed_as_it_is(experiment, finished, tmp_path):

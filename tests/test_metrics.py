@@ -1,11 +1,13 @@
+import errno
 import json
 import math
+import os
 import types
 
 import numpy as np
 import pytest
 
-from sct_jax import errors
+from sct_jax import errors, files
 from sct_jax.training import metrics
 
 
@@ -58,6 +60,62 @@ def test_a_damaged_line_is_named_and_costs_no_other(path):
     with pytest.raises(errors.UserError, match=r"metrics\.jsonl:2: "):
         metrics.JsonLines(path, resume_step=9)
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"[1]",
+        b"3",
+        b"null",
+        b"[" * 100_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"step": 1.5}',
+        b'{"step": true}',
+        b'{"step": "1"}',
+        b'{"loss": 1}',
+    ],
+    ids=lambda line: repr(line[:20]),
+)
+def test_a_line_that_is_no_row_is_named(path, line):
+    before = json.dumps(row(1)).encode() + b"\n" + line + b"\n"
+    path.write_bytes(before)
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl:2: "):
+        metrics.JsonLines(path, resume_step=9)
+    assert path.read_bytes() == before
+
+
+def test_what_is_no_file_is_named(path):
+    path.mkdir()
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl: cannot be read"):
+        metrics.JsonLines(path, resume_step=9)
+    path.rmdir()
+    os.mkfifo(path)  # waits for a writer that never comes
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl: cannot be read"):
+        metrics.JsonLines(path, resume_step=9)
+
+
+def test_a_file_that_may_not_be_written_is_named(path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(files, "replace_text", refuse)
+    with pytest.raises(errors.UserError, match=r"metrics\.jsonl: cannot be written"):
+        metrics.JsonLines(path, resume_step=0)
+
+
+@pytest.mark.parametrize("call", ["write", "flush"])
+def test_a_full_disk_names_the_file(path, call):
+    sink = metrics.JsonLines(path, resume_step=0)
+    sink._file.close()
+    sink._file = open("/dev/full", "a", buffering=1 << 16)
+    with pytest.raises(OSError) as caught:
+        sink.write(row(1))
+        sink.flush()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    with pytest.raises(OSError):
+        sink.close()
 
 
 def test_rows_beyond_the_resumed_step_are_dropped(path):
@@ -142,6 +200,15 @@ def test_tensorboard_is_an_extra(tmp_path):
     assert b"train/loss" in events[0].read_bytes()
 
 
+def test_tensorboard_that_cannot_be_written_is_left_out(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.warns(UserWarning, match="TensorBoard gets no rows"):
+        sinks = metrics.open_sinks(tmp_path, resume_step=0)
+    sinks.write(row(1))
+    sinks.close()
+    assert metrics.read_rows(tmp_path / "metrics.jsonl") == [row(1)]
+
+
 # --- Rows of steps.
 
 
@@ -158,7 +225,11 @@ def test_a_row_is_written_once_the_next_step_runs_and_times_steps_alone(monkeypa
     monkeypatch.setattr(metrics, "time", fake)
     rows = Rows()
     log = metrics.StepLog(
-        rows, learning_rate=lambda count: 0.5**count, tokens_per_step=64, start_step=10
+        rows,
+        learning_rate=lambda count: 0.5**count,
+        tokens_per_step=64,
+        start_step=10,
+        tokens_before=5,
     )
     assert log.flush() is None
     clock.now += 1000  # compilation
@@ -167,14 +238,16 @@ def test_a_row_is_written_once_the_next_step_runs_and_times_steps_alone(monkeypa
         clock.now += 2.0
         if step == 12:  # is not logged
             continue
-        log.hold(step, {"loss": np.float32(step), "grad_norm": np.float32(1)})
+        values = {"loss": step, "loss_max": step + 1, "grad_norm": 1}
+        counts = {"skipped_steps": 0}
+        log.hold(step, {k: np.float32(v) for k, v in (values | counts).items()})
         assert len(rows) == (step - 11) // 2
         with log.paused():  # a checkpoint
             clock.now += 100
         assert log.flush() == rows[-1]
     assert [row["step"] for row in rows] == [11, 13]
     assert [row["tokens_per_second"] for row in rows] == pytest.approx([32, 32])
-    assert [row["tokens"] for row in rows] == [64 * 11, 64 * 13]
+    assert [row["tokens"] for row in rows] == [64 * 11 + 5, 64 * 13 + 5]
     # The learning rate of the update that the row is about.
     assert [row["learning_rate"] for row in rows] == [0.5**10, 0.5**12]
     assert rows[1]["train/loss"] == 13 and rows[1]["grad_norm"] == 1

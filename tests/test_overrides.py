@@ -315,6 +315,40 @@ def test_a_file_that_gives_no_configuration_is_refused(tmp_path, text):
         overrides.load(str(path))
 
 
+@pytest.mark.parametrize(
+    "name", ["a:b.py", "C:\\mine.py", "a:b/mine.py", ":.py", "x.py:y.py"]
+)
+def test_a_path_may_hold_colons(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(CONFIG_FILE)
+    assert overrides.split_spec(str(path)) == (str(path), "")
+    assert overrides.load(str(path)).num_steps == 7
+    assert overrides.load(f"{path}:").num_steps == 7
+    assert overrides.load(f"{path}:large").num_steps == 70
+    assert overrides.default_workdir(f"{path}:large").endswith("-large")
+
+
+def test_a_variant_of_a_file_that_is_not_there_is_no_part_of_its_name(tmp_path):
+    with pytest.raises(errors.UserError, match=r"no file '[^']*mine\.py'"):
+        overrides.load(f"{tmp_path}/mine.py:large")
+    with pytest.raises(errors.UserError, match=r"no file '[^']*a:b'"):
+        overrides.load(f"{tmp_path}/a:b")
+
+
+def test_a_file_below_home_is_found(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(config_file.parent))
+    assert overrides.load("~/mine.py:large").num_steps == 70
+    with pytest.raises(errors.UserError, match="home"):
+        overrides.load("~nobody-of-this-name/mine.py")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "nul\0.py", "\udcff.py", "/nowhere.py"])
+def test_a_name_that_no_file_has_is_refused(name):
+    with pytest.raises(errors.UserError, match="^--config: no file "):
+        overrides.load(name)
+
+
 @pytest.mark.parametrize("name", ["folder", "notes.txt"])
 def test_what_is_no_python_file_is_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()

@@ -1,13 +1,17 @@
 """The program `python -m sct_jax.training`, installed as `sct-train`."""
 
-import sys
+from typing import NoReturn
 
-from sct_jax.training import huge_pages
+from sct_jax.training import huge_pages, process
 
 
-def main() -> int:
-    """Returns the exit code of `cli.main`, run in huge memory pages where they help."""
+def main() -> NoReturn:
+    """Ends the process with the code of `cli.main`, in huge pages where they help."""
     huge_pages.restart_with_huge_pages()
+    process.run(_main)
+
+
+def _main() -> int:
     # Only now, as a restart repeats every import.
     from sct_jax.training import cli
 
@@ -15,4 +19,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

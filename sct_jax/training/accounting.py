@@ -46,7 +46,8 @@ def block_parameters(config: model.ModelConfig) -> int:
 
 def parameters(config: model.ModelConfig) -> int:
     """Returns the number of stored parameters of the model."""
-    return count(jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0)))
+    stacked = dataclasses.replace(config, scan_layers=True)  # faster to trace
+    return count(jax.eval_shape(lambda k: model.init(k, stacked), jax.random.key(0)))
 
 
 def matrix_flops(config: model.ModelConfig, name: str) -> int:
@@ -93,13 +94,21 @@ def flops_per_token(config: model.ModelConfig, *, seq_len: int) -> int:
 
 
 def step_bytes(
-    config: model.ModelConfig, tx: optax.GradientTransformation
+    config: model.ModelConfig,
+    tx: optax.GradientTransformation,
+    *,
+    state: state_lib.TrainState | None = None,
 ) -> dict[str, int]:
     """Returns the bytes of parameters, gradients and optimizer state, and their total.
 
     Sums over all devices. Does not count activations.
+
+    Args:
+      config: the model.
+      tx: the chain.
+      state: abstract state of both, if it is known already.
     """
-    state = state_lib.abstract(config, tx)
+    state = state_lib.abstract(config, tx) if state is None else state
     sizes = {
         "parameters": num_bytes(state.params),
         "gradients": num_bytes(state.params),
@@ -191,12 +200,23 @@ def _residual_bytes(
 
 
 def summary(
-    config: model.ModelConfig, tx: optax.GradientTransformation, *, seq_len: int
+    config: model.ModelConfig,
+    tx: optax.GradientTransformation,
+    *,
+    seq_len: int,
+    state: state_lib.TrainState | None = None,
 ) -> dict[str, Any]:
-    """Returns the counts of a model, as integers: the contents of `summary.json`."""
+    """Returns the counts of a model, as integers: the contents of `summary.json`.
+
+    Args:
+      config: the model.
+      tx: the chain.
+      seq_len: tokens per sequence.
+      state: see `step_bytes`.
+    """
     return {
         "parameters": parameters(config),
         "dense_equivalent_parameters": parameters(dense_config(config)),
         "flops_per_token": flops_per_token(config, seq_len=seq_len),
-        "bytes": step_bytes(config, tx),
+        "bytes": step_bytes(config, tx, state=state),
     }

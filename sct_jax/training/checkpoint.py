@@ -1,97 +1,339 @@
-"""Checkpoints of a run, written and read by orbax.
+"""Checkpoints of a run: a folder per step, which is whole or not there.
 
-A checkpoint is a step folder with the state and a JSON record. The state is stored as
-arrays by name, with separate layers, so that either layout can open it. The record
-holds the step, the position in the data, the configuration, and shape, dtype and
-checksum of every array, as orbax keeps no checksums.
+A step folder holds the state and a JSON record, see `records`. Orbax writes and reads
+the arrays, by name and with separate layers, so that either layout can open them. All
+else is done here: a save fills `.partial-<step>-<uuid>`, adds the checksums of its
+files, and renames it to `<step>`. Folders that orbax's own CheckpointManager wrote, in
+earlier versions, are read too.
 """
 
+import concurrent.futures
+import contextlib
+import errno
 import gc
+import glob
+import json
 import logging
+import os
 import pathlib
+import re
+import sys
+import threading
 import traceback
+import uuid
 import warnings
-import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from sct_jax import errors, model, sharding
+from sct_jax import errors, files, model, sharding
+from sct_jax.training import arrays as arrays_lib
+from sct_jax.training import records
 from sct_jax.training import state as state_lib
 
-Record = dict[str, Any]
+Record = records.Record
+
+_STEP = re.compile(r"0|[1-9][0-9]{0,9}")
+_LIKE_A_STEP = re.compile(r"[-+]?[0-9][0-9_]*")
+_DAMAGED = re.compile(r"damaged-[0-9]+(-[0-9]+)?")
+# Half a save of a process that was killed; the second kind is of earlier versions.
+_PARTIAL = re.compile(r"\.partial-[0-9]+-[0-9a-f]{32}|[0-9]+\.orbax-checkpoint-tmp.*")
+_FILES_PER_SAVE = 100
+
+
+class SaveError(Exception):
+    """A checkpoint could not be saved; the earlier ones are intact.
+
+    The message is one line: the folder, the reason, the bytes needed and free.
+    """
 
 
 class Checkpointer:
-    """Saves asynchronously and restores the newest whole checkpoint.
+    """Saves in the background, and restores the newest whole checkpoint.
 
-    Step N means N applied updates. One process may write at a time. With `read_only`
-    nothing in the folder changes, so that others can read a run in progress.
+    Step N means N batches taken from the data. One process may write at a time. With
+    `read_only` nothing in the folder changes, so that others can read a run in
+    progress.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int, read_only: bool = False):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep: int,
+        read_only: bool = False,
+        check: Callable[[Record], None] = lambda record: None,
+    ):
+        """Opens the folder. A writer creates it, and removes halves of killed saves.
+
+        Args:
+          directory: of the checkpoints.
+          keep: number of checkpoints to keep, the newest ones.
+          read_only: change nothing; a missing folder has no checkpoints.
+          check: raises `records.DamagedError` for a record that contradicts itself.
+
+        Raises:
+          UserError: the folder cannot be opened, or a writer cannot write to it.
+        """
         self._directory = directory.absolute()
         self._keep = keep
         self._read_only = read_only
-        self._manager = self._open()
-
-    def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, cleanup_tmp_directories=True
-        )
-        if not self._read_only:
-            return ocp.CheckpointManager(self._directory, options=options)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None, save_interval_steps=0, create=False, read_only=True
-        )
-        logger = logging.getLogger("absl")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # orbax warns about every read-only manager
+        self._check = check
+        self._thread: threading.Thread | None = None
+        self._failure: SaveError | None = None
+        self._barred: list[pathlib.Path] = []
+        self._notes: list[str] = []
+        self._folder: files.HeldFolder | None = None
+        if read_only and not self._directory.is_dir():
+            return
         try:
-            return ocp.CheckpointManager(self._directory, options=options)
-        finally:
-            logger.setLevel(level)
+            if not read_only:
+                self._directory.mkdir(exist_ok=True)
+            self._folder = files.HeldFolder(self._directory)
+            if not read_only:
+                for name in filter(_PARTIAL.fullmatch, os.listdir(self._base)):
+                    files.remove(self._base / name)
+        except OSError as error:
+            access = "read" if read_only else "write to"
+            raise errors.UserError(
+                f"workdir: cannot {access} {_one_line(self._directory)}: "
+                f"{error.strerror}; choose another --workdir"
+            ) from error
+        name = str(self._base)
+        errors.check(
+            "workdir",
+            not glob.has_magic(name) and "\\" not in name,
+            f"{_one_line(self._directory)} has a character that has a meaning in "
+            "patterns, one of *?[\\; choose another --workdir",
+        )
+
+    @property
+    def _base(self) -> pathlib.Path:
+        """The folder by a name that orbax cannot misread."""
+        assert self._folder is not None
+        return self._folder.alias
+
+    # --- What is there.
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a folder, oldest first, without opening it."""
+        if self._folder is None:
+            return []
+        with os.scandir(self._base) as entries:
+            return sorted(int(entry.name) for entry in entries if _is_step(entry))
 
     def latest_step(self) -> int | None:
         """Returns the newest step with a readable record; None if there is none."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        self._join()
+        for step in reversed(self.steps()):
             try:
                 self.read_record(step)
-            except Exception:
+            except records.DamagedError:
                 continue
             return step
         return None
+
+    def read_record(self, step: int) -> Record:
+        """Returns what was saved beside the state of a step.
+
+        Raises:
+          DamagedError: saying what is wrong with it.
+        """
+        record = records.read(self._base / str(step), step)
+        self._check(record)
+        return record
+
+    # --- Saving.
 
     def save(
         self, step: int, state: state_lib.TrainState, *, record: dict[str, Any]
     ) -> None:
         """Starts a save and returns once the state may be donated.
 
-        Does nothing if the step is already saved. Raises the error of an earlier save.
+        Waits for an earlier save. Returns at once if the same checkpoint is there.
 
         Args:
-          step: number of applied updates.
+          step: number of batches that the state has seen.
           state: in either layout.
           record: JSON to save beside it: configuration, position in the data.
+
+        Raises:
+          SaveError: an earlier save failed, this one cannot start, or the step is there
+            with another content.
+          ValueError: the state is not of this step.
         """
-        if step in self._manager.all_steps():
-            return
-        self._manager.wait_until_finished()
-        # Views, as a second copy of a large state may not fit in memory. Orbax copies
-        # host arrays itself.
-        arrays = _by_name(model.unstack_layers(jax.tree.map(np.asarray, state)))
-        record = record | {"step": step, "leaves": _describe(arrays)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
-            ),
+        self.wait()
+        # Views, as a second copy of a large state may not fit in memory.
+        views = arrays_lib.by_name(
+            model.unstack_layers(jax.tree.map(np.asarray, state))
         )
+        try:
+            arrays_lib.check_step(views, step)
+        except records.DamagedError as error:
+            raise ValueError(f"a state saved as step {step}: {error}") from None
+        record = json.loads(json.dumps(record, allow_nan=False)) | {"step": step}
+        if step in self.steps() and self._holds(
+            step, record | arrays_lib.summarise(views)
+        ):
+            return
+        size = sum(view.nbytes for view in views.values())
+        # What does not compress grows by half a percent.
+        needed = size + size // 100 + 1024 * len(views) + (1 << 20)
+        save = _Save(step, record, self._partial(step), needed)
+        try:
+            self._check_space(needed)
+            (save.partial / records.STATE).mkdir(parents=True)
+            arrays = records.in_parallel(lambda name: np.array(views[name]), views)
+        except Exception as error:
+            failure = self._error(save, error)
+            self._discard(save)
+            raise failure from error
+        self._thread = threading.Thread(
+            target=self._finish, args=(save, arrays), name=f"checkpoint {step}"
+        )
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raises the SaveError of a save that has failed since; takes no time."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def wait(self) -> None:
+        """Returns once every started save is committed.
+
+        Raises:
+          SaveError: one failed, or the folder is no longer the one of the start.
+        """
+        self._join()
+        self.poll()
+        while self._notes:
+            warnings.warn(self._notes.pop(), stacklevel=2)
+        if not self._read_only:
+            self._check_place()
+
+    def close(self) -> None:
+        """Waits for saves and lets go of the folder; raises like `poll`."""
+        self._join()
+        if self._folder is not None:
+            for path in self._barred:
+                with contextlib.suppress(OSError):
+                    files.remove(path)
+            self._folder.close()
+            self._folder = None
+        self.poll()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _finish(self, save: "_Save", arrays: dict[str, np.ndarray]) -> None:
+        """Completes a save in its thread: commits it, or leaves nothing of it."""
+        try:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                summary = pool.submit(arrays_lib.summarise, arrays)
+                _write_arrays(save.partial / records.STATE, arrays)
+            records.write(save.partial, save.record | summary.result())
+            self._check_place()
+            self._set_aside(save.step)
+            save.partial.rename(self._base / str(save.step))
+            files.sync_folder(self._base)
+        except BaseException as error:
+            self._failure = self._error(save, error)
+            _release(error)
+            self._discard(save)
+            return
+        try:
+            self._prune()
+        except Exception as error:
+            self._notes.append(
+                f"old checkpoints in {_one_line(self._directory)} cannot be removed: "
+                f"{_reason(error)}"
+            )
+
+    def _holds(self, step: int, record: Record) -> bool:
+        """Whether a step folder holds this very checkpoint; a damaged one does not."""
+        try:
+            found = self.read_record(step)
+            records.check_files(self._base / str(step), found)
+        except records.DamagedError:
+            return False
+        if any(found.get(key, value) != value for key, value in record.items()):
+            raise SaveError(
+                f"checkpoint {step} was not saved: another one of this step is in "
+                f"{_one_line(self._directory)}; remove it, or choose another --workdir"
+            )
+        return True
+
+    def _check_place(self) -> None:
+        if self._folder is None or not self._folder.is_there():
+            raise SaveError(
+                f"the folder {_one_line(self._directory)} was removed, renamed or "
+                "replaced during the run, so nothing more is saved; put it back, and "
+                "the same command resumes"
+            )
+
+    def _check_space(self, needed: int) -> None:
+        space = os.statvfs(self._base)
+        if space.f_bavail * space.f_frsize < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # Zero of zero: the file system has no limit, or does not tell.
+        if space.f_files and space.f_favail < _FILES_PER_SAVE:
+            raise OSError(errno.ENOSPC, f"no room for {_FILES_PER_SAVE} files")
+
+    def _error(self, save: "_Save", error: BaseException) -> SaveError:
+        try:
+            self._check_place()  # if it is gone, that is the cause
+            space = os.statvfs(self._base)
+            free = f"{space.f_bavail * space.f_frsize:,}"
+        except SaveError as cause:
+            return cause
+        except OSError:
+            free = "unknown"
+        return SaveError(
+            f"checkpoint {save.step} was not saved in {_one_line(self._directory)}: "
+            f"{_reason(error)} ({save.needed:,} bytes needed, {free} free)"
+        )
+
+    def _discard(self, save: "_Save") -> None:
+        """Removes half a save, to which orbax may still write what it had begun.
+
+        A file in its place keeps the folder from coming back.
+        """
+        for _ in range(1000):
+            with contextlib.suppress(OSError):
+                files.remove(save.partial)
+            with contextlib.suppress(OSError):
+                save.partial.touch(exist_ok=False)
+                self._barred.append(save.partial)
+                return
+
+    def _partial(self, step: int) -> pathlib.Path:
+        return self._base / f".partial-{step}-{uuid.uuid4().hex}"
+
+    def _prune(self) -> None:
+        """Removes all but the newest whole checkpoints, and the newest finite one."""
+        finite = {}
+        for step in self.steps():
+            try:
+                record = self.read_record(step)
+                records.check_files(self._base / str(step), record, content=False)
+            except records.DamagedError:
+                continue
+            finite[step] = record.get("finite", True)
+        whole = sorted(finite)
+        kept = whole[-self._keep :] + [step for step in whole if finite[step]][-1:]
+        for step in set(whole) - set(kept):
+            # Not in one go: a process killed meanwhile leaves no half a checkpoint.
+            removed = self._partial(step)
+            (self._base / str(step)).rename(removed)
+            files.remove(removed)
+
+    # --- Restoring.
 
     def restore(
         self,
@@ -101,7 +343,8 @@ class Checkpointer:
         """Returns the newest whole checkpoint and its record; None if there is none.
 
         Warns about a damaged checkpoint and tries the next older one. Once one is
-        found, renames the damaged ones to `damaged-<step>`, unless `read_only`.
+        found, renames the damaged ones to `damaged-<step>`, unless `read_only`. Arrays
+        of the guard that an earlier version did not save are zero.
 
         Args:
           abstract_at: from the record of a checkpoint to shapes and dtypes of its
@@ -113,47 +356,52 @@ class Checkpointer:
             restarts over them, and where the newest readable one has other shapes. The
             folder stays unchanged.
         """
-        damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        self._join()
+        self._warn_of_junk()
+        tried: list[int] = []
+        damaged: list[int] = []
+        # Anew each time: a run in progress removes and adds checkpoints.
+        while left := [step for step in self.steps() if step not in tried]:
+            step = left[-1]
+            tried.append(step)
             try:
                 record = self.read_record(step)
                 wanted = abstract_at(record)
                 state = self._restore_step(step, record, wanted, mesh)
-            except (
-                errors.UserError,
-                MemoryError,
-                PermissionError,
-                jax.errors.JaxRuntimeError,  # the memory of a device, for one
-            ):
+            except (errors.UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the fault of the checkpoint
             except Exception as error:
+                if not (self._base / str(step)).exists():
+                    continue
                 damaged.append(step)
-                reason = str(error).strip().split("\n")[0]
+                reason = _reason(error)
                 _release(error)
                 warnings.warn(
-                    f"checkpoint {step} is damaged, trying an older one: "
-                    f"{type(error).__name__}: {reason}",
+                    f"checkpoint {step} is damaged, trying an older one: {reason}",
                     stacklevel=2,
                 )
                 continue
-            self._set_aside(damaged)
+            for other in damaged:
+                try:
+                    self._set_aside(other)
+                except OSError as error:
+                    warnings.warn(
+                        f"checkpoint {other} cannot be renamed: {_reason(error)}",
+                        stacklevel=2,
+                    )
             if not isinstance(wanted.params["layers"], tuple):
-                state = model.stack_layers(state, stack_arrays=_stack_and_free)
+                state = model.stack_layers(
+                    state, stack_arrays=arrays_lib.stack_and_free
+                )
                 state = jax.device_put(state, sharding.shardings(wanted, mesh))
             return state, record
         errors.check(
             "workdir",
-            not damaged,
-            f"no checkpoint in {self._directory} can be read; choose another --workdir "
-            "to start from scratch",
+            not damaged and not self._has_damaged(),
+            f"no checkpoint in {_one_line(self._directory)} can be read; choose "
+            "another --workdir to start from scratch",
         )
         return None
-
-    def read_record(self, step: int) -> Record:
-        """Returns what was saved beside the state of a step."""
-        return self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
 
     def _restore_step(
         self,
@@ -163,48 +411,138 @@ class Checkpointer:
         mesh: Mesh,
     ) -> state_lib.TrainState:
         apart = jax.eval_shape(model.unstack_layers, abstract)
-        target = _by_name(sharding.abstract(apart, sharding.shardings(apart, mesh)))
-        _check_shapes(target, record["leaves"], step)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
-        )["state"]
-        for name, leaf in _describe(restored).items():
-            saved = record["leaves"][name]
-            if leaf != saved:
-                raise ValueError(f"{name} differs from its record: {leaf}, not {saved}")
+        target = arrays_lib.by_name(
+            sharding.abstract(apart, sharding.shardings(apart, mesh))
+        )
+        saved = record["leaves"]
+        later = set(filter(arrays_lib.is_of_guard, target.keys() - saved.keys()))
+        stored = {name: leaf for name, leaf in target.items() if name not in later}
+        arrays_lib.check_shapes(stored, saved, step)
+        folder = self._base / str(step)
+        records.check_files(folder, record)
+        with records.as_damage(folder, records.STATE):
+            restored = _read_arrays(folder / records.STATE, stored)
+        for name, leaf in arrays_lib.describe(restored).items():
+            if leaf != saved[name]:
+                raise records.DamagedError(
+                    f"{name} differs from its record: {leaf}, not {saved[name]}"
+                )
+        arrays_lib.check_step(restored, step)
+        for name in later:
+            zeros = np.zeros(target[name].shape, target[name].dtype)
+            restored[name] = jax.device_put(zeros, target[name].sharding)
         return jax.tree.unflatten(
             jax.tree.structure(apart), [restored[name] for name in target]
         )
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if self._read_only or not steps:
+    def _set_aside(self, step: int) -> None:
+        """Renames what is at the place of a step, if anything, to `damaged-<step>`."""
+        if self._read_only or not os.path.lexists(self._base / str(step)):
             return
-        self._manager.close()
-        for step in steps:
-            folder = self._directory / str(step)
-            target, copies = self._directory / f"damaged-{step}", 0
-            while target.exists():
-                copies += 1
-                target = self._directory / f"damaged-{step}-{copies}"
-            if folder.exists():
-                folder.rename(target)
-        self._manager = self._open()
+        name, copies = f"damaged-{step}", 0
+        while os.path.lexists(self._base / name):
+            copies += 1
+            name = f"damaged-{step}-{copies}"
+        (self._base / str(step)).rename(self._base / name)
 
-    def wait(self) -> None:
-        """Returns once every started save is committed; raises if one failed."""
-        self._manager.wait_until_finished()
+    def _has_damaged(self) -> bool:
+        return self._folder is not None and any(
+            map(_DAMAGED.fullmatch, os.listdir(self._base))
+        )
 
-    def close(self) -> None:
-        """Waits for saves and frees the background threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def _warn_of_junk(self) -> None:
+        if self._folder is None:
+            return
+        with os.scandir(self._base) as entries:
+            for entry in entries:
+                if _LIKE_A_STEP.fullmatch(entry.name) and not _is_step(entry):
+                    warnings.warn(
+                        f"{_one_line(self._directory / entry.name)} is no checkpoint "
+                        "and is ignored",
+                        stacklevel=3,
+                    )
+
+
+class _Save(NamedTuple):
+    """A save in progress; `needed` bounds its bytes on the disk."""
+
+    step: int
+    record: Record
+    partial: pathlib.Path
+    needed: int
+
+
+# --- Orbax, which is slow to import: only for arrays.
+
+
+def _write_arrays(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays to an empty state folder."""
+    ocp, path = _orbax(folder)
+    kinds = ocp.type_handlers
+    # The arrays are copies already.
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=kinds.create_type_handler_registry(
+            (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False))
+        )
+    )
+    handler.save(path, args=ocp.args.PyTreeSave(arrays))
+    handler.finalize(path)
+    handler.close()
+    if not (folder / "manifest.ocdbt").exists():
+        raise RuntimeError("orbax wrote no manifest")
+
+
+def _read_arrays(
+    folder: pathlib.Path, target: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Returns the arrays of a state folder, placed as `target` says."""
+    ocp, path = _orbax(folder)
+    args = ocp.args.StandardRestore(target)
+    return _in_thread(lambda: ocp.StandardCheckpointHandler().restore(path, args=args))
+
+
+def _orbax(folder: pathlib.Path) -> tuple[Any, Any]:
+    """The library, silenced, and its kind of path.
+
+    What it prints of an error is a traceback per thread; the error itself is raised.
+    """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
+    if not getattr(sys.unraisablehook, "ignores_closed_loops", False):
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+    return ocp, epath.Path(folder)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    if record.levelno < logging.WARNING:  # asked for by whoever debugs
+        return True
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Drops the complaints of writes and reads that end after one that failed."""
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    filtered.ignores_closed_loops = True  # type: ignore[attr-defined]
+    return filtered
+
+
+def _in_thread(function: Callable[[], Any]) -> Any:
+    """Its result, from a thread without the event loop that a notebook has."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def _release(error: BaseException) -> None:
-    """Frees the frames of a failed read.
+    """Frees the frames of a failed read or write.
 
-    If one read fails, orbax never awaits the others, and Python warns about each of
+    If one part fails, orbax never awaits the others, and Python warns about each of
     them when it is freed. Freeing them here silences those redundant warnings.
     """
     traceback.clear_frames(error.__traceback__)
@@ -214,48 +552,29 @@ def _release(error: BaseException) -> None:
         gc.collect()
 
 
-def _by_name(state: state_lib.TrainState) -> dict[str, Any]:
-    """The arrays in order, without masked leaves, which differ between the layouts."""
-    return {
-        sharding.path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+# --- Names and words.
 
 
-def _stack_and_free(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Stacks the arrays of all layers and frees them: a state may not fit twice."""
-    stacked = jax.block_until_ready(jnp.stack(arrays))
-    for array in arrays:
-        array.delete()
-    return stacked
+def _is_step(entry: os.DirEntry[str]) -> bool:
+    if not _STEP.fullmatch(entry.name) or int(entry.name) >= 2**31:  # 32 bits count
+        return False
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
-def _describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and CRC-32 of every array."""
-    return {
-        name: {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-            "crc32": zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data),
-        }
-        for name, leaf in arrays.items()
-    }
+def _reason(error: BaseException) -> str:
+    """One line; tensorstore hides the number of an error in its text."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, records.DamagedError | errors.UserError):
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
-def _check_shapes(
-    target: dict[str, Any], leaves: dict[str, dict[str, Any]], step: int
-) -> None:
-    """Raises UserError, listing the arrays whose shape or dtype differs."""
-    wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in target.items()}
-    saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()}
-    found = [
-        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} now"
-        for name in sorted(wanted.keys() | saved.keys())
-        if wanted.get(name) != saved.get(name)
-    ]
-    errors.check(
-        "workdir",
-        not found,
-        f"checkpoint {step} has other arrays than this configuration; choose another "
-        "--workdir, or undo:\n  " + "\n  ".join(found[:20]),
-    )
+def _one_line(path: pathlib.Path) -> str:
+    return str(path) if str(path).isprintable() else repr(str(path))

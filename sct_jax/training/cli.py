@@ -2,9 +2,23 @@
 
 python -m experiments.pretrain --config=configs/smollm_r128.py:tiny
 sct-train --config=my_config.py --config.seed=1
+
+Exit codes:
+    0  finished, now or earlier
+    1  an unexpected error, with a traceback: please report it
+    2  a flag, a field or a file must change; one line names it
+    3  the loss diverged; the last finite checkpoint is kept
+    4  a file of the run could not be written; older ones are kept
+    5  nothing happened for --stall-timeout; stacks-*.txt says where
+    6  memory ran out; one line names what to lower
+  129  SIGHUP: saved, where there was a state to save
+  130  SIGINT: likewise
+  143  SIGTERM: likewise
 """
 
+import errno
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -12,15 +26,17 @@ from collections.abc import Sequence
 if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
+import jax
+
 from sct_jax import errors
-from sct_jax.training import loop, overrides, signals
+from sct_jax.training import checkpoint, exit_codes, loop, overrides, process
+from sct_jax.training import workdir as workdir_lib
+
+ExitCode = exit_codes.ExitCode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code of a run.
-
-    0 finished (or finished earlier), 1 diverged, 2 bad input, 130 after SIGINT and 143
-    after SIGTERM, both once the state is saved.
+    """Returns the exit code of a run, see `exit_codes`. Exits for bad input.
 
     Args:
       argv: command line without the program; `sys.argv[1:]` if None.
@@ -31,9 +47,65 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments, __doc__ or ""
         )
     try:
-        result = loop.train(experiment, workdir, dry_run=flags.dry_run)
+        result = loop.train(
+            experiment,
+            workdir,
+            dry_run=flags.dry_run,
+            allow_change=flags.allow_change,
+            stall_timeout=flags.stall_timeout,
+        )
     except errors.UserError as error:
         overrides.fail(str(error))
+    except Exception as error:
+        return _failed(error, workdir)
     if result.signal is not None:
-        return signals.exit_code(result.signal)
-    return 1 if result.status == "diverged" else 0
+        return exit_codes.of_signal(result.signal)
+    return ExitCode.DIVERGED if result.status == "diverged" else ExitCode.FINISHED
+
+
+def _failed(error: Exception, workdir: pathlib.Path) -> ExitCode:
+    """Says what happened, what is kept and what to do; the exit code."""
+    kept = _describe_kept(workdir)
+    if isinstance(error, checkpoint.SaveError):
+        process.say(f"error: {error}; {kept}")
+        return ExitCode.SAVE_FAILED
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        process.say(f"error: cannot write: {error}; {kept}")
+        return ExitCode.SAVE_FAILED
+    if _is_out_of_memory(error):
+        first_line = str(error).strip().split("\n")[0] or type(error).__name__
+        process.say(
+            f"error: out of memory ({first_line}); lower data.batch_size, raise "
+            f'data.num_microbatches, or set model.remat to "full"; {kept}'
+        )
+        return ExitCode.OUT_OF_MEMORY
+    process.report_bug(error, kept)
+    return ExitCode.INTERNAL_ERROR
+
+
+# Of a disk or file system, not of a program.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (
+            isinstance(error, jax.errors.JaxRuntimeError)
+            and "RESOURCE_EXHAUSTED" in str(error)
+        )
+    )
+
+
+def _describe_kept(workdir: pathlib.Path) -> str:
+    try:
+        step = workdir_lib.steps_done(workdir)
+    except Exception:  # whatever is wrong there, it is not the error to report
+        step = 0
+    if not step:
+        return f"nothing is saved in {workdir} yet"
+    return (
+        f"the checkpoint of step {step} in {workdir} is kept, and the same command "
+        "resumes from it"
+    )

@@ -1,11 +1,13 @@
 """The typed configuration of a run, and what a resumed run may change of it."""
 
 import dataclasses
+import functools
 import json
-import math
+import reprlib
+import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import optax
 
@@ -97,12 +99,14 @@ class ExperimentConfig:
 
     def validate(self) -> None:
         """Raises UserError, naming the field, for an impossible configuration."""
-        errors.check_bounds("", self, "num_steps", "log_every", least=1)
+        check_types(self)
+        for name, value in flatten(dataclasses.asdict(self)).items():
+            if isinstance(value, float):
+                errors.check_float32(name, value)
+        errors.check_bounds("", self, "num_steps", least=1, most=errors.MAX_INT32)
+        errors.check_bounds("", self, "log_every", least=1)
         errors.check_bounds("", self, "seed", least=0, below=2**32)
         errors.check_choice("step", self.step, STEPS)
-        for name, value in flatten(dataclasses.asdict(self)).items():
-            finite = not isinstance(value, float) or math.isfinite(value)
-            errors.check(name, finite, f"{value} is not finite")
         for group in (
             self.model,
             self.data,
@@ -126,8 +130,11 @@ class ExperimentConfig:
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
         unused = self.optimizer.unused_fields() + self.adaptive_rank.unused_fields()
-        if self.data.split is not None and self.data.source != "stdlib":
-            unused.append('data.split: has no effect without data.source = "stdlib"')
+        split = self.data.split
+        if split not in (None, *self.data.kinds_of_split):
+            unused.append(
+                f'data.split: {split!r} has no effect without data.source = "stdlib"'
+            )
         warmup = self.optimizer.warmup_steps
         if warmup >= self.num_steps:
             unused.append(
@@ -174,10 +181,14 @@ WITHOUT_EFFECT = (
     "eval.every",
 )
 
+# Where the text comes from. Hashes of text and tokenizer say whether they are the same.
+TEXT = ("data.source", "data.tokenizer", "data.text_field", "data.split")
+
 # Fields that a resumed run may change, beside a larger `num_steps`. The layout of a
 # step over devices and memory changes its result by rounding alone.
 RESUMABLE = (
     *WITHOUT_EFFECT,
+    *TEXT,
     "eval.num_batches",
     "step",
     "model.remat",
@@ -208,27 +219,109 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(values: Mapping[str, Any], kind: type[T] = ExperimentConfig) -> T:
+def from_dict(values: Any, kind: type[T] = ExperimentConfig) -> T:
     """Returns the configuration that `to_dict` was given, now or in an earlier version.
 
+    Fields have the types of their hints, but are not validated otherwise.
+
     Raises:
-      UserError: for a field that this version does not know.
+      UserError: naming the field, for one that this version does not know, and for a
+        value of another type.
     """
+    errors.check("config.json", isinstance(values, Mapping), "not a configuration")
     if kind is ExperimentConfig:
         values = _upgrade(values)
-    hints = typing.get_type_hints(kind)
+    return _from_dict(values, kind, prefix="")
+
+
+def run_from_dict(values: Any) -> ExperimentConfig:
+    """Returns the configuration of a run, from its config.json or a checkpoint.
+
+    A run that says nothing of how its source is divided began when there was one way.
+
+    Raises:
+      UserError: see `from_dict`.
+    """
+    config = from_dict(values)
+    kinds = config.data.kinds_of_split
+    if config.data.split in kinds:
+        return config
+    data = dataclasses.replace(config.data, split=kinds[1])
+    return dataclasses.replace(config, data=data)
+
+
+def _from_dict(values: Mapping[str, Any], kind: type[T], *, prefix: str) -> T:
+    hints = field_types(kind)
     arguments = {}
     for name, value in values.items():
+        where = f"config.json {prefix}{name}"
         errors.check_choice("config.json", name, tuple(hints))
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            errors.check(f"config.json {name}", isinstance(value, dict), "not a group")
-            if hint is optimizer_config.OptimizerConfig:
-                value = optimizer_config.from_fields(value)
-            else:
-                value = from_dict(value, typing.cast(type, hint))
-        arguments[name] = _as_tuples(value)
+            errors.check(where, isinstance(value, Mapping), "not a group")
+            value = _from_dict(
+                value, typing.cast(type, hint), prefix=f"{prefix}{name}."
+            )
+        else:
+            value = _to_type(where, _as_tuples(value), hint)
+        arguments[name] = value
+    if kind is optimizer_config.OptimizerConfig:
+        return typing.cast(T, optimizer_config.from_fields(arguments))
     return kind(**arguments)
+
+
+@functools.cache
+def field_types(kind: type) -> Mapping[str, Any]:
+    """Returns the types of the fields of a configuration, of every chain if it is one."""
+    if kind is not optimizer_config.OptimizerConfig:
+        hints = typing.get_type_hints(kind)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {
+        field: typing.get_type_hints(owner)[field]
+        for field, owner in optimizer_config.field_kinds().items()
+    }
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raises UserError, naming the field, for a value of another type than its hint."""
+    for name, hint in field_types(type(config)).items():
+        value, where = getattr(config, name), prefix + name
+        if dataclasses.is_dataclass(hint):
+            kind = typing.cast(type, hint)
+            errors.check(where, isinstance(value, kind), f"not a {kind.__name__}")
+            check_types(value, f"{where}.")
+        else:
+            _to_type(where, value, hint)
+
+
+def type_name(hint: Any) -> str:
+    """Returns the name of the type of a field, as messages say it."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(
+        "none" if option is type(None) else getattr(option, "__name__", str(option))
+        for option in options
+    )
+
+
+def _to_type(where: str, value: Any, hint: Any) -> Any:
+    """The value, if it has the type of a field; an integer may stand for a float.
+
+    True and False are no numbers.
+    """
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            item = typing.get_args(option)[0]
+            if isinstance(value, tuple) and all(isinstance(x, item) for x in value):
+                return value
+        elif isinstance(value, option) and isinstance(value, bool) == (option is bool):
+            return value
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        errors.check(where, abs(value) < 1 << 128, "beyond float32")
+        return float(value)
+    raise errors.UserError(
+        f"{where}: {reprlib.repr(value)} is not a value of type {type_name(hint)}"
+    )
 
 
 def _upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,8 +357,32 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
-def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
-    """Returns a sentence for every difference that forbids resuming old as new."""
+class Difference(NamedTuple):
+    """A field that a run has changed, with its values in JSON."""
+
+    field: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.before!r} in the workdir, {self.after!r} now"
+
+
+def differences(
+    old: ExperimentConfig, new: ExperimentConfig, *, allowed: Collection[str] = ()
+) -> list[str]:
+    """Returns a sentence for every difference that forbids resuming old as new.
+
+    Args:
+      old: the run in the workdir.
+      new: the run that would continue it.
+      allowed: fields that may differ all the same.
+    """
+    return [str(d) for d in changes(old, new) if d.field not in allowed]
+
+
+def changes(old: ExperimentConfig, new: ExperimentConfig) -> list[Difference]:
+    """Returns every difference that a resumed run may not have without being asked."""
     flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
     allowed: set[str] = set(RESUMABLE)
     if new.num_steps >= old.num_steps:
@@ -279,8 +396,18 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
             continue  # a field of one chain alone
         before, after = flat_old.get(name), flat_new.get(name)
         if before != after and name not in allowed:
-            found.append(f"{name}: {before!r} in the workdir, {after!r} now")
+            found.append(Difference(name, before, after))
     return found
+
+
+def text_changes(old: ExperimentConfig, new: ExperimentConfig) -> list[Difference]:
+    """Returns the differences in where the text comes from."""
+    flat_old, flat_new = flatten(to_dict(old)), flatten(to_dict(new))
+    return [
+        Difference(name, flat_old[name], flat_new[name])
+        for name in TEXT
+        if flat_old[name] != flat_new[name]
+    ]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

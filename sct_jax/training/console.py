@@ -1,6 +1,7 @@
 """What a person sees of a run: the start table, progress and messages."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,12 @@ from jax.sharding import Mesh
 
 from sct_jax import rank
 from sct_jax.training import config as config_lib
-from sct_jax.training import metrics
+from sct_jax.training import metrics, optimizer_config, streams
+
+
+def standard_output() -> rich.console.Console:
+    """Returns a console for standard output that a closed or full one cannot stop."""
+    return rich.console.Console(file=streams.forgiving(sys.stdout))
 
 
 def say(console: rich.console.Console, text: str) -> None:
@@ -121,28 +127,65 @@ def describe_passes(config: config_lib.ExperimentConfig, num_tokens: int) -> str
     )
 
 
-def describe_divergence(
-    config: config_lib.ExperimentConfig,
+def describe_skipped(row: metrics.Row, before: int) -> str:
+    """Returns a line about steps that were not applied since the last row.
+
+    Args:
+      row: a logged row.
+      before: number of such steps in the row before.
+    """
+    now = int(row["skipped_steps"])
+    return (
+        f"warning: {now - before} of the steps up to {row['step']} were not applied "
+        f"({now} in this run): the loss or gradient was not finite, or a spike"
+    )
+
+
+def describe_problem(
+    optimizer: optimizer_config.OptimizerConfig,
     step: int,
-    name: str,
-    value: Any,
-    kept: int | None,
+    values: Mapping[str, Any],
+    *,
+    largest_parameter: float,
+) -> str | None:
+    """Returns why a run cannot continue after a step; None if it can.
+
+    Args:
+      optimizer: of the run.
+      step: the step.
+      values: `loss` and `skipped_in_a_row` of the step.
+      largest_parameter: largest magnitude of the parameters after the step.
+    """
+    if optimizer.guard.gives_up(int(values["skipped_in_a_row"])):
+        return (
+            f"{optimizer.skip_nonfinite} steps in a row, up to step {step}, have a "
+            "loss or gradient that is not finite"
+        )
+    checked = {"largest parameter": largest_parameter}
+    if optimizer.skip_nonfinite is None:
+        checked["loss"] = float(values["loss"])
+    for name, value in checked.items():
+        if not math.isfinite(value):
+            return f"the {name} of step {step} is {value}"
+    return None
+
+
+def describe_divergence(
+    config: config_lib.ExperimentConfig, problem: str, kept: int | None
 ) -> str:
     """Returns what is not finite, what remains, and what to try.
 
     Args:
       config: the run.
-      step: number of applied updates.
-      name: what is not finite.
-      value: its value.
+      problem: from `describe_problem`.
       kept: step of the newest checkpoint, None without one.
     """
     last = f"the checkpoint of step {kept} is kept" if kept else "nothing is saved"
     can_clip = hasattr(config.optimizer, "max_update_norm")
     bound = "optimizer.max_update_norm" if can_clip else "optimizer.grad_clip"
     return (
-        f"diverged: the {name} of step {step} is {float(value)}; {last}. Lower "
-        f"optimizer.peak_learning_rate, or set {bound}, in another --workdir"
+        f"diverged: {problem}; {last}. Lower optimizer.peak_learning_rate, or set "
+        f"{bound}, in another --workdir"
     )
 
 

@@ -2,25 +2,28 @@
 
 import contextlib
 import functools
-import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import rich.console
 
-from sct_jax import data, errors, rank
+from sct_jax import data, errors, files, paths, rank
 from sct_jax.training import (
     accounting,
     checkpoint,
     console,
     evaluation,
+    hardware,
+    layerwise,
     metrics,
+    resuming,
     sampling,
     signals,
     trainer,
+    watchdog,
     workdir,
 )
 from sct_jax.training import config as config_lib
@@ -46,13 +49,15 @@ def train(
     path: str | os.PathLike[str],
     *,
     dry_run: bool = False,
+    allow_change: Collection[str] = (),
+    stall_timeout: float | None = None,
     output: rich.console.Console | None = None,
 ) -> Result:
     """Trains to the end, or until a signal arrives or the loss diverges.
 
-    Resumes from the newest whole checkpoint of the workdir. SIGINT and SIGTERM save the
-    state and return; a second signal ends the process at once. A loss that is not
-    finite ends the run and is never saved.
+    Resumes from the newest whole checkpoint of the workdir. SIGINT, SIGTERM and SIGHUP
+    save the state and return; a second signal ends the process at once. A loss that is
+    not finite ends the run and is never saved.
 
     Args:
       config: the run.
@@ -60,15 +65,19 @@ def train(
         and tokenizer.json.
       dry_run: only print the start table and write summary.json. Allocates nothing and
         needs no corpus.
+      allow_change: fields in which the run may differ from the one that it resumes.
+      stall_timeout: seconds without a step, evaluation or save after which the process
+        ends; None waits for ever. See `watchdog.Watchdog`.
       output: where to print; standard output if None.
 
     Raises:
       UserError: naming what the user has to change, before the step is compiled.
     """
-    output = output or rich.console.Console()
+    output = output or console.standard_output()
     say = functools.partial(console.say, output)
-    path = pathlib.Path(path)
+    path = pathlib.Path(paths.expand("workdir", path))
     config.validate()
+    hardware.check_backend()
     errors.check(
         "mesh",
         jax.process_count() == 1,
@@ -76,36 +85,59 @@ def train(
         "devices of a host; start one",
     )
     run = trainer.Trainer(workdir.resolve(config, path), config.mesh.build())
-    config = run.config
     workdir.make(path)
-    summary = accounting.summary(config.model, run.tx, seq_len=config.data.seq_len)
+    summary = accounting.summary(
+        config.model, run.tx, seq_len=config.data.seq_len, state=run.abstract_state
+    )
     console.print_start(output, config, summary, run.mesh)
+    config = run.config
     if dry_run:
         earlier = workdir.committed_config(path)
-        if earlier and config_lib.differences(earlier, config):
+        if earlier and config_lib.differences(earlier, config, allowed=allow_change):
             say(f"note: {path} holds another run, so its summary.json is kept")
         else:
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
-    with signals.Signals() as interrupts, workdir.claim(path):
+    hardware.check_memory(run.abstract_state, run.mesh.devices.flat)
+    with signals.Signals() as interrupts, workdir.claim(path) as claimed:
         try:
+            same_text = True
             if earlier := workdir.committed_config(path):
-                workdir.check_same_run(earlier, config, str(path))
+                resuming.check_same_run(
+                    earlier, config, str(path), allowed=allow_change
+                )
+                same_text = not config_lib.text_changes(earlier, config)
             workdir.write_json(path / "summary.json", summary)
-            if workdir.is_finished(path, run):
-                say(f"finished: {config.num_steps} steps are done, see {path}")
-                return Result("finished", config.num_steps)
-            return _train(run, path, output, interrupts)
-        except signals.Interrupted as interrupted:
-            say("interrupted before a new step; nothing to save")
-            return Result("interrupted", workdir.steps_done(path), interrupted.number)
+            # Text that moved is read, to see whether it is the same.
+            if same_text and workdir.is_finished(path, run):
+                return _finished_before(config, path, say)
+            return _train(
+                run,
+                path,
+                claimed,
+                output,
+                interrupts,
+                allow_change=allow_change,
+                stall_timeout=stall_timeout,
+            )
+        except (signals.Interrupted, Exception):
+            if interrupts.raised is None:
+                raise
+            done = workdir.steps_done(path)
+            kept = f"step {done} is saved" if done else "nothing to save"
+            say(f"interrupted before a new step; {kept}")
+            return Result("interrupted", done, interrupts.raised)
 
 
 def _train(
     run: trainer.Trainer,
     path: pathlib.Path,
+    claimed: files.HeldFolder,
     output: rich.console.Console,
     interrupts: signals.Signals,
+    *,
+    allow_change: Collection[str],
+    stall_timeout: float | None,
 ) -> Result:
     """Prepares data and state, trains, and prints a sample at the end."""
     config = run.config
@@ -114,25 +146,49 @@ def _train(
     say(console.describe_passes(config, len(corpus.train)))
     text = run.held_out(corpus)
     identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
-    with contextlib.ExitStack() as stack:
-        closing = lambda x: stack.enter_context(contextlib.closing(x))
-        checkpoints = closing(
-            checkpoint.Checkpointer(path / "checkpoints", keep=config.checkpoint.keep)
-        )
-        state, start = workdir.restore_or_init(run, checkpoints, identity, log=say)
-        # Only a run that starts or resumes claims the folder for its configuration.
-        if not start or not (path / "config.json").exists():
-            workdir.write_json(path / "config.json", config_lib.to_dict(config))
-        corpus.tokenizer.save(str(path / "tokenizer.json"))
-        batches = data.train_batches(
-            corpus, config.data, seed=config.seed, start_step=start
-        )
-        sinks = closing(metrics.open_sinks(path, resume_step=start))
-        progress = closing(
-            console.Progress(output, start_step=start, num_steps=config.num_steps)
-        )
-        loop = _Loop(run, checkpoints, sinks, progress, text, identity)
-        state, result = loop.steps(state, start, batches, interrupts)
+    torn: set[int] = set()  # steps that only a later attempt can leave out
+    result = None
+    while result is None:
+        with contextlib.ExitStack() as stack:
+            closing = lambda x: stack.enter_context(contextlib.closing(x))
+            checkpoints = closing(workdir.writing(claimed, keep=config.checkpoint.keep))
+            state, start = workdir.restore_or_init(
+                run, checkpoints, identity, log=say, allow_change=allow_change
+            )
+            if start >= config.num_steps:
+                return _finished_before(config, path, say)
+            record = checkpoints.read_record(start) if start else None
+            before = resuming.windows_before(record, config)
+            # Only a run that starts or resumes claims the folder for its configuration.
+            if not start or allow_change or not (path / "config.json").exists():
+                workdir.write_json(path / "config.json", config_lib.to_dict(config))
+            corpus.tokenizer.save(str(path / "tokenizer.json"))
+            batches = data.train_batches(
+                corpus,
+                config.data,
+                seed=config.seed,
+                start_step=start,
+                windows_before=before,
+            )
+            sinks = closing(metrics.open_sinks(path, resume_step=start))
+            progress = closing(
+                console.Progress(output, start_step=start, num_steps=config.num_steps)
+            )
+            watch = stack.enter_context(watchdog.Watchdog(stall_timeout, path))
+            loop = _Loop(
+                run, checkpoints, sinks, progress, text, identity, watch, before
+            )
+            try:
+                state, result = loop.steps(state, start, batches, interrupts, torn=torn)
+            except layerwise.TornStep as error:
+                torn.add(error.step)
+                say(
+                    f"warning: {error}; going back to the last checkpoint to leave it out"
+                )
+    interrupts.stop_deferring()
+    if interrupts.received and result.status == "finished":
+        say(f"interrupted after the last step, which is saved; results are in {path}")
+        return result._replace(status="interrupted", signal=interrupts.received)
     if result.status == "finished":
         sample = sampling.sample_document(
             state.params, config.model, corpus.tokenizer, seed=config.seed
@@ -140,6 +196,13 @@ def _train(
         say(f"sample:\n{sample}")
         say(f"finished: {config.num_steps} steps; results are in {path}")
     return result
+
+
+def _finished_before(
+    config: config_lib.ExperimentConfig, path: pathlib.Path, say: Callable[[str], None]
+) -> Result:
+    say(f"finished: {config.num_steps} steps are done, see {path}")
+    return Result("finished", config.num_steps)
 
 
 class _Loop(NamedTuple):
@@ -151,6 +214,8 @@ class _Loop(NamedTuple):
     progress: console.Progress
     text: evaluation.HeldOut
     identity: dict[str, str]
+    watch: watchdog.Watchdog
+    windows_before: int  # see `workdir.record`
 
     def steps(
         self,
@@ -158,24 +223,38 @@ class _Loop(NamedTuple):
         start_step: int,
         batches: Iterator[trainer.HostBatch],
         interrupts: signals.Signals,
+        *,
+        torn: Collection[int] = (),
     ) -> tuple[state_lib.TrainState, Result]:
-        """The state after the last step taken, and why it was the last."""
+        """The state after the last step taken, and why it was the last.
+
+        Steps in `torn` are not applied. Raises `layerwise.TornStep` for another one.
+        """
         config = self.run.config
         log = metrics.StepLog(
             self.sinks,
             learning_rate=config.optimizer.learning_rate(config.num_steps),
             tokens_per_step=config.data.tokens_per_step,
             start_step=start_step,
+            tokens_before=self.windows_before * config.data.seq_len,
+            skipped=int(state.guard.skipped),
         )
         self._compile(state)
-        interrupts.defer()
+        if config.step == "fused":  # "layerwise" compiles in its first step
+            interrupts.defer()
+            self.watch.kick()
         self.progress.begin()
         log.start()
         for step in range(start_step + 1, config.num_steps + 1):
             last = step == config.num_steps
             logged = last or step == 1 or step % config.log_every == 0
-            state, values = self.run.step(state, next(batches), diagnose=logged)
-            finite = self._flush(log)
+            state, values = self.run.step(
+                state, next(batches), diagnose=logged, reject=step in torn
+            )
+            interrupts.defer()
+            self.watch.kick()
+            self.checkpoints.poll()
+            sound = self._flush(log)
             self.progress.advance(step)
             if logged:
                 log.hold(step, values)
@@ -186,13 +265,12 @@ class _Loop(NamedTuple):
             # The work below takes time of its own, and a layerwise step is over when it
             # returns: in both cases the row of this step is due now.
             if saved or evaluated or decided or config.step == "layerwise":
-                finite = finite and self._flush(log)
-            if saved and finite:
+                sound = sound and self._flush(log)
+            if saved and sound:
                 # The loss belongs to the parameters before the step.
                 largest = trainer.largest_magnitude(state.params)
-                checked = {"loss": values["loss"], "largest parameter": largest}
-                finite = self._check_finite(step, checked)
-            if not finite:
+                sound = self._is_sound(step, values, largest_parameter=largest)
+            if not sound:
                 return state, Result("diverged", step)
             if decided:
                 with log.paused():
@@ -202,11 +280,19 @@ class _Loop(NamedTuple):
                     row = self.run.evaluate(state.params, self.text)
                     self.sinks.write({"step": step, **row})
                     self.progress.print(console.describe_evaluation(step, row))
+                    self.watch.kick()
             if saved:
                 with log.paused():
                     self.sinks.flush()
-                    record = workdir.record(config, step, state, self.identity)
+                    record = workdir.record(
+                        config,
+                        step,
+                        state,
+                        self.identity,
+                        windows_before=self.windows_before,
+                    )
                     self.checkpoints.save(step, state, record=record)
+                    self.watch.kick()
             if stop and not last:
                 self.checkpoints.wait()
                 self.progress.print(
@@ -221,21 +307,28 @@ class _Loop(NamedTuple):
             self.progress.print(f"compiled in {seconds:.1f} s")
 
     def _flush(self, log: metrics.StepLog) -> bool:
-        """Writes the row that is due; False where its loss is not finite."""
+        """Writes the row that is due; False where it shows that the run diverged."""
+        skipped_before = log.skipped
         row = log.flush()
         if row is None:
             return True
         self.progress.show(row)
-        return self._check_finite(int(row["step"]), {"loss": row["train/loss"]})
+        if log.skipped > skipped_before:
+            self.progress.print(console.describe_skipped(row, skipped_before))
+        return self._is_sound(int(row["step"]), {**row, "loss": row["train/loss"]})
 
-    def _check_finite(self, step: int, values: dict[str, Any]) -> bool:
-        for name, value in values.items():
-            if not math.isfinite(float(value)):
-                kept, config = self.checkpoints.latest_step(), self.run.config
-                text = console.describe_divergence(config, step, name, value, kept)
-                self.progress.print(text)
-                return False
-        return True
+    def _is_sound(
+        self, step: int, values: Mapping[str, Any], *, largest_parameter: Any = 0.0
+    ) -> bool:
+        """Whether the run may go on; prints why not."""
+        config = self.run.config
+        problem = console.describe_problem(
+            config.optimizer, step, values, largest_parameter=float(largest_parameter)
+        )
+        if problem:
+            kept = self.checkpoints.latest_step()
+            self.progress.print(console.describe_divergence(config, problem, kept))
+        return not problem
 
     def _change_ranks(
         self, step: int, state: state_lib.TrainState

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 import warnings
@@ -39,23 +38,54 @@ class JsonLines:
     """
 
     def __init__(self, path: pathlib.Path, *, resume_step: int):
-        rows = [row for row in read_rows(path) if row["step"] <= resume_step]
-        files.replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a", buffering=1)  # a line at a time, for `tail -f`
+        """Opens the file.
+
+        Raises:
+          UserError: it is not such a file, or cannot be written.
+        """
+        self._path = path
+        rows = read_rows(path)
+        for number, row in enumerate(rows, 1):
+            step = row.get("step")
+            errors.check(
+                f"{path}:{number}",
+                isinstance(step, int) and not isinstance(step, bool),
+                'no integer "step"; repair the line, or move the file away',
+            )
+        kept = "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= resume_step)
+        try:
+            files.replace_text(path, kept)
+            self._file = path.open("a", buffering=1)  # a line at a time, for `tail -f`
+        except PermissionError as error:
+            raise errors.UserError(
+                f"{path}: cannot be written: {error.strerror}; change its permissions"
+            ) from error
 
     def write(self, row: Row) -> None:
         """Appends one row, visible to readers at once; durable after `flush`."""
-        self._file.write(json.dumps(row) + "\n")
+        with self._named_errors():
+            self._file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
         """Returns once all rows are on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._named_errors():
+            self._file.flush()
+            files.sync(self._file.fileno())
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            with self._named_errors():
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a file that is open does not name itself
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 class TensorBoard:
@@ -128,6 +158,8 @@ def open_sinks(workdir: pathlib.Path, *, resume_step: int) -> Sinks:
         others.append(TensorBoard(workdir / "tensorboard", resume_step=resume_step))
     except ImportError:
         pass
+    except Exception as error:
+        warnings.warn(f"TensorBoard gets no rows: {error}", stacklevel=2)
     return Sinks(JsonLines(workdir / "metrics.jsonl", resume_step=resume_step), *others)
 
 
@@ -135,18 +167,24 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of a file of JSON lines; skips a torn last line.
 
     Raises:
-      UserError: for any other line that is not JSON, naming it.
+      UserError: where the file cannot be read, and for any other line that is not an
+        object in JSON, naming it.
     """
-    if not path.exists():
+    try:
+        with files.open_regular(path) as file:
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise errors.UserError(f"{path}: cannot be read: {error.strerror}") from error
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
             raise errors.UserError(f"{path}:{number}: {error}") from error
+        errors.check(f"{path}:{number}", isinstance(row, dict), "not an object")
+        rows.append(row)
     return rows
 
 
@@ -164,6 +202,9 @@ class StepLog:
 
     `hold` keeps a step's values on the device. `flush` fetches them, once the next step
     has been dispatched, so that the device never waits for the host.
+
+    Attributes:
+      skipped: number of steps that were not applied, at the last row.
     """
 
     def __init__(
@@ -173,10 +214,14 @@ class StepLog:
         learning_rate: optax.Schedule,
         tokens_per_step: int,
         start_step: int,
+        tokens_before: int = 0,
+        skipped: int = 0,
     ):
+        self.skipped = skipped
         self._sink = sink
         self._learning_rate = learning_rate
         self._tokens_per_step = tokens_per_step
+        self._tokens_before = tokens_before  # beyond step x tokens_per_step
         self._held: tuple[int, Mapping[str, Any]] | None = None
         self._step = start_step
         self._time = time.monotonic()
@@ -200,13 +245,16 @@ class StepLog:
         step, held = self._held
         self._held = None
         values = {name: float(value) for name, value in held.items()}
+        self.skipped = int(values["skipped_steps"])
         now = time.monotonic()
         tokens = self._tokens_per_step * (step - self._step)
+        updates = max(step - self.skipped, 1)
         row = {
             "step": step,
             "train/loss": values.pop("loss"),
-            "learning_rate": float(jnp.asarray(self._learning_rate(step - 1))),
-            "tokens": self._tokens_per_step * step,
+            "train/loss_max": values.pop("loss_max"),
+            "learning_rate": float(jnp.asarray(self._learning_rate(updates - 1))),
+            "tokens": self._tokens_per_step * step + self._tokens_before,
             "tokens_per_second": tokens / max(now - self._time, 1e-9),
             **values,
         }

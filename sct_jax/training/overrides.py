@@ -23,9 +23,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from sct_jax import errors
+from sct_jax import errors, paths
 from sct_jax.training import config as config_lib
-from sct_jax.training import optimizer_config
+from sct_jax.training import hardware, optimizer_config
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def load(spec: str, pairs: Pairs = ()) -> config_lib.ExperimentConfig:
 
 def load_as(kind: type[V], spec: str, pairs: Pairs = ()) -> V:
     """Returns what `load` does, for a file whose `get_config` returns a `kind`."""
-    path, _, variant = spec.partition(":")
+    path, variant = split_spec(spec)
     config = _call_get_config(pathlib.Path(path), variant)
     errors.check(
         "--config",
@@ -74,9 +74,21 @@ def load_as(kind: type[V], spec: str, pairs: Pairs = ()) -> V:
     return config
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """Returns path and variant of "path.py:variant"; a path may hold colons itself.
+
+    The variant follows the last colon, if what is before it is a file.
+    """
+    spec = paths.expand("--config", spec)
+    path, _, variant = spec.rpartition(":")
+    if os.path.isfile(path) or (path.endswith(".py") and not os.path.isfile(spec)):
+        return path, variant
+    return spec, ""
+
+
 def default_workdir(spec: str) -> str:
     """Returns runs/<file stem>-<variant>, with the file's default variant."""
-    path, _, variant = spec.partition(":")
+    path, variant = split_spec(spec)
     if not variant:
         get_config = _load_module(pathlib.Path(path)).get_config
         parameter = inspect.signature(get_config).parameters.get("variant")
@@ -95,9 +107,8 @@ def _call_get_config(path: pathlib.Path, variant: str) -> Any:
 
 
 def _load_module(path: pathlib.Path) -> types.ModuleType:
-    if not path.is_file():
-        files = path.parent.glob("**/*.py")
-        siblings = sorted(str(p) for p in files if p.name != "__init__.py")
+    if not os.path.isfile(path):  # False also for a name that no file can have
+        siblings = _config_files(path.parent)
         raise errors.UserError(
             f"--config: no file {str(path)!r}{errors.nearest(str(path), siblings)}"
         )
@@ -110,6 +121,15 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
     if not hasattr(module, "get_config"):
         raise errors.UserError(f"--config: {path} has no get_config(variant=...)")
     return module
+
+
+def _config_files(folder: pathlib.Path) -> list[str]:
+    """The Python files in a folder and those below it."""
+    try:
+        files = (*folder.glob("*.py"), *folder.glob("*/*.py"))
+    except (OSError, ValueError):
+        return []
+    return sorted(str(path) for path in files if path.name != "__init__.py")
 
 
 @contextlib.contextmanager
@@ -217,7 +237,7 @@ def _parse_field(config: Any, prefix: str, field: str, text: str) -> Any:
     keys = (prefix + field).split(".")
     for depth, key in enumerate(keys):
         name = ".".join(keys[: depth + 1])
-        hints = _hints(kind)
+        hints = config_lib.field_types(kind)
         if key not in hints:
             near = _near(key, hints, prefix=name.removesuffix(key))
             raise errors.UserError(
@@ -226,7 +246,7 @@ def _parse_field(config: Any, prefix: str, field: str, text: str) -> Any:
         kind = hints[key]
         last = depth == len(keys) - 1
         if dataclasses.is_dataclass(kind) and last:
-            fields = ", ".join(_hints(kind))
+            fields = ", ".join(config_lib.field_types(kind))
             raise errors.UserError(
                 f"{name}: this is a group; set one of {name}.[{fields}]"
             )
@@ -235,16 +255,6 @@ def _parse_field(config: Any, prefix: str, field: str, text: str) -> Any:
     if field in config_lib.CHAIN_DEFAULTS and text.lower() in ("none", "null"):
         return _CHAIN_DEFAULT
     return _parse(prefix + field, kind, text)
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    """Types of the fields of a dataclass; of every chain, as `name` may change it."""
-    if kind is optimizer_config.OptimizerConfig:
-        return {
-            field: typing.get_type_hints(owner)[field]
-            for field, owner in optimizer_config.field_kinds().items()
-        }
-    return typing.get_type_hints(kind)
 
 
 # What other projects call a field.
@@ -307,11 +317,9 @@ def _parse(name: str, kind: Any, text: str) -> Any:
                 return tuple(_parse(name, item_kind, x) for x in _split_tuple(text))
         except (KeyError, ValueError, OverflowError):
             continue
-    wanted = " or ".join(
-        "none" if option is type(None) else getattr(option, "__name__", str(option))
-        for option in options
+    raise errors.UserError(
+        f"{name}: {text!r} is not a value of type {config_lib.type_name(kind)}"
     )
-    raise errors.UserError(f"{name}: {text!r} is not a value of type {wanted}")
 
 
 def _split_tuple(text: str) -> tuple[str, ...]:
@@ -324,6 +332,8 @@ def _split_tuple(text: str) -> tuple[str, ...]:
 
 
 # --- Command lines.
+
+_MAX_TIMEOUT = 10**6  # seconds, twelve days
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -389,7 +399,7 @@ def parse_experiment(
 ) -> tuple[config_lib.ExperimentConfig, pathlib.Path, argparse.Namespace]:
     """Returns configuration, workdir and flags of a training command.
 
-    Exits with code 2 and one message for bad input.
+    Prints help, or one message for bad input, and exits with code 2 for the latter.
     """
     parser = FlagParser(description + "\n\n" + field_help())
     parser.add_argument(
@@ -403,13 +413,64 @@ def parse_experiment(
         action="store_true",
         help="print the start table, write summary.json, and stop",
     )
+    parser.add_argument(
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="FIELD,...",
+        help="fields, such as data.batch_size, that may differ from the run to resume",
+    )
+    parser.add_argument(
+        "--stall_timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the process if no step, evaluation or save ends for so long",
+    )
     flags, pairs = parser.parse(argv)
     try:
+        flags.allow_change = _fields(",".join(flags.allow_change))
+        _check_flags(flags)
+        hardware.check_backend()
         experiment = load(flags.config, pairs)
+        workdir = flags.workdir
+        if workdir is None:
+            workdir = default_workdir(flags.config)
+        workdir = paths.expand("--workdir", workdir)
     except errors.UserError as error:
         parser.error(str(error))
-    workdir = flags.workdir or default_workdir(flags.config)
     return experiment, pathlib.Path(workdir), flags
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    errors.check("--workdir", flags.workdir != "", "must not be empty")
+    seconds = flags.stall_timeout
+    errors.check(
+        "--stall_timeout",
+        seconds is None or 0 < seconds <= _MAX_TIMEOUT,
+        f"{seconds} must be > 0 and <= {_MAX_TIMEOUT} seconds",
+    )
+
+
+def _fields(text: str) -> tuple[str, ...]:
+    """The fields of an experiment in a list, under the names of this version."""
+    known = _all_fields()
+    found = []
+    for name in (word.strip() for word in text.split(",")):
+        field = config_lib.RENAMED_FIELDS.get(name, name)
+        if field and field not in known:
+            group, _, key = field.rpartition(".")
+            siblings = [f for f in known if f.rpartition(".")[0] == group]
+            near = _near(
+                key,
+                [f.rpartition(".")[2] for f in siblings],
+                prefix=f"{group}." if group else "",
+            )
+            raise errors.UserError(
+                f"--allow_change: unknown config field {name!r}"
+                f"{errors.suggestion(near)}"
+            )
+        found += [field] if field else []
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -2,20 +2,26 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from sct_jax import data, errors, files, model, rank, sharding
-from sct_jax.training import checkpoint, trainer
+from sct_jax import data, errors, files, model, paths, rank, sharding
+from sct_jax.training import checkpoint, records, resuming, trainer
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
+
+_FILES = (".lock", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json")
+_FOLDERS = ("checkpoints", "tensorboard")
+# Of a name that a run writes below its folder, with room to spare.
+_LONGEST_NAME = 200
 
 
 class LoadedRun(NamedTuple):
@@ -33,48 +39,129 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
     in the workdir changes, so the run may be in progress.
 
     Raises:
-      UserError: where the workdir holds no run with a checkpoint.
+      UserError: where the workdir holds no run with a checkpoint, or its config.json or
+        tokenizer.json is not the one of that checkpoint.
     """
-    path = pathlib.Path(path)
-    config = read_config(path)
-    one_device = trainer.Trainer(config, sharding.MeshConfig().build(1))
+    path = pathlib.Path(paths.expand("workdir", path))
+    first, mesh = read_config(path), sharding.MeshConfig().build(1)
+
+    # config.json keeps the settings of the first call; the run may be longer by now.
+    def config_of(record: checkpoint.Record) -> config_lib.ExperimentConfig:
+        return as_config(record["config"], f"checkpoint {record['step']}")
+
+    def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
+        config = config_of(record)
+        found = [
+            f"{change.field}: {change.before!r} there, {change.after!r} in the "
+            f"checkpoint"
+            for change in config_lib.changes(first, config)
+            if change.field.startswith("model.")
+        ]
+        errors.check(
+            "workdir",
+            not found,
+            f"{path / 'config.json'} is not of the run in checkpoint {record['step']}; "
+            "put the right one back:\n  " + "\n  ".join(found),
+        )
+        return trainer.Trainer(config, mesh).abstract_at(record)
+
     with reading(path) as checkpoints:
-        restored = checkpoints.restore(one_device.abstract_at, one_device.mesh)
+        restored = checkpoints.restore(abstract_at, mesh)
     if restored is None:
         raise errors.UserError(f"workdir: {path} has no checkpoint yet")
     state, record = restored
-    # config.json keeps the settings of the first call; the run may be longer by now.
-    config = config_lib.from_dict(record["config"])
-    tokenizer = data.Tokenizer.load(str(path / "tokenizer.json"))
-    return LoadedRun(config, state.params, tokenizer)
+    return LoadedRun(config_of(record), state.params, _read_tokenizer(path, record))
+
+
+def _read_tokenizer(path: pathlib.Path, record: checkpoint.Record) -> data.Tokenizer:
+    """The tokenizer of the run; a record of the first version does not know it."""
+    file, remedy = path / "tokenizer.json", "the same training command writes it anew"
+    try:
+        tokenizer = data.Tokenizer.load(str(file))
+    except errors.UserError as error:
+        raise errors.UserError(
+            f"workdir: {file} cannot be used; {remedy}: {error}"
+        ) from error
+    found, wanted = tokenizer.hash, record.get("tokenizer", tokenizer.hash)
+    errors.check(
+        "workdir",
+        found == wanted,
+        f"{file} has hash {found[:16]}, but the run was trained with a tokenizer with "
+        f"hash {wanted[:16]}; {remedy}",
+    )
+    return tokenizer
 
 
 def make(path: pathlib.Path) -> None:
     """Creates the folder.
 
     Raises:
-      UserError: where nothing can be written to it.
+      UserError: where nothing can be written to it, or a file of the run cannot be.
     """
+    scheme = path.parts[0] if path.parts else ""
+    errors.check(
+        "workdir",
+        # "gs://bucket" has become "gs:/bucket".
+        not (len(scheme) > 2 and scheme.endswith(":") and len(path.parts) > 1),
+        f"{path} looks like the address of a store, but a run needs a folder; mount "
+        "the store, or give an absolute path",
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+        _probe(path)
+        if (path / "checkpoints").is_dir():
+            _probe(path / "checkpoints")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise errors.UserError(
-            f"workdir: cannot write to {path}: {error.strerror}; choose another "
-            "--workdir"
+            f"workdir: cannot write to {path}: {reason}; choose another --workdir"
         ) from error
+    for kind, holds, names in (
+        ("file", os.path.isfile, _FILES),
+        ("folder", os.path.isdir, _FOLDERS),
+    ):
+        for entry in (path / name for name in names):
+            errors.check(
+                "workdir",
+                not os.path.lexists(entry) or holds(entry),
+                f"{entry} is in the way, as it is no {kind}; move it, or choose "
+                "another --workdir",
+            )
+
+
+def _probe(path: pathlib.Path) -> None:
+    """Raises OSError where no folder can be made, or no file in it, or no long name."""
+    probe = path / f".probe-{os.getpid()}"
+    probe.mkdir(exist_ok=True)
+    try:
+        (probe / "file").touch()
+    finally:
+        shutil.rmtree(probe)
+    length = len(os.fsencode(path.absolute()))
+    if length + _LONGEST_NAME > os.pathconf(path, "PC_PATH_MAX"):
+        raise OSError(errno.ENAMETOOLONG, f"a path of {length} bytes is too long")
 
 
 @contextlib.contextmanager
-def claim(path: pathlib.Path) -> Iterator[None]:
+def claim(path: pathlib.Path) -> Iterator[files.HeldFolder]:
     """Holds the workdir for this process; a killed process leaves no lock behind.
 
+    Yields:
+      The folder, for `writing`.
+
     Raises:
-      UserError: where another process trains in it.
+      UserError: where another process trains in it, or it cannot be locked.
     """
-    with files.lock(path / ".lock", wait=False) as state:
+    with contextlib.ExitStack() as stack:
+        try:
+            held = files.HeldFolder(path)
+            stack.callback(held.close)
+            state = stack.enter_context(files.lock(path / ".lock", wait=False))
+        except OSError as error:
+            raise errors.UserError(
+                f"workdir: {path} cannot be locked: {error.strerror}; choose another "
+                "--workdir"
+            ) from error
         errors.check(
             "workdir",
             state != "busy",
@@ -87,7 +174,7 @@ def claim(path: pathlib.Path) -> Iterator[None]:
                 "sure that no other process trains there",
                 stacklevel=3,
             )
-        yield
+        yield held
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -103,15 +190,29 @@ def read_config(path: pathlib.Path) -> config_lib.ExperimentConfig:
     """
     file = path / "config.json"
     try:
-        values = json.loads(file.read_text())
+        with files.open_regular(file) as opened:
+            values = json.loads(opened.read().decode())
     except FileNotFoundError as error:
         raise errors.UserError(
             f"workdir: {path} holds no run (no config.json)"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise errors.UserError(f"workdir: {file} cannot be read: {error}") from error
-    errors.check("workdir", isinstance(values, dict), f"{file} is not a configuration")
-    return config_lib.from_dict(values)
+    return as_config(values, str(file))
+
+
+def as_config(values: Any, where: str) -> config_lib.ExperimentConfig:
+    """Returns the valid configuration that JSON holds.
+
+    Raises:
+      UserError: naming `where` it comes from, and the field.
+    """
+    try:
+        config = config_lib.run_from_dict(values)
+        config.validate()
+    except errors.UserError as error:
+        raise errors.UserError(f"workdir: {where}: {error}") from error
+    return config
 
 
 def committed_config(path: pathlib.Path) -> config_lib.ExperimentConfig | None:
@@ -126,7 +227,8 @@ def committed_config(path: pathlib.Path) -> config_lib.ExperimentConfig | None:
     if (path / "config.json").exists():
         return read_config(path)
     with reading(path) as checkpoints:
-        return config_lib.from_dict(checkpoints.read_record(step)["config"])
+        values = checkpoints.read_record(step)["config"]
+    return as_config(values, f"checkpoint {step}")
 
 
 def resolve(
@@ -136,25 +238,15 @@ def resolve(
 
     A run without checkpoints takes the choices of a new run.
     """
-    if config.data.split is not None or config.data.source != "stdlib":
+    kinds = config.data.kinds_of_split
+    if config.data.split in kinds:
         return config
     earlier = committed_config(path)
-    split = earlier.data.split if earlier else "pieces"
+    split = earlier.data.split if earlier else None
+    if split not in kinds:
+        split = kinds[0]
     return dataclasses.replace(
         config, data=dataclasses.replace(config.data, split=split)
-    )
-
-
-def check_same_run(
-    old: config_lib.ExperimentConfig, new: config_lib.ExperimentConfig, where: str
-) -> None:
-    """Raises UserError, listing the fields, where `new` cannot continue `old`."""
-    found = config_lib.differences(old, new)
-    errors.check(
-        "workdir",
-        not found,
-        f"{where} belongs to a run with another configuration; choose another "
-        "--workdir, or undo:\n  " + "\n  ".join(found),
     )
 
 
@@ -163,11 +255,22 @@ def record(
     step: int,
     state: state_lib.TrainState,
     identity: dict[str, str],
+    *,
+    windows_before: int = 0,
 ) -> checkpoint.Record:
-    """Returns what a checkpoint says about its state, see `restore_or_init`."""
+    """Returns what a checkpoint says about its state, see `restore_or_init`.
+
+    Args:
+      config: the run.
+      step: number of steps.
+      state: after that step.
+      identity: hashes of corpus and tokenizer.
+      windows_before: windows of text taken beyond those that `step` steps of this
+        configuration take, because the batch size changed on the way.
+    """
     return {
         "config": config_lib.to_dict(config),
-        "data_position": step * config.data.batch_size,
+        "data_position": step * config.data.batch_size + windows_before,
         "ranks": rank.stored_ranks(state.params),
         **identity,
     }
@@ -179,6 +282,7 @@ def restore_or_init(
     identity: dict[str, str],
     *,
     log: Callable[[str], None],
+    allow_change: Collection[str] = (),
 ) -> tuple[state_lib.TrainState, int]:
     """Returns the newest whole checkpoint and its step, or a new state and 0.
 
@@ -186,7 +290,8 @@ def restore_or_init(
       run: the trainer.
       checkpoints: of the workdir.
       identity: hashes of corpus and tokenizer, which may not change during a run.
-      log: receives what was resumed and which checkpoints are damaged.
+      log: receives what was resumed, what changes, and which checkpoints are damaged.
+      allow_change: fields that may differ, see `resuming.check_same_run`.
 
     Raises:
       UserError: where the checkpoint belongs to another configuration or text, or none
@@ -194,14 +299,17 @@ def restore_or_init(
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        restored = checkpoints.restore(run.abstract_at, run.mesh)
-    for warning in caught:
-        log(f"warning: {warning.message}")
+        try:
+            restored = checkpoints.restore(run.abstract_at, run.mesh)
+        finally:
+            for warning in caught:
+                log(f"warning: {warning.message}")
     if restored is None:
         return run.init(jax.random.key(run.config.seed)), 0
     state, record = restored
-    before, step = config_lib.from_dict(record["config"]), record["step"]
-    check_same_run(before, run.config, "the checkpoint")
+    step = record["step"]
+    before = as_config(record["config"], f"checkpoint {step}")
+    resuming.check_same_run(before, run.config, "the checkpoint", allowed=allow_change)
     for name, now in identity.items():
         then = record.get(name, now)  # the first checkpoints have no tokenizer hash
         errors.check(
@@ -209,19 +317,12 @@ def restore_or_init(
             then == now,
             f"the run was trained with a {name} with hash {then[:16]}, but "
             f"{run.config.data.source!r} now has {now[:16]}; restore the text, or "
-            "choose another --workdir",
+            "choose another --workdir"
+            + "".join(f"\n  {c}" for c in config_lib.text_changes(before, run.config)),
         )
     log(f"resumed at step {step}")
-    # A schedule covers the whole run, so a longer run has another learning rate.
-    was, now = (
-        float(jnp.asarray(config.optimizer.learning_rate(config.num_steps)(step)))
-        for config in (before, run.config)
-    )
-    if was != now:
-        log(
-            f"num_steps changed from {before.num_steps} to {run.config.num_steps}: the "
-            f"learning rate at this step changes from {was:.2e} to {now:.2e}"
-        )
+    for line in resuming.describe(record, before, run.config):
+        log(line)
     return state, step
 
 
@@ -250,5 +351,45 @@ def is_finished(path: pathlib.Path, run: trainer.Trainer) -> bool:
 def reading(path: pathlib.Path) -> contextlib.closing[checkpoint.Checkpointer]:
     """Returns the checkpoints of a run, to be read without touching the folder."""
     return contextlib.closing(
-        checkpoint.Checkpointer(path / "checkpoints", keep=1, read_only=True)
+        checkpoint.Checkpointer(
+            path / "checkpoints", keep=1, read_only=True, check=_check_record
+        )
     )
+
+
+def writing(claimed: files.HeldFolder, *, keep: int) -> checkpoint.Checkpointer:
+    """Returns the checkpoints of a run, to read and to add to.
+
+    Args:
+      claimed: from `claim`.
+      keep: number of checkpoints to keep.
+
+    Raises:
+      UserError: where the folder is no longer the one that was claimed, or cannot be
+        written.
+    """
+    errors.check(
+        "workdir",
+        claimed.is_there(),
+        f"{claimed.path} was removed, renamed or replaced since the start; put it "
+        "back, or choose another --workdir",
+    )
+    return checkpoint.Checkpointer(
+        claimed.path / "checkpoints", keep=keep, check=_check_record
+    )
+
+
+def _check_record(record: checkpoint.Record) -> None:
+    """Raises DamagedError where the record of a run contradicts itself."""
+    if "config" not in record:
+        raise records.DamagedError("its record has no configuration")
+    if "files" in record:
+        return  # has a checksum
+    # Nothing could change the batch size of a run in earlier versions.
+    settings = record["config"].get("data")
+    size = settings.get("batch_size") if isinstance(settings, dict) else None
+    wanted, found = record["step"], record.get("data_position")
+    if isinstance(size, int) and found not in (None, wanted * size):
+        raise records.DamagedError(
+            f"the data position of its record is {found}, not {wanted * size}"
+        )

@@ -1,0 +1,106 @@
+"""The arrays of a state by name, and what the record of a checkpoint says of them."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sct_jax import errors, sharding
+from sct_jax.training import records
+from sct_jax.training import state as state_lib
+
+# Counts of applied updates, which differ from the step by those that were skipped.
+_COUNT = re.compile(r"opt_state.*[./]count")
+
+
+def by_name(state: state_lib.TrainState) -> dict[str, Any]:
+    """Returns the arrays in order, without masked leaves, which differ by layout."""
+    return {
+        sharding.path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def is_of_guard(name: str) -> bool:
+    """Returns whether an array is of `guard`, which states did not always have."""
+    return re.split("[./]", name)[0] == "guard"
+
+
+def stack_and_free(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Stacks the arrays of all layers and frees them: a state may not fit twice."""
+    stacked = jax.block_until_ready(jnp.stack(arrays))
+    for array in arrays:
+        array.delete()
+    return stacked
+
+
+def summarise(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Returns what a record says about the arrays of a state.
+
+    `finite` tells whether parameters and optimizer state are.
+    """
+    trained = [name for name in arrays if name.startswith(("params", "opt_state"))]
+    finite = records.in_parallel(lambda name: _is_finite(arrays[name]), trained)
+    return {"leaves": describe(arrays), "finite": all(finite.values())}
+
+
+def describe(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns shape, dtype and CRC-32 of every array."""
+
+    def one(name: str) -> dict[str, Any]:
+        leaf = arrays[name]
+        return {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "crc32": zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).data),
+        }
+
+    return records.in_parallel(one, arrays)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return True
+    with np.errstate(all="ignore"):
+        # Much faster than to look at each number, and a finite sum is proof enough.
+        if np.isfinite(array.sum(dtype=np.result_type(array.dtype, np.float32))):
+            return True
+    return bool(np.isfinite(array).all())
+
+
+def check_step(arrays: dict[str, Any], step: int) -> None:
+    """Raises DamagedError where the state itself is of another step."""
+    applied = step - int(arrays.get("guard.skipped", 0))
+    for name, leaf in arrays.items():
+        counts = leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+        if name == "step":
+            wanted = step
+        elif counts and _COUNT.fullmatch(name):
+            wanted = applied
+        else:
+            continue
+        if int(leaf) != wanted:
+            raise records.DamagedError(f"{name} is {int(leaf)}, not {wanted}")
+
+
+def check_shapes(
+    target: dict[str, Any], leaves: dict[str, dict[str, Any]], step: int
+) -> None:
+    """Raises UserError, listing the arrays whose shape or dtype differs."""
+    wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in target.items()}
+    saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in leaves.items()}
+    found = [
+        f"{name}: {saved.get(name, 'absent')} saved, {wanted.get(name, 'absent')} now"
+        for name in sorted(wanted.keys() | saved.keys())
+        if wanted.get(name) != saved.get(name)
+    ]
+    errors.check(
+        "workdir",
+        not found,
+        f"checkpoint {step} has other arrays than this configuration; choose another "
+        "--workdir, or undo:\n  " + "\n  ".join(found[:20]),
+    )

@@ -1,0 +1,52 @@
+"""How a program starts and ends: signals, output, exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from sct_jax.training import exit_codes, signals, streams
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and ends the process with the exit code that it returns.
+
+    Answers signals from the start, so `main` should do the slow imports. After anything
+    but an ordinary end, the threads of libraries cannot keep the process alive.
+    """
+    streams.forgive_all()
+    with signals.Program():
+        code = _exit_code(main)
+        streams.finish()
+        if code:
+            os._exit(code)
+    sys.exit(0)
+
+
+def _exit_code(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            say(end.code)
+            return exit_codes.ExitCode.INTERNAL_ERROR
+        return end.code or 0
+    except BaseException as error:
+        report_bug(error, "nothing was trained")
+        return exit_codes.ExitCode.INTERNAL_ERROR
+
+
+def report_bug(error: BaseException, kept: str) -> None:
+    """Prints the traceback of an unexpected error, what it is, and what is kept."""
+    traceback.print_exception(error)
+    last = traceback.format_exception_only(error)[-1].strip().splitlines()
+    say(
+        f"error: {last[0] if last else type(error).__name__}. This is a bug in sct_jax "
+        f"or in its environment: please report the lines above; {kept}"
+    )
+
+
+def say(text: str) -> None:
+    """Prints a line to standard error."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,85 @@
+"""Ends a run in which nothing happens any more, and says where it stands."""
+
+import contextlib
+import faulthandler
+import os
+import pathlib
+import sys
+import threading
+import time
+
+from sct_jax.training import exit_codes
+
+
+class Watchdog:
+    """Ends the process once `kick` has not been called for `timeout` seconds.
+
+    Writes the stacks of all threads to `stacks-<UTC time>.txt` in `folder` and exits
+    with `ExitCode.STALLED`. A context manager. It waits for the first `kick`, so that
+    what comes before may take any time. Time in which the process is stopped counts.
+
+    A thread of Python cannot act while native code holds the interpreter's lock. Once
+    twice the timeout has passed, a native thread writes the stacks to standard error
+    and exits with code 1, the one code it has.
+    """
+
+    def __init__(self, timeout: float | None, folder: pathlib.Path):
+        """Starts nothing yet.
+
+        Args:
+          timeout: seconds; None never ends anything.
+          folder: receives the stacks.
+        """
+        self._timeout = timeout
+        self._folder = folder
+        self._kicked: float | None = None
+        self._closed = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._timeout is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._timeout is not None:
+            self._closed.set()
+            faulthandler.cancel_dump_traceback_later()
+
+    def kick(self) -> None:
+        """Starts the time anew."""
+        self._kicked = time.monotonic()
+
+    def is_stalled(self) -> bool:
+        """Returns whether the last `kick` is as long ago as the timeout."""
+        if self._timeout is None or self._kicked is None:
+            return False
+        return time.monotonic() - self._kicked >= self._timeout
+
+    def _watch(self) -> None:
+        assert self._timeout is not None
+        while not self._closed.wait(self._timeout / 8):
+            if self._kicked is None:
+                continue
+            if self.is_stalled():
+                self._end(self._timeout)
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                faulthandler.dump_traceback_later(
+                    2 * self._timeout, exit=True, file=sys.__stderr__
+                )
+
+    def _end(self, timeout: float) -> None:
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        path = self._folder / f"stacks-{stamp}.txt"
+        where = f"see {path}"
+        try:
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            where = f"{path} cannot be written: {error.strerror}"
+        with contextlib.suppress(OSError):
+            text = (
+                f"error: stalled: nothing happened for {timeout:g} seconds; {where}. "
+                "The same command resumes from the newest checkpoint\n"
+            )
+            os.write(2, os.fsencode(text))
+        os._exit(exit_codes.ExitCode.STALLED)

@@ -1,0 +1,107 @@
+import math
+
+import jax
+import pytest
+import samples
+
+from sct_jax import errors, optimizers, sharding
+from sct_jax.training import hardware
+from sct_jax.training import state as state_lib
+
+
+def abstract(mesh):
+    """The state of a small model, divided over a mesh."""
+    state = state_lib.abstract(samples.SHAPE, optimizers.sct(1e-3))
+    return sharding.abstract(state, sharding.shardings(state, mesh))
+
+
+def own_bytes(state):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_that_just_fits_is_accepted(monkeypatch):
+    mesh = sharding.MeshConfig().build(1)
+    state = abstract(mesh)
+    monkeypatch.setattr(hardware, "host_bytes", lambda: own_bytes(state))
+    hardware.check_memory(state, mesh.devices.flat)
+    monkeypatch.setattr(hardware, "host_bytes", lambda: own_bytes(state) - 1)
+    with pytest.raises(errors.UserError, match="^model: ") as caught:
+        hardware.check_memory(state, mesh.devices.flat)
+    assert f"{own_bytes(state):,}" in str(caught.value)
+    assert f"{own_bytes(state) - 1:,}" in str(caught.value)
+
+
+def test_replicas_on_one_host_count(monkeypatch):
+    mesh = sharding.MeshConfig(data=8).build(8)
+    state = abstract(mesh)
+    monkeypatch.setattr(hardware, "host_bytes", lambda: 8 * own_bytes(state))
+    hardware.check_memory(state, mesh.devices.flat)
+    monkeypatch.setattr(hardware, "host_bytes", lambda: 8 * own_bytes(state) - 1)
+    with pytest.raises(errors.UserError):
+        hardware.check_memory(state, mesh.devices.flat)
+
+
+def test_shards_on_one_host_count_once(monkeypatch):
+    whole = own_bytes(abstract(sharding.MeshConfig().build(1)))
+    mesh = sharding.MeshConfig(fsdp=2).build(2)
+    placed = jax.tree.map(
+        lambda leaf: (
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        ),
+        abstract(mesh),
+    )
+    needed = 2 * sum(jax.tree.leaves(placed))
+    assert whole < needed < 1.1 * whole  # scales and singular values are replicated
+    monkeypatch.setattr(hardware, "host_bytes", lambda: needed)
+    hardware.check_memory(abstract(mesh), mesh.devices.flat)
+
+
+class Device:
+    """An accelerator that knows its memory."""
+
+    platform, device_kind, process_index = "gpu", "H9000", 0
+
+    def __init__(self, limit):
+        self._limit = limit
+
+    def memory_stats(self):
+        return None if self._limit is None else {"bytes_limit": self._limit}
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(-1, False), (0, True), (None, True)])
+def test_an_accelerator_has_memory_of_its_own(monkeypatch, limit, fits):
+    mesh = sharding.MeshConfig().build(1)
+    state = abstract(mesh)
+    monkeypatch.setattr(hardware, "host_bytes", lambda: 1)
+    size = None if limit is None else own_bytes(state) + limit
+    if fits:
+        hardware.check_memory(state, [Device(size)])
+        return
+    with pytest.raises(errors.UserError, match="H9000"):
+        hardware.check_memory(state, [Device(size)])
+
+
+def test_the_memory_of_this_host_is_known_and_bounds_nothing_real():
+    total = hardware.host_bytes()
+    assert total is not None and 1 << 28 < total < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, 1024 * 120),
+        ({"memory.max": "max"}, 1024 * 120),
+        ({"memory.max": "5000"}, 5000 + 1024 * 20),
+        ({"memory.max": "5000", "memory.swap.max": "7"}, 5007),
+        ({"memory.max": "999999999"}, 1024 * 120),
+    ],
+    ids=str,
+)
+def test_a_container_may_have_less(monkeypatch, tmp_path, limits, expected):
+    info = tmp_path / "meminfo"
+    info.write_text("MemTotal: 100 kB\nMemFree: 1 kB\nSwapTotal: 20 kB\nPages: 3\n")
+    for name, text in limits.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(hardware, "_MEMORY", info)
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    assert hardware.host_bytes() == expected
