@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 import stat
-import time
 import uuid
 from collections.abc import Iterator
 from typing import Literal
@@ -84,16 +83,16 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def remove_folder(path: str | os.PathLike[str]) -> None:
-    """Removes a folder, to which another thread may still write for a moment.
+def remove(path: str | os.PathLike[str]) -> None:
+    """Removes a file, a link, or a folder with all that is in it.
 
-    What cannot be removed stays.
+    Raises:
+      OSError: it is not there, or stays in part.
     """
-    for _ in range(20):
-        shutil.rmtree(path, ignore_errors=True)
-        if not os.path.lexists(path):
-            return
-        time.sleep(0.05)
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
 
 
 class HeldFolder:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen, nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Inexact, Shaped
 
 from sct_jax import spectral
 
@@ -22,7 +22,8 @@ class SpectralDense(linen.Module):
       features: fan_out.
       rank: R, at most min(fan_in, fan_out).
       use_bias: whether to add a bias.
-      dtype: dtype of the computation. Defaults to the dtype of the input.
+      dtype: dtype of the computation. Defaults to the dtype of the input, or of the
+        parameters for integers and booleans.
       scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
       flatten_rows: see `spectral.linear`; faster gradients on a single CPU device.
 
@@ -43,18 +44,23 @@ class SpectralDense(linen.Module):
     flatten_rows: bool = False
 
     @linen.compact
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    def __call__(self, x: Shaped[Array, "... I"]) -> Inexact[Array, "... O"]:
         """Returns the output of the layer.
 
         Raises:
-          ValueError: if the rank exceeds min(fan_in, fan_out).
+          ValueError: if the rank exceeds min(fan_in, fan_out); names the layer.
         """
-        kernel = self.param(
-            "kernel",
-            lambda key: spectral.init(
-                key, x.shape[-1], self.features, self.rank, scale=self.scale
-            ),
-        )
+
+        def draw(key):
+            try:
+                return spectral.init(
+                    key, x.shape[-1], self.features, self.rank, scale=self.scale
+                )
+            except ValueError as error:
+                path = "/".join((*self.path, "kernel"))
+                raise ValueError(f"{path}: {error}") from error
+
+        kernel = self.param("kernel", draw)
         bias = None
         if self.use_bias:
             bias = self.param("bias", lambda key: jnp.zeros(self.features, jnp.float32))
@@ -69,7 +75,8 @@ class SpectralLinear(nnx.Module):
       out_features: fan_out.
       rank: R, at most min(fan_in, fan_out).
       use_bias: whether to add a bias.
-      dtype: dtype of the computation. Defaults to the dtype of the input.
+      dtype: dtype of the computation. Defaults to the dtype of the input, or of the
+        parameters for integers and booleans.
       scale: multiplies the standard deviation 1 / sqrt(fan_in) of the init.
       flatten_rows: see `spectral.linear`; faster gradients on a single CPU device.
       rngs: random keys; uses one key of the `params` stream.
@@ -106,7 +113,7 @@ class SpectralLinear(nnx.Module):
         self.dtype = dtype
         self.flatten_rows = flatten_rows
 
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    def __call__(self, x: Shaped[Array, "... I"]) -> Inexact[Array, "... O"]:
         """Returns the output of the layer."""
         bias = None if self.bias is None else self.bias.get_value()
         return _apply(x, self.kernel.get_value(), bias, self.dtype, self.flatten_rows)
@@ -157,6 +164,10 @@ def _apply(
     flatten_rows: bool,
 ) -> jax.Array:
     if dtype is not None:
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
         x = x.astype(dtype)
     y = spectral.linear(x, kernel, flatten_rows=flatten_rows)
-    return y if bias is None else y + bias.astype(y.dtype)
+    if bias is None:
+        return y
+    return y + jnp.expand_dims(bias.astype(y.dtype), tuple(range(y.ndim - 1)))

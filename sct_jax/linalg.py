@@ -29,8 +29,10 @@ CUBIC = (1.5, -0.5, 0.0)
 MAX_STACKS = 4
 """Maximum number of batched calls in `map_batched`."""
 
-# Convergence is quadratic: from this error, one step reaches rounding.
-_NEWTON_ENDS = 2e-4
+
+def _newton_ends(dtype: jnp.dtype) -> float:
+    """Returns an error from which a quadratic step reaches rounding."""
+    return 2e-4 if dtype == jnp.float32 else 1e-8
 
 
 def matmul(x: Float[Array, "*#L n k"], y: Float[Array, "*#L k m"]) -> Array:
@@ -68,12 +70,41 @@ def gram(
 
 def frobenius_norm(x: Float[Array, "*L n m"]) -> Float[Array, "*L"]:
     """Returns the square root of the sum of squares over the last two axes."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
+    return safe_sqrt(jnp.sum(jnp.square(x), axis=(-2, -1)))
+
+
+def column_norms(x: Float[Array, "*L n m"]) -> Float[Array, "*L 1 m"]:
+    """Returns the norm of every column, whatever its size."""
+    peak = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
+    divisor = range_divisor(peak)
+    squares = jnp.sum(jnp.square(x / divisor), axis=-2, keepdims=True)
+    return safe_sqrt(squares) * divisor
+
+
+def safe_sqrt(x: Float[Array, "*L"]) -> Float[Array, "*L"]:
+    """Returns the square root, with derivative 0 at 0."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
 
 
 def safe_divisor(size: Float[Array, "*L"]) -> Float[Array, "*L"]:
-    """Replaces zeros by ones; a division by the result keeps zeros."""
-    return jnp.where(size > 0, size, 1)
+    """Replaces zeros by ones, so that a division by the result keeps zeros.
+
+    Sizes above 1 / tiny are lowered to it, by a factor of 4 at most: XLA multiplies by
+    reciprocals, and theirs would be subnormal and count as zero.
+    """
+    largest = 1 / float(jnp.finfo(size.dtype).tiny)
+    return jnp.where(size > largest, largest, jnp.where(size > 0, size, 1))
+
+
+def range_divisor(peak: Float[Array, "*L"]) -> Float[Array, "*L"]:
+    """Returns a divisor by which numbers up to `peak` can be squared and summed.
+
+    It is exactly 1 where they can be as they are. The derivative is zero.
+    """
+    third = jnp.finfo(peak.dtype).maxexp // 3
+    ordinary = (peak >= 2.0**-third) & (peak <= 2.0**third) | jnp.isnan(peak)
+    return jax.lax.stop_gradient(jnp.where(ordinary, 1, safe_divisor(peak)))
 
 
 def scale_by_max(x: Float[Array, "*L n m"]) -> Float[Array, "*L n m"]:
@@ -91,7 +122,8 @@ def map_batched(
 
     Matrices of equal size are stacked. If there are more than `MAX_STACKS` sizes,
     similar sizes are padded to the largest of them, with `fill` on the diagonal. A
-    batched call replaces hundreds of small kernels and compiles quickly.
+    batched call replaces hundreds of small kernels and compiles quickly. Matrices of
+    another dtype are stacked apart.
 
     Requires that `fn` does not mix the padding with the rest of the matrix. Results
     then equal the unpadded ones.
@@ -108,22 +140,24 @@ def map_batched(
     first = operands[0]
     if not first:
         return []
-    sizes = sorted({m.shape[-1] for m in first})
-    per_stack = math.ceil(len(sizes) / MAX_STACKS)
     results: list[Any] = [None] * len(first)
-    for start in range(0, len(sizes), per_stack):
-        members = sizes[start : start + per_stack]
-        indices = [i for i, m in enumerate(first) if m.shape[-1] in members]
-        stacks = [
-            jnp.concatenate([_pad(mats[i], members[-1], fill) for i in indices])
-            for mats in operands
-        ]
-        stacked, offset = fn(*stacks), 0
-        for i in indices:
-            layers, k = first[i].shape[:-2], first[i].shape[-1]
-            own = slice(offset, offset + math.prod(layers))
-            results[i] = jax.tree.map(lambda x: _cut(x, own, layers, k), stacked)  # noqa: B023
-            offset = own.stop
+    for dtype in sorted({m.dtype for m in first}, key=str):
+        alike = [i for i, m in enumerate(first) if m.dtype == dtype]
+        sizes = sorted({first[i].shape[-1] for i in alike})
+        per_stack = math.ceil(len(sizes) / MAX_STACKS)
+        for start in range(0, len(sizes), per_stack):
+            members = sizes[start : start + per_stack]
+            indices = [i for i in alike if first[i].shape[-1] in members]
+            stacks = [
+                jnp.concatenate([_pad(mats[i], members[-1], fill) for i in indices])
+                for mats in operands
+            ]
+            stacked, offset = fn(*stacks), 0
+            for i in indices:
+                layers, k = first[i].shape[:-2], first[i].shape[-1]
+                own = slice(offset, offset + math.prod(layers))
+                results[i] = jax.tree.map(lambda x: _cut(x, own, layers, k), stacked)  # noqa: B023
+                offset = own.stop
     return results
 
 
@@ -138,7 +172,8 @@ def _pad(x: Float[Array, "*L k k"], size: int, fill: float) -> Float[Array, "N K
     if k == size:
         return x
     x = jnp.pad(x, ((0, 0), (0, size - k), (0, size - k)))
-    return x + jnp.diag(jnp.where(jnp.arange(size) < k, 0, fill)).astype(x.dtype)
+    diagonal = jnp.where(jnp.arange(size) < k, 0, fill)
+    return x + jnp.diag(diagonal).astype(x.dtype)[None]
 
 
 def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
@@ -160,7 +195,7 @@ def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
     # Smaller blocks are not cheaper, and more blocks take long to compile.
     block = max(16, math.ceil(g.shape[-1] / 8))
     m, error = _inverse_by_halves(g, block)
-    return jax.lax.cond(error < _NEWTON_ENDS, lambda g: m, eliminate, g)
+    return jax.lax.cond(error < _newton_ends(g.dtype), lambda g: m, eliminate, g)
 
 
 def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Array]:
@@ -186,8 +221,9 @@ def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
 
     With E = M g M.T - I, one step is M <- M - (tril(E, -1) + diag(E) / 2) M.
     """
-    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)[None]
     half_lower = jnp.tril(jnp.ones_like(eye), -1) + 0.5 * eye
+    ends = _newton_ends(g.dtype)
 
     def improve(carry):
         m, _, step = carry
@@ -198,7 +234,7 @@ def _inverse_by_newton(g: Float[Array, "N k k"]) -> tuple[Array, Array]:
     def unfinished(carry):
         _, error, step = carry
         # Growth of the error ends the loop too.
-        return (error >= _NEWTON_ENDS) & (error < 2.0) & (step < 10)
+        return (error >= ends) & (error < 2.0) & (step < 10)
 
     e = g - eye
     start = (eye - half_lower * e, jnp.max(frobenius_norm(e)), jnp.array(0))
@@ -236,9 +272,11 @@ def inverse_sqrt(
 
     Newton-Schulz iteration with the convergent cubic, Z <- Z (3 I - Z g Z) / 2. The
     error e = ||Z g Z - I||_F converges quadratically: one step leaves at most 3/4 e^2.
-    So the loop ends at e < 1e-3, well above rounding, and one more step follows.
+    So the loop ends at e < 1e-3, well above rounding, and one more step follows. In
+    float64 it ends at 1e-8.
     """
-    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    ends = 1e-3 if g.dtype == jnp.float32 else 1e-8
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)[None]
     # Eigenvalues below 3 converge; the absolute row sums bound the largest one.
     scale = jnp.maximum(jnp.max(jnp.sum(jnp.abs(g), -1), -1) / 1.5, 1.0)
     scale = scale[:, None, None]
@@ -252,7 +290,7 @@ def inverse_sqrt(
     def unfinished(carry):
         _, residual, step = carry
         # NaN compares as False: a failed matrix does not keep the loop running.
-        open_ones = frobenius_norm(residual - eye) >= 1e-3
+        open_ones = frobenius_norm(residual - eye) >= ends
         return jnp.any(open_ones) & (step < max_steps)
 
     z, residual = improve(jnp.broadcast_to(eye, g.shape))
@@ -261,7 +299,7 @@ def inverse_sqrt(
         lambda carry: (*improve(carry[0]), carry[2] + 1),
         (z, residual, jnp.array(0)),
     )
-    converged = frobenius_norm(residual - eye)[:, None, None] < 1e-3
+    converged = frobenius_norm(residual - eye)[:, None, None] < ends
     return jnp.where(converged, z / jnp.sqrt(scale), jnp.nan)
 
 
@@ -293,7 +331,9 @@ def jacobi_svd(
     half = size // 2
     order = [0, half, *range(1, half - 1), *range(half + 1, size), half - 1]
     order = jnp.array(order if half > 1 else [0, 1])
-    eye = jnp.eye(size, dtype=m.dtype)
+    eye = jnp.eye(size, dtype=m.dtype)[None]
+    divisor = range_divisor(jnp.max(jnp.abs(m), axis=(-2, -1)))
+    m = m / divisor[:, None, None]
 
     def rotate_columns(x, angle):
         """Rotates each column pair (i, i + half) by its own angle."""
@@ -337,7 +377,7 @@ def jacobi_svd(
     # Inside shard_map, start must vary over the same axes as m.
     start = jnp.where(m == m, eye, eye)
     m, p, z, _ = jax.lax.while_loop(unfinished, sweep, (m, start, start, jnp.array(0)))
-    s = jnp.diagonal(m, axis1=-2, axis2=-1)
+    s = jnp.diagonal(m, axis1=-2, axis2=-1) * divisor[:, None]
     return p[:, :k, :k], s[:, :k], z[:, :k, :k]
 
 
@@ -388,7 +428,7 @@ def _polynomial(
 ) -> Float[Array, "N k k"]:
     """Returns the polynomial P with x P the last iterate, for x.T x = g."""
     a, b, c = coefficients
-    eye = jnp.eye(g.shape[-1], dtype=g.dtype)
+    eye = jnp.eye(g.shape[-1], dtype=g.dtype)[None]
     product = jnp.broadcast_to(eye, g.shape)
     for step in range(steps):
         p = a * eye + b * g
@@ -411,15 +451,18 @@ def power_iteration(
     """
 
     def normalise(y, otherwise):
-        norm = jnp.linalg.norm(y, axis=-1, keepdims=True)
+        norm = column_norms(y)
         return jnp.where(norm > 0, y / safe_divisor(norm), otherwise)
 
+    vector = vector[..., None]
     vector = normalise(vector, vector)
     for _ in range(steps):
-        left = matmul(x, vector[..., None])
-        vector = normalise(gram(x, left)[..., 0], vector)
-    norm = jnp.linalg.norm(matmul(x, vector[..., None])[..., 0], axis=-1)
-    return norm, vector
+        left = matmul(x, vector)
+        # Its size does not matter, but a product with x may overflow.
+        left = left / range_divisor(jnp.max(jnp.abs(left), axis=-2, keepdims=True))
+        vector = normalise(gram(x, left), vector)
+    norm = column_norms(matmul(x, vector))
+    return norm[..., 0, 0], vector[..., 0]
 
 
 @functools.partial(jax.jit, static_argnames="squarings")
@@ -434,6 +477,9 @@ def spectral_radius_bound(
     For symmetric m the bound is at most k^(1/2p) times the radius (Gelfand's formula).
     For k = 256 it is 1 % too large after 8 squarings, and 5e-6 after 20.
 
+    The derivative is y.T dm x / y.T x for the eigenvectors y and x of the radius, their
+    mean where several are equally large, and 0 for zero m.
+
     Args:
       m: real matrices. With a threshold, each must be a product of two positive
         semidefinite matrices. Their traces bound the radius from below:
@@ -442,23 +488,24 @@ def spectral_radius_bound(
       threshold: optional early stop. The loop ends once every radius is known to a
         tenth and every bound is on the same side of its threshold as the radius.
     """
+    return _gelfand(m, threshold, squarings)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _gelfand(
+    m: Float[Array, "N k k"], threshold: Float[Array, " N"] | None, squarings: int
+) -> Float[Array, " N"]:
     tiny = jnp.finfo(m.dtype).tiny
     k = m.shape[-1]
     # Rounding error of sum(m * m.T) for ||m||_F = 1.
     rounding = 16 * k * jnp.finfo(m.dtype).eps
-
-    def normalise(m):
-        peak = jnp.max(jnp.abs(m), axis=(-2, -1))
-        m = m / safe_divisor(peak)[:, None, None]
-        norm = frobenius_norm(m)
-        return m / safe_divisor(norm)[:, None, None], peak, norm
 
     def log(peak, norm):
         return jnp.log(jnp.maximum(peak, tiny)) + jnp.log(jnp.maximum(norm, tiny))
 
     def square(carry):
         m, total, weight, steps, settled = carry
-        m, peak, norm = normalise(matmul(m, m))
+        m, peak, norm = _normalise(matmul(m, m))
         weight = weight / 2
         # Frozen once settled, so that results do not depend on the rest of the stack.
         total = jnp.where(settled, total, total + weight * log(peak, norm))
@@ -475,7 +522,7 @@ def spectral_radius_bound(
         # NaN never settles otherwise.
         return (decided & (log_ratio > -math.log(1.1))) | zero | jnp.isnan(total)
 
-    m, peak, norm = normalise(m)
+    m, peak, norm = _normalise(m)
     zero = peak == 0
     total, one = log(peak, norm), jnp.ones([], m.dtype)
     _, total, *_ = jax.lax.while_loop(
@@ -484,3 +531,48 @@ def spectral_radius_bound(
         (m, total, one, jnp.array(0), settles(m, total, one)),
     )
     return jnp.where(zero, 0, jnp.exp(total))
+
+
+@_gelfand.defjvp
+def _gelfand_jvp(squarings, primals, tangents):
+    m, threshold = primals
+    # m^p / trace(m^p) tends to x y.T / y.T x.
+    power = jax.lax.fori_loop(
+        0, squarings, lambda _, m: _normalise(matmul(m, m))[0], _normalise(m)[0]
+    )
+    trace = jnp.trace(power, axis1=-2, axis2=-1)[:, None, None]
+    projector = power / jnp.where(trace == 0, 1, trace)
+    tangent = jnp.sum(transpose(projector) * tangents[0], axis=(-2, -1))
+    return _gelfand(m, threshold, squarings), tangent
+
+
+def _normalise(m: Float[Array, "N k k"]) -> tuple[Array, Array, Array]:
+    """Returns m / (peak norm) of Frobenius norm 1, or zero, and both divisors."""
+    peak = jnp.max(jnp.abs(m), axis=(-2, -1))
+    peak = jnp.minimum(peak, 1 / float(jnp.finfo(m.dtype).tiny))
+    m = m / safe_divisor(peak)[:, None, None]
+    norm = frobenius_norm(m)
+    return m / safe_divisor(norm)[:, None, None], peak, norm
+
+
+@jax.custom_jvp
+def inverse_upper(r: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
+    """Returns the inverse of upper triangular matrices, by back substitution."""
+    k = r.shape[-1]
+    eye = jnp.eye(k, dtype=r.dtype)[None]
+
+    def solve_row(step, x):
+        j = k - 1 - step
+        row = jax.lax.dynamic_index_in_dim(r, j, axis=1)
+        pivot = jax.lax.dynamic_index_in_dim(row, j, axis=2)
+        unit = jax.lax.dynamic_index_in_dim(eye, j, axis=1)
+        solved = (unit - matmul(row, x)) / pivot
+        return jax.lax.dynamic_update_index_in_dim(x, solved, j, axis=1)
+
+    return jax.lax.fori_loop(0, k, solve_row, 0 * r)
+
+
+@inverse_upper.defjvp
+def _inverse_upper_jvp(primals, tangents):
+    x = inverse_upper(*primals)
+    return x, -matmul(matmul(x, tangents[0]), x)

@@ -32,6 +32,16 @@ MLP = ("gate", "up", "down")
 FACTORS = ("spectral", "low_rank")
 REMAT = ("none", "dots", "full")
 
+MAX_SIZES = {
+    "d_model": 2**20,
+    "d_ff": 2**22,
+    "num_layers": 2**10,
+    "num_heads": 2**16,
+    "num_kv_heads": 2**16,
+    "vocab_size": 2**24,
+}
+"""Beyond any model, yet small enough to be described in little time and memory."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixRanks:
@@ -80,7 +90,7 @@ class ModelConfig:
       ranks: ranks of individual matrices.
       rank_ratios: ranks of individual matrices as fractions of fan_in.
       tie_embeddings: whether the head is the transposed embedding.
-      rope_theta: base of the rotary embedding.
+      rope_theta: base of the rotary embedding, at least 1.
       norm_eps: epsilon of RMSNorm.
       qk_norm: whether to normalise queries and keys over head_dim before the rotary
         embedding, with separate scales (Qwen3). Attention scores are then bounded for
@@ -162,9 +172,9 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises UserError naming the first invalid field."""
-        sizes = ("d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads")
-        errors.check_bounds("model.", self, *sizes, least=1)
-        errors.check_bounds("model.", self, "vocab_size", least=2)
+        for name, most in MAX_SIZES.items():
+            least = 2 if name == "vocab_size" else 1
+            errors.check_bounds("model.", self, name, least=least, most=most)
         errors.check(
             "model.num_heads",
             self.d_model % self.num_heads == 0,
@@ -180,7 +190,8 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"{self.num_kv_heads} must divide model.num_heads = {self.num_heads}",
         )
-        errors.check_bounds("model.", self, "rope_theta", "norm_eps", above=0)
+        errors.check_bounds("model.", self, "rope_theta", least=1)
+        errors.check_bounds("model.", self, "norm_eps", above=0)
         errors.check_choice("model.factors", self.factors, FACTORS)
         errors.check_choice("model.remat", self.remat, REMAT)
         errors.check_choice(
@@ -200,9 +211,10 @@ class ModelConfig:
             f"{self.spectral} lists a matrix twice",
         )
         for name in MATRICES:
-            self._validate_rank(name)
+            self.validate_rank(name)
 
-    def _validate_rank(self, name: str) -> None:
+    def validate_rank(self, name: str) -> None:
+        """Raises UserError for a rank of this matrix that is not possible."""
         explicit = getattr(self.ranks, name)
         ratio = getattr(self.rank_ratios, name)
         given = [
@@ -217,7 +229,9 @@ class ModelConfig:
             errors.check(given[0] if given else "", not given, message)
             return
         if ratio is not None:
-            errors.check(given[0], ratio > 0, f"{ratio} must be positive")
+            errors.check(
+                given[0], 0 < ratio <= 2**20, f"{ratio} must be > 0 and <= {2**20}"
+            )
             return
         rank, shape = self.matrix_rank(name), self.matrix_shapes()[name]
         errors.check(
@@ -303,6 +317,7 @@ def _init_matrix(key, config, name, *, layers=(), scale=1.0):
     if rank is None:
         std = scale / math.sqrt(fan_in)
         return std * jax.random.normal(key, (*layers, fan_in, fan_out), jnp.float32)
+    config.validate_rank(name)
     return spectral.init(
         key,
         fan_in,
@@ -502,6 +517,7 @@ def rms_norm(
     """Returns x / rms(x) * scale in the dtype of x, computed in float32."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
     return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
 
 
@@ -515,7 +531,7 @@ def rotary_table(
     """
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 

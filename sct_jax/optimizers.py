@@ -1,10 +1,11 @@
 """Optimizers: one chain of transformations per method, with its default masks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sct_jax import spectral, stiefel, transforms
@@ -87,6 +88,7 @@ def sct(
     References:
       Kohlberger et al., Spectral Compact Training, arXiv 2604.00733, 2026, Algorithm 1
     """
+    _check(locals())
     direction = transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype)
     if transport_moments:
         direction = transforms.transport_moments(direction)
@@ -149,6 +151,7 @@ def tsvd(
     References:
       TSVD, arXiv 2605.28573, 2026
     """
+    _check(locals())
     # Under `optax.inject_hyperparams` this is a tracer, so assume lazy retraction.
     unknown = isinstance(retraction_every, jax.Array)
     lazy = unknown or retraction_every != 1 or retraction_tolerance is not None
@@ -223,6 +226,7 @@ def stiefel_muon(
     Raises:
       ValueError: as `sct`, and for unknown coordinates.
     """
+    _check(locals())
     direction = _partition(
         spectral.is_spectral,
         transforms.scale_by_stiefel_muon(
@@ -285,6 +289,7 @@ def spectron(
     References:
       Spectron, arXiv 2602.12429, 2026, Algorithm 1
     """
+    _check(locals())
     direction = _partition(
         _is_low_rank,
         transforms.scale_by_spectron(
@@ -328,6 +333,7 @@ def adamw(
     Raises:
       ValueError: at `init`, for SpectralFactors, which would not stay orthonormal.
     """
+    _check(locals())
     return _unconstrained(
         transforms.scale_by_adam(b1, b2, eps, moment_dtype=moment_dtype),
         *_weight_decay(weight_decay, decay_mask),
@@ -371,6 +377,7 @@ def muon(
       Jordan et al., Muon: an optimizer for hidden layers, 2024,
       https://kellerjordan.github.io/posts/muon
     """
+    _check(locals())
 
     def dimensions(params):
         # Leading axes are layers.
@@ -422,6 +429,41 @@ def decays_by_axes(params: optax.Params) -> Any:
         return p.ndim >= 2
 
     return jax.tree.map(decays, params, is_leaf=spectral.is_factors)
+
+
+# Bounds of the hyperparameters of all chains, see `transforms.check_number`.
+_BOUNDS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({"least": 0, "below": 1}, ("b1", "b2", "momentum")),
+    ({"least": 0}, ("learning_rate", "eps", "weight_decay", "max_rotation")),
+    ({"least": 0}, ("singular_value_lr_multiplier", "dense_lr_multiplier")),
+    ({"above": 0}, ("max_update_norm", "retraction_tolerance", "base_width")),
+    ({"least": 1, "integer": True}, ("retraction_every",)),
+)
+_MAY_BE_NONE = ("max_update_norm", "retraction_tolerance", "base_width")
+_MAY_BE_SCHEDULES = (
+    "learning_rate",
+    "max_update_norm",
+    "singular_value_lr_multiplier",
+    "dense_lr_multiplier",
+)
+_FLAGS = ("nesterov", "shape_factor", "transport_moments")
+
+
+def _check(hyperparams: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first hyperparameter that has no meaning.
+
+    Tracers, as under `optax.inject_hyperparams`, and schedules pass.
+    """
+    for bounds, names in _BOUNDS:
+        for name in filter(hyperparams.__contains__, names):
+            value = hyperparams[name]
+            missing = value is None and name not in _MAY_BE_NONE
+            if missing or (callable(value) and name not in _MAY_BE_SCHEDULES):
+                raise ValueError(f"{name} must be a number, got {value}")
+            transforms.check_number(name, value, **bounds)
+    for name in filter(hyperparams.__contains__, _FLAGS):
+        if not isinstance(hyperparams[name], bool | np.bool_):
+            raise ValueError(f"{name} must be True or False, got {hyperparams[name]!r}")
 
 
 def _chain(
@@ -476,8 +518,9 @@ def _unconstrained(
     """The chain of the parts; refuses trees with factors that must stay orthonormal."""
 
     def init_fn(params):
-        leaves = jax.tree.leaves(params, is_leaf=spectral.is_factors)
-        if any(map(spectral.is_spectral, leaves)):
+        nodes = jax.tree.leaves(params, is_leaf=spectral.is_factors)
+        # One that `optax.masked` removed has no arrays.
+        if any(spectral.is_spectral(w) and jax.tree.leaves(w) for w in nodes):
             raise ValueError(
                 "SpectralFactors would not stay orthonormal under this optimizer: use "
                 "sct, tsvd or stiefel_muon, or convert them by spectral.to_low_rank"
@@ -494,7 +537,7 @@ def _partition(
     for_others: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Two rules for two kinds of weights; a factor tuple is never split."""
-    return optax.partition(
+    tx = optax.partition(
         {"factors": for_chosen, "others": for_others},
         lambda params: jax.tree.map(
             lambda p: "factors" if is_chosen(p) else "others",
@@ -502,6 +545,12 @@ def _partition(
             is_leaf=spectral.is_factors,
         ),
     )
+
+    def init_fn(params):
+        transforms.check_whole(params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def _weight_decay(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
 from sct_jax import errors, linalg, sharding, spectral, stiefel, transforms
 
@@ -69,8 +69,10 @@ class AdaptiveRankConfig:
         """Raises UserError naming the first invalid field."""
         check = functools.partial(errors.check_bounds, "adaptive_rank.", self)
         check("energy", above=0, most=1)
-        check("every", "floor", "multiple", least=1)
-        check("warmup_steps", "headroom", least=0)
+        check("every", least=1)
+        check("floor", "multiple", "max_rank", least=1, most=errors.MAX_INT32)
+        check("warmup_steps", least=0)
+        check("headroom", least=0, most=2**20)
         check("hysteresis", least=0, below=1)
         errors.check(
             "adaptive_rank.max_rank",
@@ -135,27 +137,23 @@ def weights(params: Any, opt_state: Any) -> dict[str, WeightInfo]:
     Raises:
       UserError: if the state has no active columns for a weight.
     """
-    named = _named(params, spectral.is_spectral)
-    marks, found = _marks(opt_state, tuple(named)), {}
-    for name, w in named.items():
+    marks, found = _marks(opt_state, params), {}
+    for name, w in _named(params).items():
         _check_marked(name, marks)
         s, active = np.asarray(w.s), np.asarray(marks[name])
         fans = (w.u.shape[-2], w.v.shape[-2])
-        found[name] = WeightInfo(fans, s, active.sum(-1))
+        found[name] = WeightInfo(fans, s, np.asarray(active.sum(-1)))
     return found
 
 
 def stored_ranks(params: Any) -> dict[str, int]:
     """Returns the stored rank of every SpectralFactors by name."""
-    return {
-        name: w.s.shape[-1] for name, w in _named(params, spectral.is_spectral).items()
-    }
+    return {name: w.s.shape[-1] for name, w in _named(params).items()}
 
 
 def num_parameters(params: Any) -> int:
     """Returns the number of parameters in all SpectralFactors, abstract or not."""
-    factors = _named(params, spectral.is_spectral)
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(factors))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(_named(params)))
 
 
 def decide(
@@ -169,7 +167,7 @@ def decide(
     Let k be the smallest number of columns whose s^2 reach the fraction tau of their
     sum. A layer then asks for k (1 + headroom) columns. By default tau is `energy`.
     With `budget_neutral`, tau is the largest value for which the rounded ranks fit into
-    `budget` parameters.
+    `budget` parameters. A layer with a NaN or an infinity in s keeps its columns.
 
     Args:
       found: result of `weights`.
@@ -246,7 +244,7 @@ def resize(
     params: T,
     opt_state: Any,
     *,
-    active: Mapping[str, Int[Array, "*layers"]],
+    active: Mapping[str, Shaped[ArrayLike, "..."]],
     ranks: Mapping[str, int],
     key: PRNGKeyArray,
 ) -> tuple[T, Any]:
@@ -266,21 +264,18 @@ def resize(
     Args:
       params: the parameters.
       opt_state: state of a chain with `transforms.freeze_inactive_columns`.
-      active: number of active columns per weight and layer, with names from `weights`.
-        Other weights do not change.
+      active: number of active columns per weight and layer, integers in 1..rank, with
+        names from `weights`. Other weights do not change.
       ranks: stored rank per weight, with the same names.
       key: random key for the new columns.
 
     Raises:
-      UserError: if a weight is missing in params, a rank is not possible, or the state
-        has no active columns for a weight; names the weight.
+      UserError: if a weight is missing in params, a rank or a number of columns is not
+        possible, or the state has no active columns for a weight, or holds factors of
+        none; names the weight.
     """
-    _check_ranks(params, opt_state, active, ranks)
-    changed = {
-        name: w
-        for name, w in _named(params, spectral.is_spectral).items()
-        if name in ranks
-    }
+    _check_change(params, opt_state, active, ranks)
+    changed = {name: w for name, w in _named(params).items() if name in ranks}
     orders = {name: jnp.argsort(-jnp.abs(w.s), axis=-1) for name, w in changed.items()}
     missing = {name: ranks[name] - w.s.shape[-1] for name, w in changed.items()}
     grown = _complements(
@@ -288,7 +283,9 @@ def resize(
     )
 
     def in_use(name: str) -> Array:
-        return jnp.arange(ranks[name]) < active[name][..., None]
+        shape = (*changed[name].s.shape[:-1], ranks[name])
+        columns = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+        return columns < jnp.asarray(active[name])[..., None]
 
     def sort(name: str, x: Array, *, of_rows: bool) -> Array:
         order = orders[name]
@@ -297,26 +294,27 @@ def resize(
         missing = ranks[name] - x.shape[-1]
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
-    def resize_params(name: str, w: spectral.SpectralFactors, path: Any):
-        del path
+    def resize_params(entry: _Entry) -> spectral.SpectralFactors:
+        name, w = entry.name, entry.weight
         if name not in ranks:
             return w
         u, v = sort(name, w.u, of_rows=True), sort(name, w.v, of_rows=True)
         if name in grown:
-            u = u.at[..., w.s.shape[-1] :].set(grown[name][0])
-            v = v.at[..., w.s.shape[-1] :].set(grown[name][1])
+            new_u, new_v = grown[name]
+            u = u.at[..., w.s.shape[-1] :].set(new_u.astype(u.dtype))
+            v = v.at[..., w.s.shape[-1] :].set(new_v.astype(v.dtype))
         s = jnp.where(in_use(name), sort(name, w.s, of_rows=False), 0)
         return spectral.SpectralFactors(u, s, v)
 
-    def resize_state(name: str, node: Any, path: Any) -> Any:
+    def resize_state(entry: _Entry) -> Any:
+        name = entry.name
         if name not in ranks:
-            return node
+            return entry.node
         used = in_use(name)
-        if isinstance(node, transforms.ActiveColumns):
+        if isinstance(entry.node, transforms.ActiveColumns):
             return transforms.ActiveColumns(used)
         wide = used[..., None, :]
-
-        second = transforms.is_second_moment(path)
+        second = transforms.is_second_moment(entry.field)
 
         def moment(x: Array) -> Array:
             of_rows = x.ndim > used.ndim
@@ -325,36 +323,45 @@ def resize(
                 x = jnp.where(x > 0, x, _mean_of_positive(x))
             return jnp.where(wide if of_rows else used, x, 0)
 
-        return jax.tree.map(moment, node)
+        return entry.map_columns(moment)
 
-    names = tuple(stored_ranks(params))
     return (
-        _map_columns(params, names, resize_params),
-        _map_columns(opt_state, names, resize_state),
+        _map_entries(params, params, resize_params),
+        _map_entries(opt_state, params, resize_state),
     )
 
 
-def with_ranks(tree: T, ranks: Mapping[str, int]) -> T:
-    """Returns a tree of abstract arrays with the given stored ranks."""
+def with_ranks(tree: T, ranks: Mapping[str, int], *, params: Any) -> T:
+    """Returns a tree of abstract arrays with the given stored ranks.
 
-    def change(name: str, node: Any, path: Any) -> Any:
-        del path
-        return jax.tree.map(
-            lambda x: x.update(shape=(*x.shape[:-1], ranks[name])), node
-        )
+    Args:
+      tree: holds the parameters, an optimizer state, or both.
+      ranks: stored rank per weight. Other weights do not change.
+      params: the parameters, as they are now.
 
-    return _map_columns(tree, tuple(ranks), change)
+    Raises:
+      UserError: if a rank is not possible; names the weight.
+    """
+
+    def change(entry: _Entry) -> Any:
+        name = entry.name
+        if name not in ranks:
+            return entry.node
+        _check_rank(name, entry.weight, ranks[name])
+        return entry.map_columns(lambda x: x.update(shape=(*x.shape[:-1], ranks[name])))
+
+    return _map_entries(tree, params, change)
 
 
 def _wanted(w: WeightInfo, energy: float, config: AdaptiveRankConfig) -> np.ndarray:
     """Returns the number of columns that each layer should use at this tau."""
     necessary = np.asarray(spectral.energy_rank(jnp.asarray(w.s), energy))
-    wanted = np.ceil(necessary * (1 + config.headroom)).astype(int)
+    wanted = np.ceil(necessary * (1 + config.headroom))
     limit = _limit(w, config)
-    wanted = np.clip(wanted, min(config.floor, limit), limit)
+    wanted = np.clip(wanted, min(config.floor, limit), limit).astype(int)
     stays = (wanted <= w.active) & (wanted >= (1 - config.hysteresis) * w.active)
-    stays &= w.active <= limit
-    return np.where(stays, w.active, wanted)
+    stays |= ~np.all(np.isfinite(w.s), axis=-1)
+    return np.where(stays, np.minimum(w.active, limit), wanted)
 
 
 def _limit(w: WeightInfo, config: AdaptiveRankConfig) -> int:
@@ -379,6 +386,7 @@ def _complements(
             jax.random.normal(
                 jax.random.fold_in(key, 2 * index + side),
                 (*x.shape[:-1], wanted[name][1]),
+                x.dtype,
             )
             for side, x in enumerate(pair)
         )
@@ -393,33 +401,88 @@ def _complements(
     return jax.lax.fori_loop(0, 2, improve, new) if new else {}
 
 
-def _named(tree: Any, is_node: Callable[[Any], bool]) -> dict[str, Any]:
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
-    return {sharding.path_name(path): node for path, node in nodes if is_node(node)}
+class _Entry(NamedTuple):
+    """What a tree holds for one weight."""
+
+    name: str
+    weight: spectral.SpectralFactors
+    node: Any  # in place of the weight
+    field: str | None  # that holds the mirror of the parameters
+
+    def map_columns(self, fn: Callable[[Any], Any]) -> Any:
+        """Returns the node with fn(x) for every array x with a column per column."""
+
+        def change(x: Any, like: Any) -> Any:
+            if x.shape == like.shape:
+                return fn(x)
+            errors.check(
+                "opt_state",
+                math.prod(x.shape) == 1,
+                f"holds an array {x.shape} for {self.name or 'the weight'} in "
+                f"{self.field or 'a mirror of the parameters'}, whose part has shape "
+                f"{like.shape}: ranks cannot change under this optimizer; use "
+                "optimizers.tsvd",
+            )
+            return x
+
+        parts = {}
+        for part in self.node._fields:
+            like = getattr(self.weight, part, self.weight.s)
+            parts[part] = jax.tree.map(
+                functools.partial(change, like=like), getattr(self.node, part)
+            )
+        return self.node._replace(**parts)
 
 
-def _weight_at(path: str, names: tuple[str, ...]) -> str | None:
-    """Returns the name of the weight at a path of the parameters, or of a mirror."""
-    # Treat attributes like keys: the root of params is an inner node of a state.
-    below = "/" + path.replace(".", "/")
-    found = [
-        name
-        for name in names
-        if not name or below.endswith("/" + name.replace(".", "/"))
-    ]
-    return max(found, key=len, default=None)
+def _is_entry(x: Any) -> bool:
+    return isinstance(x, _COLUMN_NODES)
 
 
-def _marks(opt_state: Any, names: tuple[str, ...]) -> dict[str | None, Array]:
-    """Returns the mask of active columns of every weight from an optimizer state."""
-    is_marks = lambda x: isinstance(x, transforms.ActiveColumns)
-    return {
-        _weight_at(path, names): columns.active
-        for path, columns in _named(opt_state, is_marks).items()
+def _map_entries(tree: T, params: Any, fn: Callable[[_Entry], Any]) -> T:
+    """Replaces what `tree` holds for every weight, in every mirror of `params`."""
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=spectral.is_spectral)
+    weights = {
+        transforms.key_names(path): (sharding.path_name(path), w)
+        for path, w in nodes
+        if spectral.is_spectral(w)
     }
 
+    def of_mirror(field: str | None, mirror: Any) -> Any:
+        def change(path, node):
+            if not _is_entry(node):
+                return node
+            return fn(_Entry(*weights[transforms.key_names(path)], node, field))
 
-def _check_marked(name: str, marks: Container[str | None]) -> None:
+        return jax.tree_util.tree_map_with_path(change, mirror, is_leaf=_is_entry)
+
+    return transforms.map_mirrors(tree, params, of_mirror, is_entry=_is_entry)
+
+
+def _named(params: Any) -> dict[str, spectral.SpectralFactors]:
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=spectral.is_spectral)
+    named = {}
+    for path, node in nodes:
+        if spectral.is_spectral(node):
+            name = sharding.path_name(path)
+            errors.check("params", name not in named, f"two weights are called {name}")
+            named[name] = node
+    return named
+
+
+def _marks(opt_state: Any, params: Any) -> dict[str, Array]:
+    """Returns the mask of active columns of every weight from an optimizer state."""
+    marks = {}
+
+    def collect(entry: _Entry) -> Any:
+        if isinstance(entry.node, transforms.ActiveColumns):
+            marks[entry.name] = entry.node.active
+        return entry.node
+
+    _map_entries(opt_state, params, collect)
+    return marks
+
+
+def _check_marked(name: str, marks: Container[str]) -> None:
     errors.check(
         "optimizer.name",
         name in marks,
@@ -428,45 +491,64 @@ def _check_marked(name: str, marks: Container[str | None]) -> None:
     )
 
 
-def _check_ranks(
+def _check_rank(name: str, w: spectral.SpectralFactors, rank: Any) -> None:
+    fan_in, fan_out = w.u.shape[-2], w.v.shape[-2]
+    is_integer = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+    errors.check(
+        f"ranks.{name}",
+        is_integer and bool(1 <= rank <= min(fan_in, fan_out)),
+        f"{rank} must be an integer in 1..{min(fan_in, fan_out)}, for a weight of "
+        f"shape {fan_in} x {fan_out}",
+    )
+
+
+def _check_active(
+    name: str, w: spectral.SpectralFactors, active: Any, rank: int
+) -> None:
+    layers = w.s.shape[:-1]
+    is_integer = jnp.issubdtype(jnp.result_type(active), jnp.integer)
+    errors.check(
+        f"active.{name}",
+        np.shape(active) == layers and is_integer,
+        f"must be integers of shape {layers}, one per layer",
+    )
+    try:
+        known = np.asarray(active)
+    except jax.errors.TracerArrayConversionError:
+        return
+    errors.check(
+        f"active.{name}",
+        bool(np.all((known >= 1) & (known <= rank))),
+        f"{known} must be in 1..{rank}, the stored rank",
+    )
+
+
+def _check_change(
     params: Any,
     opt_state: Any,
     active: Mapping[str, Any],
     ranks: Mapping[str, int],
 ) -> None:
     """Raises UserError if `resize` cannot make this change."""
-    named = _named(params, spectral.is_spectral)
-    marks = _marks(opt_state, tuple(named))
+    named, marks = _named(params), _marks(opt_state, params)
     for name in {**active, **ranks}:
         errors.check_choice("ranks", name, tuple(named))
         errors.check("ranks", name in active, f"{name} is missing in `active`")
         errors.check("ranks", name in ranks, f"{name} is missing in `ranks`")
-        most = min(named[name].u.shape[-2], named[name].v.shape[-2])
-        errors.check(
-            f"ranks.{name}",
-            1 <= ranks[name] <= most,
-            f"{ranks[name]} must be in 1..{most}",
-        )
+        _check_rank(name, named[name], ranks[name])
+        _check_active(name, named[name], active[name], ranks[name])
         _check_marked(name, marks)
+    known = _map_entries(opt_state, params, lambda _: None)
+    for path, node in jax.tree_util.tree_leaves_with_path(known, is_leaf=_is_entry):
+        errors.check(
+            "opt_state",
+            not _is_entry(node),
+            f"{sharding.path_name(path)} belongs to no weight of params: pass the "
+            "parameters that the state was initialised with",
+        )
 
 
 def _mean_of_positive(x: Float[Array, "*rows R"]) -> Float[Array, "*rows 1"]:
     """Returns the mean over the positive entries of each row, 0 if there are none."""
     count = jnp.sum(x > 0, axis=-1, keepdims=True)
     return jnp.sum(x, axis=-1, keepdims=True) / jnp.maximum(count, 1)
-
-
-def _map_columns(
-    tree: T, names: tuple[str, ...], fn: Callable[[str, Any, Any], Any]
-) -> T:
-    """Replaces every node with columns of a weight by fn(name, node, path)."""
-
-    def change(path, node):
-        if not isinstance(node, _COLUMN_NODES):
-            return node
-        name = _weight_at(sharding.path_name(path), names)
-        return node if name is None else fn(name, node, path)
-
-    return jax.tree_util.tree_map_with_path(
-        change, tree, is_leaf=lambda x: isinstance(x, _COLUMN_NODES)
-    )

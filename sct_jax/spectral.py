@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Inexact, Int, PRNGKeyArray, Shaped
 
 from sct_jax import linalg, stiefel
 
@@ -60,20 +61,22 @@ def is_spectral(x: Any) -> TypeGuard[SpectralFactors]:
 
 
 def linear(
-    x: Float[Array, "... I"], w: Weight, *, flatten_rows: bool = False
-) -> Float[Array, "... O"]:
+    x: Shaped[ArrayLike, "... I"], w: Weight, *, flatten_rows: bool = False
+) -> Inexact[Array, "... O"]:
     """Returns x @ W in the dtype of x, at 2 R (I + O) FLOPs per row for factors.
 
     The factors keep their own dtype (float32 master copies) and are cast here.
 
     Args:
-      x: activations; their dtype is the compute dtype.
+      x: activations; their dtype is the compute dtype. Integers and booleans are
+        computed in the dtype of W.
       w: a dense array (I, O) or factors without layer axes.
       flatten_rows: whether to multiply x as a matrix with a single axis of rows. Set
         this on one device: for gradients over several axes of rows, XLA on CPU
         transposes the activations. Leave it unset if rows may be sharded: joining
         sharded axes moves activations between devices.
     """
+    x = _as_activations(x, w)
     rows = x.reshape(-1, x.shape[-1]) if flatten_rows else x
     if is_factors(w):
         y = expand(contract(rows, w), w)
@@ -83,25 +86,45 @@ def linear(
 
 
 def contract(
-    x: Float[Array, "*N I"], w: SpectralFactors | LowRankFactors
-) -> Float[Array, "*N R"]:
+    x: Shaped[ArrayLike, "*N I"], w: SpectralFactors | LowRankFactors
+) -> Inexact[Array, "*N R"]:
     """Returns the low-rank bottleneck x @ u or x @ a, the input of `expand`."""
+    x = _as_activations(x, w)
     return x @ w[0].astype(x.dtype)
 
 
 def expand(
-    h: Float[Array, "*N R"], w: SpectralFactors | LowRankFactors
-) -> Float[Array, "*N O"]:
+    h: Shaped[ArrayLike, "*N R"], w: SpectralFactors | LowRankFactors
+) -> Inexact[Array, "*N O"]:
     """Returns h diag(s) v.T or h b.T: `linear` is `expand(contract(x, w), w)`."""
+    h = _as_activations(h, w)
     if isinstance(w, SpectralFactors):
-        h = h * w.s.astype(h.dtype)
+        h = h * _as_row(w.s.astype(h.dtype), h.ndim)
     return h @ w[-1].astype(h.dtype).T
+
+
+def _as_activations(x: Shaped[ArrayLike, "*N"], w: Weight) -> Inexact[Array, "*N"]:
+    """Casts x to a dtype in which the product with w has a meaning, if need be."""
+    x, params = jnp.asarray(x), jax.tree.leaves(w)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        dtype = jnp.result_type(*params)
+        inexact = jnp.issubdtype(dtype, jnp.inexact)
+        return x.astype(dtype if inexact else jnp.float32)
+    if any(jnp.iscomplexobj(param) for param in params):
+        return x.astype(jnp.result_type(x, *params))
+    return x
+
+
+def _as_row(s: Inexact[Array, " R"], ndim: int) -> Inexact[Array, "*ones R"]:
+    """Adds leading axes of size 1, so that no rank is promoted."""
+    return jnp.expand_dims(s, tuple(range(ndim - 1)))
 
 
 def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
     """Returns the rows `ids` of W (I, O) in the dtype of w, at 2 R O FLOPs per row."""
     if isinstance(w, SpectralFactors):
-        return (w.u[ids] * w.s) @ w.v.T
+        rows = w.u[ids]
+        return (rows * _as_row(w.s, rows.ndim)) @ w.v.T
     if isinstance(w, LowRankFactors):
         return w.a[ids] @ w.b.T
     return w[ids]
@@ -128,10 +151,12 @@ def to_dense(w: Weight) -> Float[Array, "*layers I O"]:
 def to_low_rank(w: SpectralFactors) -> LowRankFactors:
     """Returns a = u sqrt|s| and b = v sign(s) sqrt|s|, which have the same product.
 
+    The derivative by s counts as 0 where s is 0.
+
     References:
       Spectron, arXiv 2602.12429, 2026 (initialisation)
     """
-    root = jnp.sqrt(jnp.abs(w.s))[..., None, :]
+    root = linalg.safe_sqrt(jnp.abs(w.s))[..., None, :]
     return LowRankFactors(w.u * root, w.v * root * jnp.sign(w.s)[..., None, :])
 
 
@@ -224,24 +249,31 @@ def init(
       rank: R.
       dtype: dtype of the factors.
       layers: leading axes; layers are independent.
-      scale: multiplies the standard deviation 1 / sqrt(I) of the dense matrix.
+      scale: multiplies the standard deviation 1 / sqrt(I) of the dense matrix. If 0, s
+        and W are 0.
       rescale: whether to scale s so that W has the Frobenius norm of the dense matrix.
       orthonormal: whether to retract u and v. If False they are Gaussian, and one
         `retract` can later batch the weights of a whole model.
 
     Raises:
-      ValueError: for a rank outside 1..min(fan_in, fan_out).
+      ValueError: for a rank outside 1..min(fan_in, fan_out), and for a scale that is
+        negative, not finite, or too large for the dtype.
     """
     if not 1 <= rank <= min(fan_in, fan_out):
         raise ValueError(
             f"rank must be in 1..{min(fan_in, fan_out)} for shape "
             f"({fan_in}, {fan_out}), got {rank}"
         )
+    if not isinstance(scale, jax.core.Tracer) and not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and at least 0, got {scale}")
     layers = tuple(layers)
     key_u, key_v = jax.random.split(key)
-    s = _gaussian_singular_values(fan_in, fan_out)[:rank] * scale / math.sqrt(fan_in)
-    if rescale:
-        s = s * scale * math.sqrt(fan_out) / np.linalg.norm(s)
+    with np.errstate(over="ignore", invalid="ignore"):
+        s = _gaussian_singular_values(fan_in, fan_out, rank) * scale / math.sqrt(fan_in)
+        if rescale:
+            s = s * scale * math.sqrt(fan_out) / (np.linalg.norm(s) or 1.0)
+    if isinstance(s, np.ndarray) and not np.max(s) <= jnp.finfo(dtype).max:
+        raise ValueError(f"scale {scale} makes s too large for {jnp.dtype(dtype)}")
     drawn = SpectralFactors(
         jax.random.normal(key_u, (*layers, fan_in, rank), dtype),
         jnp.broadcast_to(jnp.asarray(s, dtype), (*layers, rank)),
@@ -266,8 +298,8 @@ def retract(tree: T, *, method: str = "cholesky_qr") -> T:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _gaussian_singular_values(fan_in: int, fan_out: int) -> np.ndarray:
-    """Returns quantiles of the singular values of a Gaussian matrix, descending.
+def _gaussian_singular_values(fan_in: int, fan_out: int, rank: int) -> np.ndarray:
+    """Returns the largest quantiles of the singular values of a Gaussian, descending.
 
     For Gaussian G (m, n) with m <= n, the eigenvalues of G G.T / n follow the
     Marchenko-Pastur law on [(1 - r)^2, (1 + r)^2] with r = sqrt(m / n).
@@ -281,7 +313,7 @@ def _gaussian_singular_values(fan_in: int, fan_out: int) -> np.ndarray:
     t = (t[1:] + t[:-1]) / 2
     x = (low + high) / 2 - (high - low) / 2 * np.cos(t)
     mass = np.cumsum(np.sin(t) ** 2 / x)
-    quantiles = (np.arange(m) + 0.5) / m
+    quantiles = (np.arange(m - rank, m) + 0.5) / m
     return np.sqrt(n * np.interp(quantiles, mass / mass[-1], x))[::-1]
 
 
@@ -295,9 +327,13 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     holds for any factors. The subtraction happens in a 2R x 2R matrix. The error is
     therefore about 1e-5 relative plus eps max|s| absolute, even if u and v co-rotate.
     Under lazy retraction, where |u.T u - I| = d for `old`, add sqrt(eps) d^2 max|s|.
+    Factors of any size are scaled first.
 
     For LowRankFactors, W' - W = [a' - a, a] [b', b' - b].T. The absolute error is about
     sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
+
+    Differentiable: the derivative is p.T dW q for the singular vectors p and q of the
+    norm, their mean where several are equally large, and 0 where W' = W.
 
     Args:
       old: factors of W.
@@ -329,54 +365,104 @@ def orthonormality_error(tree: Any) -> Float[Array, ""]:
 
 
 def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
+    if not pairs:
+        return []
+    products = [_small_product(old, new) for old, new in pairs]
     radii = linalg.map_batched(
         lambda m: linalg.spectral_radius_bound(m, squarings=20),
-        [_small_product(old, new) for old, new in pairs],
+        [product for product, _ in products],
         fill=0.0,
     )
-    return [jnp.sqrt(radius) for radius in radii]
+    return [
+        size * linalg.safe_sqrt(radius)
+        for (_, size), radius in zip(products, radii, strict=True)
+    ]
 
 
-def _small_product(old: Weight, new: Weight) -> Float[Array, "*layers R2 R2"]:
-    """Returns a 2R x 2R matrix with spectral radius ||W' - W||_2^2."""
+def _small_product(
+    old: Weight, new: Weight
+) -> tuple[Float[Array, "*layers R2 R2"], Float[Array, "*layers"]]:
+    """Returns a 2R x 2R matrix m and a size c with ||W' - W||_2^2 = c^2 radius(m).
+
+    m can be squared; c is 1 for factors of ordinary size.
+    """
     old, new = jax.tree.map(linalg.as_float32, (old, new))
     if isinstance(old, SpectralFactors) and isinstance(new, SpectralFactors):
-        p_u, e_u = _split_twice(old.u, new.u)
-        p_v, e_v = _split_twice(old.v, new.v)
-        k = small_space_difference(p_u, p_v, old.s, new.s)
+        p_u, x_u, e_u, sizes_u = _in_old_basis(old.u, new.u)
+        p_v, x_v, e_v, sizes_v = _in_old_basis(old.v, new.v)
+        s, new_s = (
+            w.s * size_u * size_v
+            for w, size_u, size_v in zip((old, new), sizes_u, sizes_v, strict=True)
+        )
+        peak = jnp.maximum(*(jnp.max(jnp.abs(x), axis=-1) for x in (s, new_s)))
+        size = linalg.range_divisor(peak)
+        k = small_space_difference(
+            p_u, p_v, s / size[..., None], new_s / size[..., None]
+        )
         g_u, g_v = (
             linalg.gram(jnp.concatenate([x, e], axis=-1))
-            for x, e in ((old.u, e_u), (old.v, e_v))
+            for x, e in ((x_u, e_u), (x_v, e_v))
         )
         return linalg.matmul(
             linalg.matmul(g_u, k),
             linalg.matmul(g_v, linalg.transpose(k)),
-        )
+        ), size
     if isinstance(old, LowRankFactors) and isinstance(new, LowRankFactors):
         d_a, d_b = new.a - old.a, new.b - old.b
         left = jnp.concatenate([d_a, old.a], axis=-1)
         right = jnp.concatenate([new.b, d_b], axis=-1)
-        # Balance both columns of each rank-one term; their product does not change.
-        size_l = jnp.linalg.norm(left, axis=-2, keepdims=True)
-        size_r = jnp.linalg.norm(right, axis=-2, keepdims=True)
-        vanishes = (size_l == 0) | (size_r == 0)
-        balance = jnp.sqrt(
-            jnp.where(vanishes, 1, size_r) / jnp.where(vanishes, 1, size_l)
-        )
-        return linalg.matmul(linalg.gram(left * balance), linalg.gram(right / balance))
+        balance = _balance(left, right)
+        grams = linalg.gram(left * balance), linalg.gram(right / balance)
+        peaks = [jnp.max(jnp.abs(g), axis=(-2, -1)) for g in grams]
+        squares = [linalg.range_divisor(peak) for peak in peaks]
+        g_l, g_r = (g / c[..., None, None] for g, c in zip(grams, squares, strict=True))
+        size = jnp.sqrt(squares[0]) * jnp.sqrt(squares[1])
+        return linalg.matmul(g_l, g_r), size
     raise TypeError(
         "composite_update_norm compares two SpectralFactors or two LowRankFactors, "
         f"got {type(old).__name__} and {type(new).__name__}"
     )
 
 
-def _split_twice(
-    x: Float[Array, "*L n R"], y: Float[Array, "*L n R"]
-) -> tuple[Float[Array, "*L R R"], Float[Array, "*L n R"]]:
-    """Repeats `split_along`, for x that a lazy retraction left nearly orthonormal."""
-    p, e = split_along(x, y)
-    more, e = split_along(x, e)
-    return p + more, e
+def _balance(
+    left: Float[Array, "*L I R2"], right: Float[Array, "*L O R2"]
+) -> Float[Array, "*L 1 R2"]:
+    """Returns factors after which both columns of each rank-one term are equally long.
+
+    The product of left * factor and right / factor does not change, so the factor
+    counts as a constant.
+    """
+    size_l, size_r = linalg.column_norms(left), linalg.column_norms(right)
+    vanishes = (size_l == 0) | (size_r == 0)
+    ratio = jnp.where(vanishes, 1, size_r) / jnp.where(vanishes, 1, size_l)
+    factor = jnp.where(
+        (ratio > jnp.finfo(ratio.dtype).tiny) & jnp.isfinite(ratio),
+        jnp.sqrt(ratio),
+        jnp.sqrt(size_r) * jax.lax.rsqrt(linalg.safe_divisor(size_l)),
+    )
+    # The other column of a term that vanishes may be too large to square.
+    alone = linalg.range_divisor(size_r) / linalg.range_divisor(size_l)
+    return jax.lax.stop_gradient(jnp.where(vanishes, alone, factor))
+
+
+def _in_old_basis(
+    old: Float[Array, "*L n R"], new: Float[Array, "*L n R"]
+) -> tuple[Array, Array, Array, tuple[Array, Array]]:
+    """Returns p, x, e and sizes with new / sizes[1] = x p + e and x = old / sizes[0].
+
+    The sizes (*L, R) are 1 for columns that can be squared. x.T e = 0 to rounding, also
+    for an old that a lazy retraction left nearly orthonormal.
+    """
+    size, new_size = (
+        linalg.range_divisor(jnp.max(jnp.abs(x), axis=-2)) for x in (old, new)
+    )
+    p, e = jnp.zeros([], old.dtype), new / new_size[..., None, :]
+    for _ in range(2):
+        # Divide coefficients, not `old`, which would copy it.
+        more = linalg.gram(old, e) / size[..., None]
+        e = e - linalg.matmul(old, more / size[..., None])
+        p = p + more
+    return p, old / size[..., None, :], e, (size, new_size)
 
 
 def split_along(
@@ -407,11 +493,14 @@ def small_space_difference(
     """
     rank = old_s.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(rank, dtype=c_u.dtype), c_u.shape)
+    wide_eye = jnp.broadcast_to(
+        jnp.eye(2 * rank, dtype=c_u.dtype), (*c_u.shape[:-2], 2 * rank, 2 * rank)
+    )
     left = jnp.concatenate([c_u, eye if t_u is None else t_u], axis=-2)
     right = jnp.concatenate([c_v, eye if t_v is None else t_v], axis=-2)
     k = linalg.matmul(left * new_s[..., None, :], linalg.transpose(right))
     padded = jnp.concatenate([old_s, jnp.zeros_like(old_s)], axis=-1)
-    return k - padded[..., None] * jnp.eye(2 * rank, dtype=k.dtype)
+    return k - padded[..., None] * wide_eye
 
 
 def small_space_product(

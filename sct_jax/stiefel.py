@@ -3,10 +3,13 @@
 A point is an array x (*L, n, R) with n >= R and x.T @ x = I in the last two axes.
 Functions of a pytree stack the Gram matrices of all its arrays. The factorisations of
 hundreds of factors are then at most four batched calls.
+
+Retractions have derivatives in both modes, by closed forms. Columns that are null or
+dependent have none; they count as constants, so that derivatives are finite.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +24,21 @@ T = TypeVar("T")  # a pytree of arrays (*L, n, R)
 # cond(x)^2, which is exact for orthogonal columns, the guard takes over.
 MAX_SQUARED_CONDITION = 30.0
 
+# A column, or a singular value, of smaller relative size is rounding: in units of eps.
+_LEAST_RESOLVED = 32.0
+
 
 def orthonormality_error(x: Float[Array, "*L n R"]) -> Scalar:
-    """Returns max |x.T @ x - I| over all entries and layers."""
+    """Returns max |x.T @ x - I| over all entries and layers.
+
+    Infinite if it overflows; NaN only for a NaN or an infinity in x.
+    """
     x = linalg.as_float32(x)
     g = linalg.gram(x)
-    return jnp.max(jnp.abs(g - jnp.eye(g.shape[-1], dtype=g.dtype)))
+    error = jnp.max(jnp.abs(g - _identity(g)))
+    # Overflowing products of both signs add up to NaN, overflowing squares do not.
+    squares = jnp.max(jnp.diagonal(g, axis1=-2, axis2=-1))
+    return jnp.where(jnp.isnan(error) & ~jnp.isnan(squares), jnp.inf, error)
 
 
 def random_point(
@@ -43,6 +55,8 @@ def random_point(
     diagonal.
     """
     x = jax.random.normal(key, (*layers, n, rank), jnp.float32)
+    if jnp.finfo(dtype).bits > 32:
+        x = x.astype(dtype)
     return cholesky_qr_retraction(x).astype(dtype)
 
 
@@ -51,16 +65,22 @@ def tangent_projection(
 ) -> Float[Array, "*L n R"]:
     """Returns g - x sym(x.T g), the orthogonal projection of g to the tangent space.
 
-    Ensures x.T @ z + z.T @ x = 0 for the result z, up to rounding.
+    Ensures x.T @ z + z.T @ x = 0 for the result z, up to rounding, and a finite z for
+    finite x and g. Columns of x with entries beyond 1e12 count by their direction.
 
     References:
       Absil, Mahony, Sepulchre, Optimization Algorithms on Matrix Manifolds, 2008, eq.
       3.35
     """
-    a = linalg.gram(x, g)
-    return g - linalg.matmul(x, 0.5 * (a + linalg.transpose(a)))
+    divisor = linalg.range_divisor(jnp.max(jnp.abs(x), axis=-2))
+    # Divide coefficients, not x, which would copy it.
+    a = linalg.gram(x, g) / divisor[..., None]
+    a = jnp.where(jnp.isfinite(a), a, 0)
+    coefficients = 0.5 * (a + linalg.transpose(a)) / divisor[..., None]
+    return g - linalg.matmul(x, coefficients)
 
 
+@jax.custom_jvp
 @jax.jit
 def qr_retraction(x: T) -> T:
     """Returns Q from Householder QR, x = Q R, where R has a positive diagonal.
@@ -84,7 +104,7 @@ def qr_retraction(x: T) -> T:
 
     def one(x: Array) -> Array:
         q, r = jnp.linalg.qr(x)
-        return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
+        return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)[None]
 
     def each(x: Array) -> Array:
         _check_tall(x)
@@ -95,6 +115,7 @@ def qr_retraction(x: T) -> T:
     return jax.tree.map(each, x)
 
 
+@jax.custom_jvp
 @jax.jit  # so that eager callers compile its branches once
 def cholesky_qr_retraction(x: T) -> T:
     """Returns the Q of `qr_retraction`, using matrix products only.
@@ -123,6 +144,7 @@ def cholesky_qr_retraction(x: T) -> T:
     return _retract_guarded(x, linalg.inverse_cholesky, linalg.transpose, lambda xs: xs)
 
 
+@jax.custom_jvp
 @jax.jit
 def polar_retraction(x: T) -> T:
     """Returns x (x.T x)^(-1/2), the nearest point of the manifold in Frobenius norm.
@@ -144,6 +166,112 @@ def polar_retraction(x: T) -> T:
         lambda z: z,
         lambda qs: _polar_of_qr([linalg.as_float32(leaf) for leaf in leaves], qs),
     )
+
+
+def _define_jvp(retraction: Any, derivative: Callable) -> None:
+    """Defines the derivative of a retraction of trees."""
+
+    @retraction.defjvp
+    def jvp(primals, tangents):
+        q = retraction(*primals)
+        arrays, treedef = jax.tree.flatten(q)
+        x, dx, wide = (
+            [linalg.as_float32(array) for array in jax.tree.leaves(tree)]
+            for tree in (*primals, *tangents, arrays)
+        )
+        dq = derivative(x, wide, dx)
+        dq = [d.astype(array.dtype) for d, array in zip(dq, arrays, strict=True)]
+        return q, jax.tree.unflatten(treedef, dq)
+
+
+def _derivative_of_qr(
+    xs: list[Array], qs: list[Array], dxs: list[Array]
+) -> list[Array]:
+    """Returns dq = a + q (omega - q.T a) with a = dx r^-1.
+
+    omega is the skew matrix with the lower triangle of q.T a, as q.T dq is skew and dr
+    is upper triangular. Scaling a column does not change q, so they are scaled to 1.
+    """
+    sizes = [linalg.column_norms(x) for x in xs]
+    xs, dxs = (
+        [x / linalg.safe_divisor(size) for x, size in zip(arrays, sizes, strict=True)]
+        for arrays in (xs, dxs)
+    )
+    rs = [jnp.triu(linalg.gram(q, x)) for q, x in zip(qs, xs, strict=True)]
+    resolved = [_above_rounding(jnp.diagonal(r, axis1=-2, axis2=-1), 1.0) for r in rs]
+    resolved = [known[..., None, :] for known in resolved]
+    inverses = linalg.map_batched(
+        linalg.inverse_upper,
+        [
+            jnp.where(known, r, _identity(r))
+            for r, known in zip(rs, resolved, strict=True)
+        ],
+        fill=1.0,
+    )
+    results = []
+    for q, dx, known, inverse in zip(qs, dxs, resolved, inverses, strict=True):
+        a = linalg.matmul(jnp.where(known, dx, 0), inverse)
+        along = linalg.gram(q, a)
+        lower = jnp.tril(along, -1)
+        omega = lower - linalg.transpose(lower)
+        results.append(a + linalg.matmul(q, omega - along))
+    return results
+
+
+def _derivative_of_polar(
+    xs: list[Array], qs: list[Array], dxs: list[Array]
+) -> list[Array]:
+    """Returns dq = q omega + (dx - q q.T dx) p^-1 for x = q p.
+
+    The skew omega solves p omega + omega p = q.T dx - dx.T q.
+    """
+    peaks = [jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True) for x in xs]
+    xs, dxs = (
+        [x / linalg.safe_divisor(peak) for x, peak in zip(arrays, peaks, strict=True)]
+        for arrays in (xs, dxs)
+    )
+    ps = [linalg.gram(q, x) for q, x in zip(qs, xs, strict=True)]
+    ps = [0.5 * (p + linalg.transpose(p)) for p in ps]
+    bases = linalg.map_batched(
+        linalg.jacobi_svd, [jax.lax.stop_gradient(p) for p in ps], fill=0.0
+    )
+    results = []
+    for p, q, dx, (basis, values, _) in zip(ps, qs, dxs, bases, strict=True):
+        values = jnp.abs(values)
+        largest = jnp.max(values, axis=-1, keepdims=True)
+        values = jnp.where(_above_rounding(values, largest), values, 0)
+        sums = values[..., :, None] + values[..., None, :]
+        along = linalg.gram(q, dx)
+
+        def solve_skew(_, b, basis=basis, sums=sums):
+            turned = linalg.matmul(linalg.gram(basis, b), basis)
+            turned = jnp.where(sums > 0, turned / linalg.safe_divisor(sums), 0)
+            return linalg.matmul(linalg.matmul(basis, turned), linalg.transpose(basis))
+
+        def solve_normal(_, b, basis=basis, values=values):
+            turned = linalg.matmul(b, basis) / linalg.safe_divisor(values)[..., None, :]
+            turned = jnp.where(values[..., None, :] > 0, turned, 0)
+            return linalg.matmul(turned, linalg.transpose(basis))
+
+        omega = jax.lax.custom_linear_solve(
+            lambda w, p=p: linalg.matmul(p, w) + linalg.matmul(w, p),
+            along - linalg.transpose(along),
+            solve_skew,
+            symmetric=True,
+        )
+        normal = jax.lax.custom_linear_solve(
+            lambda y, p=p: linalg.matmul(y, p),
+            dx - linalg.matmul(q, along),
+            solve_normal,
+            symmetric=True,
+        )
+        results.append(linalg.matmul(q, omega) + normal)
+    return results
+
+
+_define_jvp(qr_retraction, _derivative_of_qr)
+_define_jvp(cholesky_qr_retraction, _derivative_of_qr)
+_define_jvp(polar_retraction, _derivative_of_polar)
 
 
 _RETRACTIONS: dict[str, Callable] = {
@@ -204,6 +332,18 @@ def _retraction(method: str) -> Callable:
     return _RETRACTIONS[method]
 
 
+def _identity(g: Float[Array, "*L k k"]) -> Float[Array, "*L k k"]:
+    return jnp.broadcast_to(jnp.eye(g.shape[-1], dtype=g.dtype), g.shape)
+
+
+def _above_rounding(
+    size: Float[Array, "*L k"], largest: float | Float[Array, "*L 1"]
+) -> Bool[Array, "*L k"]:
+    """Returns whether sizes exceed what rounding makes of zero."""
+    eps = jnp.finfo(size.dtype).eps
+    return size > _LEAST_RESOLVED * eps * largest
+
+
 def _check_tall(x: Float[Array, "*L n R"]) -> None:
     if x.ndim < 2 or x.shape[-2] < x.shape[-1]:
         raise ValueError(
@@ -245,10 +385,14 @@ def _retract_guarded(
     trusted = jnp.array(True)
     for g, inverse in zip(grams, inverses, strict=True):
         # Both scales are 1 on the manifold.
-        scale = jnp.max(jnp.diagonal(g, axis1=-2, axis2=-1), axis=-1)
+        squares = jnp.diagonal(g, axis1=-2, axis2=-1)
+        scale = jnp.max(squares, axis=-1)
         inverse_scale = jnp.max(jnp.sum(jnp.square(inverse), axis=-1), axis=-1)
         # NaN from a failed factorisation compares as False.
         trusted &= jnp.all(scale * inverse_scale < MAX_SQUARED_CONDITION)
+        # Products of smaller entries lose digits, or vanish.
+        float_info = jnp.finfo(g.dtype)
+        trusted &= jnp.all(squares > float_info.tiny / float_info.eps**2)
 
     results = [
         linalg.matmul(array, as_right_factor(z))
@@ -273,18 +417,20 @@ def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:
     from zero. The third pass replaces columns that are still dependent, since they
     carry no information. Two more shifted passes and one without shift follow.
     """
-    eps = jnp.finfo(jnp.float32).eps
     replacing, last = 2, 5
 
     def one_pass(index: Array, xs: list[Array]) -> list[Array]:
         xs = [_scale_columns(x) for x in xs]
         grams = [linalg.gram(x) for x in xs]
-        shift = jnp.where(index == last, 0.0, 4 * eps)
+        shifts = [
+            jnp.where(index == last, 0.0, 4 * jnp.finfo(g.dtype).eps).astype(g.dtype)
+            for g in grams
+        ]
         inverses = linalg.map_batched(
             linalg.eliminate,
             [
-                g + (shift * g.shape[-1]) * jnp.eye(g.shape[-1], dtype=g.dtype)
-                for g in grams
+                g + (shift * g.shape[-1]) * _identity(g)
+                for g, shift in zip(grams, shifts, strict=True)
             ],
             fill=1.0,
         )
@@ -317,7 +463,7 @@ def _replace_columns(
         jax.random.key(0), x.shape[-2:], x.dtype, out_sharding=rows
     )
     fresh = fresh / jnp.linalg.norm(fresh, axis=-2, keepdims=True)
-    return jnp.where(null[..., None, :], fresh, x)
+    return jnp.where(null[..., None, :], jnp.broadcast_to(fresh, x.shape), x)
 
 
 def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
@@ -326,7 +472,7 @@ def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
     rs = [linalg.gram(q, x) for q, x in zip(qs, xs, strict=True)]
 
     def sign(r: Array) -> Array:
-        eye = jnp.eye(r.shape[-1], dtype=r.dtype)
+        eye = _identity(r)
         r = linalg.scale_by_max(r)
         norm = linalg.frobenius_norm(r)[..., None, None]
         r = r / linalg.safe_divisor(norm)
@@ -345,6 +491,6 @@ def _polar_of_qr(xs: list[Array], qs: list[Array]) -> list[Array]:
 
 
 def _shifted_cholesky_qr_if_needed(xs: list[Array]) -> list[Array]:
-    errors = [orthonormality_error(x) for x in xs]
+    errors = [orthonormality_error(x).astype(jnp.float32) for x in xs]
     finished = jnp.max(jnp.stack(errors)) < 1e-5
     return jax.lax.cond(finished, lambda xs: xs, _shifted_cholesky_qr, xs)

@@ -589,8 +589,11 @@ def test_halves_of_killed_saves_are_removed_and_nothing_else(copy):
 
 def test_latest_step_is_one_that_can_be_restored(copy):
     (copy / "9").mkdir()
+    shutil.copytree(copy / "3", copy / "12")
     with opened(copy) as checkpointer:
         assert checkpointer.latest_step() == 6
+        with pytest.raises(records.DamagedError, match="it is of step 3"):
+            checkpointer.read_record(12)
 
 
 def test_nothing_starts_from_scratch_over_damaged_checkpoints(copy):

@@ -101,10 +101,81 @@ def test_without_a_dtype_the_input_decides(build):
     assert params["kernel"].u.dtype == jnp.float32
 
 
+def dense_of(build, x, params, dtype=None):
+    """The layer of Flax with the same matrix and bias."""
+    kernel, bias = spectral.to_dense(params["kernel"]), params["bias"]
+    if build is linen_layer:
+        layer = linen.Dense(FAN_OUT, dtype=dtype)
+        return layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    layer = nnx.Linear(x.shape[-1], FAN_OUT, dtype=dtype, rngs=nnx.Rngs(0))
+    layer.kernel.set_value(kernel)
+    layer.bias.set_value(bias)
+    return layer(x)
+
+
+WHOLE = ("int32", "uint8", "int8", "uint32", "bool")
+
+
+@each_flax
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=str)
+def test_integers_and_booleans_are_promoted_as_by_the_dense_layer(build, kind, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 2 if kind == "bool" else 100, (5, FAN_IN)), kind)
+    layer, params = build(x, dtype=dtype)
+    found, dense = layer(x), dense_of(build, x, params, dtype)
+    assert found.dtype == dense.dtype == (dtype or jnp.float32)
+    y, size = expected(x, params)
+    unit = float(jnp.finfo(found.dtype).eps)
+    assert np.all(np.abs(np.asarray(found, np.float64) - y) <= 16 * unit * size)
+    assert np.max(np.abs(y)) > 0.1
+
+
+@each_flax
+def test_whole_numbers_give_the_numbers_of_equal_floats(build):
+    x = jnp.arange(2 * FAN_IN).reshape(2, FAN_IN)
+    layer, _ = build(x)
+    np.testing.assert_array_equal(layer(x), layer(x.astype(jnp.float32)))
+
+
+@each_flax
+def test_float64_stays(build):
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(5, FAN_IN)))
+        layer, params = build(x)
+        assert layer(x).dtype == dense_of(build, x, params).dtype == jnp.float64
+
+
+@each_flax
+@pytest.mark.parametrize("dtype", [jnp.int32, bool])
+def test_a_dtype_without_fractions_is_refused(build, dtype):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point dtype"):
+        build(draw((5, FAN_IN), 0), dtype=dtype)[0](draw((5, FAN_IN), 0))
+
+
+@each_flax
+def test_no_axis_is_added_by_itself(build):
+    for layout in ((), (5,), (2, 5)):
+        layer, _ = build(draw((*layout, FAN_IN), 0))
+        with jax.numpy_rank_promotion("raise"):
+            assert layer(draw((*layout, FAN_IN), 0)).shape == (*layout, FAN_OUT)
+
+
 @each_flax
 def test_a_rank_that_is_too_large_is_refused(build):
-    with pytest.raises(ValueError, match=r"^rank .*1\.\.3"):
+    with pytest.raises(ValueError, match=r"rank .*1\.\.3"):
         build(draw((5, 3), 0))
+
+
+@pytest.mark.parametrize("rank", [0, FAN_OUT + 1])
+def test_a_rank_that_cannot_be_names_the_layer(rank):
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return flax_layers.SpectralDense(FAN_OUT, rank=rank, name="out")(x)
+
+    with pytest.raises(ValueError, match=r"^out/kernel: rank .* got \d+"):
+        jax.eval_shape(Net().init, jax.random.key(0), jnp.ones((5, FAN_IN)))
 
 
 @each_flax

@@ -71,9 +71,10 @@ def test_cubic_converges_to_the_polar_factor(shape):
     np.testing.assert_allclose(found, reference.polar(x), atol=atol)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e30, 3e38])
 def test_newton_schulz_does_not_see_the_size_of_its_input(size):
     x = matrix_with([3.0, 1.0, 0.3, 0.1], (12, 4))
+    x = x / np.max(np.abs(x))
     found = newton_schulz(jnp.asarray(x * np.float32(size)))
     expected = newton_schulz(jnp.asarray(x))
     np.testing.assert_allclose(found, expected, atol=4 * EPS * 3.4445**5)
@@ -147,6 +148,46 @@ def test_jacobi_svd_decomposes_every_square_matrix(size, kind):
         assert np.min(np.square(np.diagonal(p, axis1=-2, axis2=-1))) > 0.5
 
 
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e25, 1e38])
+def test_jacobi_svd_does_not_see_the_size_of_its_input(size):
+    m = np.random.default_rng(0).normal(size=(2, 5, 5)).astype(np.float32)
+    m = m / np.max(np.abs(m))
+    found = reference.float64(linalg.jacobi_svd(jnp.asarray(m * np.float32(size))))
+    expected = reference.float64(linalg.jacobi_svd(jnp.asarray(m)))
+    atol = 4 * EPS * np.sqrt(6 * 5)
+    for x, y, unit in zip(found, expected, (1, np.float32(size), 1), strict=True):
+        np.testing.assert_allclose(x / unit, y, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("size", [3e-38, 1e-13, 1.0, 3e12, 1e19, 3e38])
+def test_a_range_divisor_lets_numbers_be_squared_and_is_1_if_they_can_be(size):
+    x = jnp.asarray([size, -size / 2, 0.0])
+    divisor = linalg.range_divisor(jnp.max(jnp.abs(x)))
+    squares = np.square(np.asarray(x / divisor))
+    assert 1e-25 < np.max(squares) < 1e26
+    np.testing.assert_allclose(squares / np.max(squares), [1, 0.25, 0], rtol=8 * EPS)
+    assert (divisor == 1) == (2.0**-42 <= size <= 2.0**42)
+    assert linalg.range_divisor(jnp.zeros([])) == 1
+    assert linalg.range_divisor(jnp.float32(jnp.nan)) == 1
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1.0, 1e25, 3e37])
+def test_column_norms_of_every_size(size):
+    x = np.random.default_rng(0).normal(size=(2, 6, 3)) / 4 * [1, size, 0]
+    x = np.asarray(x, np.float32)
+    found = linalg.column_norms(jnp.asarray(x))
+    expected = np.linalg.norm(np.float64(x), axis=-2, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=8 * EPS)
+
+
+def test_norms_have_no_nan_in_their_derivatives():
+    for norm in (linalg.frobenius_norm, linalg.column_norms):
+        grad = jax.grad(lambda x, norm=norm: jnp.sum(norm(x)))
+        np.testing.assert_array_equal(grad(jnp.zeros((4, 3))), 0)
+        x = np.array([[3.0, 0.0], [4.0, 0.0]], np.float32)
+        np.testing.assert_allclose(grad(jnp.asarray(x)), x / 5, rtol=4 * EPS)
+
+
 @pytest.mark.parametrize("low", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e4])
 def test_inverse_sqrt_matches_an_eigendecomposition(low, size):
@@ -174,7 +215,22 @@ def test_only_the_indefinite_matrix_of_a_stack_becomes_nan(inverse, condition, f
     np.testing.assert_allclose(found[good], alone, atol=atol)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    "inverse", [inverse_cholesky, linalg.inverse_sqrt], ids=["cholesky", "sqrt"]
+)
+def test_float64_is_inverted_to_its_own_rounding(inverse):
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(2, 20, 20)))[0]
+    # Newton's iteration would stop at 1e-7 here, where float32 is at rounding.
+    g = (q * np.linspace(0.9, 1.1, 20)) @ q.swapaxes(-1, -2)
+    with jax.enable_x64():
+        z = np.asarray(inverse(jnp.asarray(g)))
+    assert z.dtype == np.float64
+    eye = np.broadcast_to(np.eye(20), g.shape)
+    np.testing.assert_allclose(z @ g @ z.swapaxes(-1, -2), eye, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, 1.5e38])
 @pytest.mark.parametrize("squarings", [0, 8, 20])
 def test_spectral_radius_bound_stays_between_gelfands_bounds(size, squarings):
     eigenvalues = [1.0, 0.999, 0.99, 0.5, 0.1, 0.0]
@@ -194,6 +250,59 @@ def test_spectral_radius_bound_of_zero_is_zero():
     stack = jnp.stack([jnp.zeros((3, 3)), jnp.eye(3)])
     found = linalg.spectral_radius_bound(stack, squarings=20)
     np.testing.assert_allclose(found, [0, 1], atol=1e-5)
+
+
+def test_the_derivative_of_the_spectral_radius():
+    """y.T dm x / y.T x, of a matrix that is not symmetric."""
+    rng = np.random.default_rng(0)
+    radius = lambda m: linalg.spectral_radius_bound(m, squarings=20)
+    with jax.enable_x64():
+        left, right, dm = (jnp.asarray(rng.normal(size=(3, 6, 6))) for _ in range(3))
+        m = linalg.gram(left) @ linalg.gram(right)
+        gradient = jax.jit(jax.grad(lambda m: jnp.sum(radius(m))))(m)
+        _, tangent = jax.jvp(radius, (m,), (dm,))
+        at_zero = jax.grad(lambda m: jnp.sum(radius(m)))(0 * m)
+    for i in range(3):
+        values, x = np.linalg.eig(np.asarray(m[i]))
+        y = np.linalg.inv(x).T
+        top = np.argmax(np.abs(values))
+        expected = np.real(np.outer(y[:, top], x[:, top]))
+        np.testing.assert_allclose(gradient[i], expected, rtol=0, atol=1e-6)
+        slope = np.sum(expected * np.asarray(dm[i]))
+        np.testing.assert_allclose(tangent[i], slope, atol=1e-5)
+    np.testing.assert_array_equal(at_zero, 0)
+
+
+def test_the_derivative_of_equal_radii_is_their_mean():
+    gradient = jax.grad(
+        lambda m: jnp.sum(linalg.spectral_radius_bound(m, squarings=20))
+    )(jnp.diag(jnp.asarray([2.0, 2.0, 1.0]))[None])
+    np.testing.assert_allclose(gradient[0], np.diag([0.5, 0.5, 0]), atol=4 * EPS)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 33])
+def test_inverse_upper_and_its_derivative(size):
+    rng = np.random.default_rng(size)
+    r = np.linalg.qr(rng.normal(size=(2, size + 4, size)))[1]
+    with jax.enable_x64():
+        found, pullback = jax.vjp(linalg.inverse_upper, jnp.asarray(r))
+        weight = rng.normal(size=r.shape)
+        (gradient,) = pullback(jnp.asarray(weight))
+    expected = np.linalg.inv(r)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
+    np.testing.assert_array_equal(np.tril(found, -1), 0)
+    turned = expected.swapaxes(-1, -2)
+    np.testing.assert_allclose(gradient, -turned @ weight @ turned, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-25, 1e25, 1e37])
+def test_power_iteration_does_not_see_the_size_of_its_input(size):
+    x = jnp.asarray(matrix_with([2.0, 1.0, 0.5], (3, 10, 6)))
+    vector = jax.random.normal(jax.random.key(0), (3, 6))
+    norm, improved = power_iteration(x * size, vector * size)
+    expected = power_iteration(x, vector)
+    np.testing.assert_allclose(norm / np.float32(size), expected[0], rtol=16 * EPS)
+    np.testing.assert_allclose(improved, expected[1], rtol=0, atol=16 * EPS)
 
 
 def test_power_iteration_approaches_the_norm_from_below():
@@ -286,6 +395,18 @@ def test_map_batched_takes_functions_to_one_number():
         np.testing.assert_array_equal(x, y)
 
 
+def test_map_batched_stacks_each_dtype_apart():
+    with jax.enable_x64():
+        mats = [jnp.eye(3), 2 * jnp.ones((2, 3, 3)), jnp.eye(2)]
+        mats = [m.astype(t) for m, t in zip(mats, ("f8", "f4", "f4"), strict=True)]
+        found = linalg.map_batched(lambda m: (m, m[..., 0]), mats, fill=0.0)
+        dtypes = [{x.dtype for x in pair} for pair in found]
+    assert dtypes == [{m.dtype} for m in mats]
+    for (whole, column), m in zip(found, mats, strict=True):
+        np.testing.assert_array_equal(whole, m)
+        np.testing.assert_array_equal(column, m[..., 0])
+
+
 def test_gram_of_sharded_rows_is_replicated_on_explicit_axes():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     x = np.random.default_rng(0).normal(size=(2, 16, 3)).astype(np.float32)
@@ -305,6 +426,12 @@ FUNCTIONS = {
     "power_iteration": lambda x: linalg.power_iteration(x, x[..., 0, :]),
     "spectral_radius_bound": lambda x: linalg.spectral_radius_bound(
         linalg.gram(x), squarings=8
+    ),
+    "derivative of spectral_radius_bound": jax.grad(
+        lambda x: jnp.sum(linalg.spectral_radius_bound(linalg.gram(x), squarings=8))
+    ),
+    "derivative of inverse_upper": jax.grad(
+        lambda x: jnp.sum(linalg.inverse_upper(linalg.gram(x)))
     ),
 }
 

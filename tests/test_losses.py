@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 
@@ -70,3 +71,126 @@ def test_low_precision_logits_are_summed_in_float32():
     assert found.dtype == jnp.float32
     expected = reference.next_token_cross_entropy(low.astype(jnp.float32), targets)
     np.testing.assert_allclose(found, expected, rtol=16 * EPS)
+
+
+# --- positions that do not count -------------------------------------------------
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("ignored", [-100, -1, np.iinfo(np.int32).min])
+def test_a_negative_target_is_a_zero_of_the_mask(ignored, masked, z_loss):
+    logits, targets, mask = example((2, 5))
+    mask = mask if masked else np.ones_like(mask)
+    out = np.zeros_like(targets, bool)
+    out[0, 2] = out[1, 4] = True
+    grad = jax.value_and_grad(loss)
+    found = grad(
+        logits,
+        np.where(out, ignored, targets),
+        mask=mask if masked else None,
+        z_loss=z_loss,
+    )
+    expected = grad(logits, targets, mask=np.where(out, 0, mask), z_loss=z_loss)
+    np.testing.assert_allclose(found[0], expected[0], rtol=4 * EPS)
+    np.testing.assert_allclose(found[1], expected[1], rtol=8 * EPS, atol=EPS / 100)
+    np.testing.assert_array_equal(found[1][out], 0)
+
+
+def test_no_target_at_all_gives_zero():
+    logits, targets, _ = example((2, 5))
+    value, grad = jax.value_and_grad(loss)(logits, np.full_like(targets, -100))
+    assert value == 0
+    np.testing.assert_array_equal(grad, np.zeros_like(logits))
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("by", ["mask", "target"])
+def test_logits_of_other_positions_do_not_matter(by, z_loss, spoilt):
+    logits, targets, mask = example((2, 5))
+    out = mask == 0
+    bad_logits = np.where(out[..., None], np.float32(spoilt), logits)
+    if by == "target":
+        targets, mask = np.where(out, -100, targets), None
+    grad = jax.value_and_grad(loss)
+    found = grad(bad_logits, targets, mask=mask, z_loss=z_loss)
+    expected = grad(logits, targets, mask=mask, z_loss=z_loss)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.all(np.isfinite(found[1]))
+    # Forward mode too, and in bfloat16.
+    low = jnp.asarray(bad_logits, jnp.bfloat16)
+    of_low = lambda x: loss(x, targets, mask=mask, z_loss=z_loss)
+    value, slope = jax.jvp(of_low, (low,), (low,))
+    assert np.isfinite(value)
+    assert np.isfinite(slope)
+
+
+def test_targets_of_masked_positions_do_not_matter():
+    logits, targets, mask = example((2, 5))
+    beyond = np.where(mask == 0, 11, targets)
+    grad = jax.value_and_grad(loss)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        grad(logits, beyond, mask=mask),
+        grad(logits, targets, mask=mask),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("beyond", [11, 12, 2**31 - 1])
+def test_a_target_beyond_the_vocabulary_never_passes(beyond, masked):
+    logits, targets, mask = example((2, 5))
+    targets[1, 3] = beyond
+    mask = mask if masked else None
+    value, grad = jax.value_and_grad(loss)(logits, targets, mask=mask)
+    assert np.isnan(value)
+    assert np.all(np.isnan(grad[1, 3]))
+
+
+@pytest.mark.parametrize("weight", [-1.0, np.nan])
+def test_a_weight_without_a_meaning_never_passes(weight):
+    logits, targets, mask = example((2, 5))
+    mask[0, 2] = weight
+    value, grad = jax.value_and_grad(loss)(logits, targets, mask=mask)
+    assert np.isnan(value)
+    assert np.all(np.isnan(grad[0, 2]))
+
+
+@pytest.mark.parametrize("z_loss", [-1e-4, np.nan, np.inf])
+def test_a_z_loss_without_a_meaning_is_refused(z_loss):
+    with pytest.raises(ValueError, match="z_loss must be"):
+        loss(*example((5,))[:2], z_loss=z_loss)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8, jnp.bool_])
+def test_the_mask_may_have_any_dtype(dtype):
+    """3,001 ones: no format of few bits can count them."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3001, 4)).astype(np.float32)
+    targets = rng.integers(4, size=3001).astype(np.int32)
+    wide = logits.astype(np.float64)
+    nats = np.log(np.sum(np.exp(wide), -1)) - wide[np.arange(3001), targets]
+    for mask in (np.ones(3001), np.arange(3001) % 2):
+        found = loss(logits, targets, mask=jnp.asarray(mask, dtype))
+        np.testing.assert_allclose(found, nats[mask == 1].mean(), rtol=16 * EPS)
+
+
+def test_the_plain_loss_is_the_mean_of_optax():
+    logits, targets, _ = example((2, 3, 5))
+
+    def mean(logits):
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        )
+
+    found = jax.value_and_grad(loss)(logits, targets)
+    expected = jax.jit(jax.value_and_grad(mean))(logits)
+    np.testing.assert_allclose(found[0], expected[0], rtol=4 * EPS)
+    np.testing.assert_allclose(found[1], expected[1], rtol=8 * EPS, atol=EPS / 100)
+
+
+def test_no_axis_is_added_by_itself():
+    logits, targets, mask = example((2, 5))
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.grad(loss), logits, targets, mask=mask)

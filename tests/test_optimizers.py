@@ -1,9 +1,11 @@
 import functools
 import inspect
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -434,3 +436,270 @@ def test_chains_without_a_retraction_refuse_spectral_factors(name):
 def test_refusals(name, fields, word):
     with pytest.raises(ValueError, match=word):
         getattr(optimizers, name)(1e-3, **fields)
+
+
+# --- hyperparameters without a meaning ----------------------------------------------
+
+NAN, INFINITY = float("nan"), float("inf")
+NOT_NUMBERS = ("0.1", True, [0.1], 1j)
+# By kind: the names, a value that is accepted, and values that are not.
+HYPERPARAMETERS = (
+    (("b1", "b2", "momentum"), 0.0, (1.0, 1.5, -0.1)),
+    (("learning_rate",), 0.0, (-1e-3, 1e300, -1e300)),
+    (("eps", "weight_decay", "max_rotation"), 0.0, (-1.0, 1e39)),
+    (("singular_value_lr_multiplier", "dense_lr_multiplier"), 0.0, (-1.0, 1e39)),
+    (("max_update_norm", "retraction_tolerance"), 0.1, (0.0, -1.0, 1e39)),
+    (("base_width",), 64, (0, -64)),
+    (("retraction_every",), 2, (0, -1, 2.5)),
+)
+
+
+CASES = [
+    pytest.param(chain, name, good, bad, id=f"{chain} {name}")
+    for chain in CHAINS
+    for names, good, bad in HYPERPARAMETERS
+    for name in names
+    if name in inspect.signature(getattr(optimizers, chain)).parameters
+]
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type checker of the tests, which a user does not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def build(chain, **hyperparams):
+    return getattr(optimizers, chain)(**({"learning_rate": 1e-3} | hyperparams))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("chain", "name", "good", "bad"), CASES)
+def test_a_hyperparameter_without_a_meaning_is_refused_by_name(chain, name, good, bad):
+    build(chain, **{name: good})
+    build(chain, **{name: jnp.asarray(good)})
+    for value in (*bad, NAN, INFINITY, -INFINITY, *NOT_NUMBERS, jnp.ones(2)):
+        with pytest.raises(ValueError, match=rf"^{name} must be "):
+            build(chain, **{name: value})
+    for value in (*bad, NAN, INFINITY):
+        for as_array in (np.asarray, jnp.asarray):
+            if np.isfinite(value) and np.isinf(np.float64(as_array(value))):
+                continue
+            with pytest.raises(ValueError, match=rf"^{name} must be "):
+                build(chain, **{name: as_array(value)})
+
+
+def test_every_hyperparameter_of_every_chain_is_checked():
+    """What is no number is a choice, a flag or a mask."""
+    others = "retraction moment_dtype tangent_projection coordinates decay_mask"
+    checked = {name for names, *_ in HYPERPARAMETERS for name in names}
+    checked |= {"nesterov", "shape_factor", "transport_moments"}
+    for chain in CHAINS:
+        parameters = inspect.signature(getattr(optimizers, chain)).parameters
+        assert set(parameters) - checked <= {*others.split(), "matrix_mask"}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("chain", "name"),
+    [
+        ("sct", "transport_moments"),
+        ("stiefel_muon", "nesterov"),
+        ("spectron", "nesterov"),
+        ("spectron", "shape_factor"),
+        ("muon", "nesterov"),
+    ],
+)
+def test_a_flag_is_true_or_false(chain, name):
+    for value in ("false", 1, None):
+        with pytest.raises(ValueError, match=rf"^{name} must be True or False"):
+            build(chain, **{name: value})
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("chain", CHAINS)
+def test_only_some_hyperparameters_may_be_schedules_or_none(chain):
+    schedule = optax.constant_schedule(0.1)
+    build(chain, learning_rate=schedule, dense_lr_multiplier=schedule)
+    for name, value in (("eps", schedule), ("eps", None), ("learning_rate", None)):
+        with pytest.raises(ValueError, match=rf"^{name} must be a number"):
+            build(chain, **{name: value})
+
+
+def test_tracers_pass_and_injected_values_are_checked():
+    params = params_for("sct")
+    tx = optax.inject_hyperparams(optimizers.sct)(1e-3, max_update_norm=0.1)
+    state = tx.init(params)
+    bad = optax.tree.set(state, max_update_norm=jnp.float32(NAN))
+    jax.eval_shape(tx.update, params, bad, params)
+    with pytest.raises(ValueError, match=r"^max_update_norm must be"):
+        tx.update(params, bad, params)
+
+
+# --- weights that are split ---------------------------------------------------------
+
+CONSTRAINED = {
+    "sct": lambda: optimizers.sct(1e-2),
+    "clip": lambda: optimizers.sct(1e-2, max_update_norm=0.1),
+    "svd": lambda: optimizers.sct(1e-2, retraction="svd"),
+    "transport": lambda: optimizers.sct(
+        1e-2, transport_moments=True, retraction="none"
+    ),
+    "projection": lambda: optimizers.sct(
+        1e-2, tangent_projection="gradient", retraction="none"
+    ),
+    "tsvd": lambda: optimizers.tsvd(1e-2),
+    "lazy": lambda: optimizers.tsvd(1e-2, retraction_every=2),
+    "frozen columns": lambda: optimizers.tsvd(1e-2, retraction="none"),
+    "stiefel_muon": lambda: optimizers.stiefel_muon(1e-2),
+    "free stiefel_muon": lambda: optimizers.stiefel_muon(1e-2, retraction="none"),
+    "limit": lambda: transforms.limit_rotation(0.1),
+}
+
+
+def mask_of(params, **kept):
+    """A mask of all leaves but the parts of `stack` that are named False."""
+    mask = jax.tree.map(lambda _: True, params)
+    parts = {part: kept.get(part, True) for part in "usv"}
+    return mask | {"stack": spectral.SpectralFactors(**parts)}
+
+
+def in_multi_transform(tx, mask):
+    labels = jax.tree.map(lambda keep: "tx" if keep else "rest", mask)
+    return optax.multi_transform({"tx": tx, "rest": optax.adam(1e-2)}, labels)
+
+
+@pytest.mark.parametrize("wrap", [optax.masked, in_multi_transform])
+@pytest.mark.parametrize("chain", CONSTRAINED)
+def test_a_split_weight_is_refused_at_init(chain, wrap):
+    params = {"block": params_for("sct")}
+    tx = CONSTRAINED[chain]()
+    for removed in ("u", "s", "v", "us"):
+        mask = mask_of(params["block"], **dict.fromkeys(removed, False))
+        with pytest.raises(ValueError, match=r"^block/stack is split: .* as a whole"):
+            wrap(tx, {"block": mask}).init(params)
+
+
+@pytest.mark.parametrize("wrap", [optax.masked, in_multi_transform])
+@pytest.mark.parametrize("chain", CONSTRAINED)
+def test_a_weight_may_be_masked_as_a_whole(chain, wrap):
+    params = params_for("sct")
+    tx = CONSTRAINED[chain]()
+    by_leaves = mask_of(params, u=False, s=False, v=False)
+    for mask in (by_leaves, by_leaves | {"stack": False}):
+        wrapped = wrap(tx, mask)
+        state = wrapped.init(params)
+        updates, _ = jax.eval_shape(wrapped.update, params, state, params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("chain", [*CONSTRAINED, "spectron"])
+def test_a_flat_vector_is_refused_at_init(chain):
+    name = chain if chain in CHAINS else "sct"
+    tx = optimizers.spectron(1e-2) if chain == "spectron" else CONSTRAINED[chain]()
+    with pytest.raises(ValueError, match=r"optax\.flatten"):
+        optax.flatten(tx).init(params_for(name))
+    dense = {"norm": jnp.ones(3)}
+    tx.init(dense)
+    # Rules for single entries may be flattened alone.
+    parts = (optax.flatten(optax.scale_by_adam()), transforms.retract_to_stiefel())
+    optax.chain(*parts).init(params_for(name))
+
+
+def test_split_low_rank_factors_are_refused_where_both_matter():
+    params = params_for("spectron")
+    mask = jax.tree.map(lambda _: True, params)
+    mask["low"] = spectral.LowRankFactors(True, False)
+    with pytest.raises(ValueError, match=r"^low is split: .* removed b and"):
+        optax.masked(optimizers.spectron(1e-2), mask).init(params)
+    optax.masked(optimizers.adamw(1e-2), mask).init(params)
+
+
+@pytest.mark.parametrize("name", ["spectron", "adamw", "muon"])
+def test_chains_without_a_retraction_train_what_is_left(name):
+    """Spectral factors are another chain's, and masked leaf by leaf."""
+    params = as_params(start())
+    if name == "muon":
+        del params["low"]
+    labels = jax.tree.map(lambda _: "rest", params)
+    labels["stack"] = spectral.SpectralFactors(*["factors"] * 3)
+    tx = optax.multi_transform(
+        {"rest": getattr(optimizers, name)(1e-2), "factors": optimizers.sct(1e-2)},
+        labels,
+    )
+    jax.eval_shape(tx.update, params, tx.init(params), params)
+    labels["stack"] = spectral.SpectralFactors("factors", "rest", "factors")
+    with pytest.raises(ValueError, match=r"stack is split|would not stay orthonormal"):
+        tx.init(params)
+
+
+# --- dtypes, ranks and names --------------------------------------------------------
+
+VARIANTS = [
+    ("sct", {"max_update_norm": 0.1, "retraction": "polar", "weight_decay": 0.1}),
+    ("sct", {"tangent_projection": "gradient", "transport_moments": True}),
+    ("sct", {"moment_dtype": "bfloat16", "base_width": 8, "retraction": "none"}),
+    ("tsvd", {"retraction_every": 2, "retraction_tolerance": 1e-3}),
+    ("tsvd", {"max_update_norm": 0.1, "retraction": "svd", "weight_decay": 0.1}),
+    ("stiefel_muon", {"max_update_norm": 0.1, "weight_decay": 0.1}),
+    ("stiefel_muon", {"coordinates": "svd", "retraction": "svd"}),
+    ("spectron", {"nesterov": True, "shape_factor": True, "weight_decay": 0.1}),
+    ("adamw", {"weight_decay": 0.1, "dense_lr_multiplier": 0.5}),
+    ("muon", {"weight_decay": 0.1, "dense_lr_multiplier": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=str)
+def test_no_axis_is_added_by_itself(name, fields):
+    params = params_for(name)
+    tx = getattr(optimizers, name)(1e-2, **fields)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("name", "fields"), VARIANTS, ids=str)
+def test_dtypes_stay(name, fields, mixed):
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), params_for(name))
+        params = {"wide": wide} | ({"narrow": params_for(name)} if mixed else {})
+        tx = getattr(optimizers, name)(1e-2, **fields)
+        state = tx.init(params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+        assert kinds(after) == kinds(state)
+        assert kinds(updates) == kinds(params)
+
+
+class Plain(NamedTuple):
+    a: object
+    b: object
+
+
+class LikeAState(NamedTuple):
+    mu: object
+    nu: object
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        functools.partial(optimizers.tsvd, retraction="svd"),
+        functools.partial(optimizers.sct, transport_moments=True, retraction="qr"),
+        functools.partial(optimizers.stiefel_muon, coordinates="svd", retraction="svd"),
+    ],
+    ids=["tsvd", "sct", "stiefel_muon"],
+)
+def test_names_of_parameters_decide_nothing(chain):
+    weights = params_for("sct")
+    tx, results = chain(1e-2), []
+    for kind in (Plain, LikeAState):
+        params = kind(weights["stack"], {"mu": weights["matrix"]})
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = jax.jit(tx.update)(params, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(jax.tree.leaves((params, state)))
+    jax.tree.map(np.testing.assert_array_equal, *results)

@@ -360,13 +360,31 @@ def test_params_may_be_of_any_kind(root):
         ({}, {"embedding": 4}, "ranks: embedding .*active"),
         ({"embedding": 4}, {}, "ranks: embedding .*ranks"),
         ({"embedding": 20}, {"embedding": 20}, r"ranks\.embedding: 20 .*14"),
+        ({"embedding": 4}, {"embedding": 0}, r"ranks\.embedding: 0 .*1\.\.14"),
+        ({"embedding": 4}, {"embedding": True}, r"ranks\.embedding: True .*integer"),
+        ({"embedding": 4.0}, {"embedding": 4}, r"active\.embedding: .*integers"),
+        ({"layers/q": 4}, {"layers/q": 4}, r"active\.layers/q: .*shape \(2,\)"),
     ],
-    ids=["name", "active", "ranks", "size"],
+    ids=str,
 )
 def test_a_resize_that_cannot_be_is_refused(active, ranks, field):
     tree, state = trained()
     with pytest.raises(errors.UserError, match=f"^{field}"):
         resized(tree, state, active, ranks)
+
+
+@pytest.mark.parametrize("active", [[0, 4], [-1, 4], [3, 9]], ids=str)
+def test_a_number_of_columns_that_cannot_be_is_refused(active):
+    change = {"active": {"layers/q": np.array(active)}, "ranks": {"layers/q": 8}}
+    with pytest.raises(errors.UserError, match=r"^active\.layers/q: .* in 1\.\.8"):
+        rank.resize(*trained(), **change, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("stored", [0, 99])
+def test_a_recorded_rank_that_cannot_be_is_refused(stored):
+    tree = params()
+    with pytest.raises(errors.UserError, match=rf"^ranks\.embedding: {stored} .*14"):
+        rank.with_ranks(tree, {"embedding": stored}, params=tree)
 
 
 @pytest.mark.parametrize(
@@ -387,10 +405,286 @@ def test_a_state_without_active_columns_is_refused(call):
         call(tree, state)
 
 
+# --- Which entry of a state belongs to which weight ---------------------------------
+
+
+def of_kernels(name):
+    """Two weights called kernel, one of them below another name."""
+    return lambda v, w: {"kernel": v, name: {"kernel": w}}
+
+
+class Moments(NamedTuple):
+    mu: object
+    nu: object
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+# Trees of two weights whose names occur in states, and the same with names that do not.
+TREES = {
+    "mu": (of_kernels("mu"), lambda v, w: {"a": v, "b": {"c": w}}),
+    "nu": (of_kernels("nu"), lambda v, w: {"a": v, "b": {"c": w}}),
+    "columns": (
+        lambda v, w: {"columns": {"w": v}, "w": w},
+        lambda v, w: {"a": {"b": v}, "c": w},
+    ),
+    "twice": (
+        lambda v, w: {"mu": {"mu": v, "nu": w}},
+        lambda v, w: {"a": {"b": v, "c": w}},
+    ),
+    "side by side": (
+        lambda v, w: {"mu": v, "nu": w, "z": jnp.ones(3)},
+        lambda v, w: {"a": v, "b": w, "z": jnp.ones(3)},
+    ),
+    "count": (
+        lambda v, w: {"count": jnp.ones(3), "inner_state": [v, {"0": w}]},
+        lambda v, w: {"a": jnp.ones(3), "b": [v, {"c": w}]},
+    ),
+    "attributes": (Moments, Pair),
+    "attributes of weights": (
+        lambda v, w: Moments(mu={"u": v}, nu={"active": w}),
+        lambda v, w: Pair({"a": v}, {"b": w}),
+    ),
+}
+
+FREEZE = transforms.freeze_inactive_columns()
+WITH_LOW_PRECISION = optimizers.tsvd(RATE, moment_dtype="bfloat16")
+TRANSPORTED = optax.chain(transforms.transport_moments(optax.scale_by_adam()), FREEZE)
+SECOND = lambda tree: jax.tree.map(
+    lambda w: w is weights_of(tree)[1], tree, is_leaf=spectral.is_factors
+)
+
+
+def weights_of(tree):
+    leaves = jax.tree.leaves(tree, is_leaf=spectral.is_factors)
+    return [w for w in leaves if spectral.is_spectral(w)]
+
+
+STATES = {
+    "tsvd": TSVD,
+    "bfloat16": WITH_LOW_PRECISION,
+    "stiefel muon": STIEFEL_MUON,
+    "transport": TRANSPORTED,
+    "svd": optimizers.tsvd(RATE, retraction="svd"),
+    "masked": optax.chain(optax.masked(optax.scale_by_adam(), SECOND), FREEZE),
+    "partition": optax.partition(
+        {True: TSVD, False: optax.chain(optax.sgd(RATE, momentum=0.9), FREEZE)}, SECOND
+    ),
+    "accumulated": optax.MultiSteps(TSVD, 2),
+    "injected": optax.inject_hyperparams(optimizers.tsvd)(RATE, retraction_every=2),
+    "if finite": optax.apply_if_finite(TSVD, 3),
+    "moments of moments": optax.named_chain(("mu", TSVD), ("nu", optax.trace(0.9))),
+}
+
+
+def drawn(tx, tree):
+    """A state of random positive moments."""
+    leaves, treedef = jax.tree.flatten(tx.init(tree))
+    rng = np.random.default_rng(0)
+    floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            jnp.asarray(rng.uniform(size=x.shape), x.dtype) if floating(x) else x
+            for x in leaves
+        ],
+    )
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("tree", ["mu", "attributes"])
+def test_names_decide_nothing_in_any_state(state, tree):
+    check_that_names_decide_nothing(tree, STATES[state])
+
+
+@pytest.mark.parametrize("tree", [tree for tree in TREES if tree != "mu"])
+def test_names_decide_nothing_in_any_tree(tree):
+    check_that_names_decide_nothing(tree, TSVD)
+
+
+def check_that_names_decide_nothing(tree, tx):
+    """One of two weights shrinks or grows, and all is as under harmless names."""
+    pair = [factors(9, 7, [1.0, -3.0, 2.0, 0.5], seed) for seed in range(2)]
+    for changed, (active, stored) in enumerate([(2, 3), (6, 6)]):
+        results = []
+        for build in TREES[tree]:
+            tree_of_two = build(*pair)
+            before = drawn(tx, tree_of_two)
+            name = list(rank.weights(tree_of_two, before))[changed]
+            new, after = rank.resize(
+                tree_of_two,
+                before,
+                active={name: np.array(active)},
+                ranks={name: stored},
+                key=jax.random.key(0),
+            )
+            found = weights_of(new)
+            assert found[changed].s.shape == (stored,)
+            assert found[1 - changed] is pair[1 - changed]
+            fresh = jax.eval_shape(tx.init, new)
+            assert jax.tree.structure(after) == jax.tree.structure(fresh)
+            assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, fresh)
+            abstract = rank.with_ranks(
+                jax.eval_shape(lambda: (tree_of_two, before)),  # noqa: B023
+                {name: stored},
+                params=tree_of_two,
+            )
+            assert jax.tree.map(jnp.shape, abstract[1]) == jax.tree.map(
+                jnp.shape, after
+            )
+            results.append(jax.tree.leaves((new, after)))
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_moments_of_a_weight_below_mu_follow_its_columns():
+    v, w = (factors(9, 7, [1.0, -3.0, 2.0, 0.5], seed) for seed in range(2))
+    tree = {"kernel": v, "mu": {"kernel": w}}
+    state = drawn(TSVD, tree)
+    _, after = rank.resize(
+        tree,
+        state,
+        active={"mu/kernel": np.array(2)},
+        ranks={"mu/kernel": 3},
+        key=jax.random.key(0),
+    )
+    assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    for moment in ("mu", "nu"):
+        old, new = getattr(state[0], moment), getattr(after[0], moment)
+        assert_equal(new["kernel"], old["kernel"])
+        old, new = old["mu"]["kernel"], new["mu"]["kernel"]
+        np.testing.assert_array_equal(new.u[:, :2], old.u[:, [1, 2]])
+        np.testing.assert_array_equal(new.u[:, 2], 0)
+        np.testing.assert_array_equal(new.s, [old.s[1], old.s[2], 0])
+
+
+def test_a_dense_chain_of_other_weights_stays():
+    """Spectron on low-rank factors beside spectral ones, which another chain trains."""
+    w = factors(9, 7, [1.0, -3.0, 2.0, 0.5])
+    tree = {"low": spectral.to_low_rank(w), "w": w, "norm": jnp.ones(9)}
+    tx = optax.partition(
+        {"low": optimizers.spectron(RATE), "w": TSVD, "norm": optax.adam(RATE)},
+        {name: name for name in tree},
+    )
+    state = drawn(tx, tree)
+    change = {"active": {"w": np.array(2)}, "ranks": {"w": 2}}
+    new, after = rank.resize(tree, state, **change, key=jax.random.key(0))
+    assert new["w"].s.shape == (2,)
+    for label in ("low", "norm"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            after.inner_states[label],
+            state.inner_states[label],
+        )
+    moments = optax.tree.get_all_with_path(after.inner_states["w"], "mu")
+    assert {x.shape[-1] for x in jax.tree.leaves(moments[0][1])} == {2}
+
+
+def test_entries_of_no_weight_are_refused():
+    """The state of other parameters, and one whose arrays are not those of columns."""
+    w = factors(9, 7, [1.0, -3.0, 2.0, 0.5])
+    change = {"active": {"w": np.array(2)}, "ranks": {"w": 2}, "key": jax.random.key(0)}
+    state = TSVD.init({"w": w})
+    strange = (state, optax.scale_by_adam().init({"other": w}))
+    with pytest.raises(
+        errors.UserError, match=r"^opt_state: 1\.mu/other belongs to no"
+    ):
+        rank.resize({"w": w}, strange, **change)
+    adafactor = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    tx = optax.chain(adafactor, FREEZE)
+    with pytest.raises(errors.UserError, match=r"^opt_state: .* for w in v_row"):
+        rank.resize({"w": w}, tx.init({"w": w}), **change)
+    # Below that size it keeps whole moments, and arrays of one entry.
+    tx = optax.chain(optax.scale_by_factored_rms(), FREEZE)
+    new, after = rank.resize({"w": w}, tx.init({"w": w}), **change)
+    fresh = jax.eval_shape(tx.init, new)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, fresh)
+
+
+def test_two_weights_of_one_name_are_refused():
+    w = factors(9, 7, [1.0, -3.0, 2.0, 0.5])
+    with pytest.raises(errors.UserError, match=r"^params: two weights are called a/b"):
+        rank.stored_ranks({"a/b": w, "a": {"b": w}})
+
+
+# --- Any spectrum, and any dtype ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "s",
+    [[0, 0, 0, 0], [1, 1, 1, 1], [-1, 1, -1, 1], [0, -2, 0, 2], [1e-30, 0, 1e30, -1]],
+    ids=str,
+)
+@pytest.mark.parametrize("new_rank", [2, 4, 6])
+def test_zeros_signs_and_ties_give_no_nan(s, new_rank):
+    tree = {"w": factors(9, 7, np.asarray(s, np.float32))}
+    state = drawn(TSVD, tree)
+    assert rank.decide(rank.weights(tree, state), CONFIG)["w"] in range(2, 5)
+    change = {"active": {"w": np.array(new_rank)}, "ranks": {"w": new_rank}}
+    new, after = rank.resize(tree, state, **change, key=jax.random.key(0))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((new, after)))
+    assert reference.orthonormality_error(new["w"].u) < 4e-6
+    kept = sorted(np.abs(np.asarray(s, np.float32)), reverse=True)[:new_rank]
+    np.testing.assert_array_equal(np.abs(new["w"].s)[: len(kept)], kept)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_layer_that_is_not_finite_keeps_its_columns(bad):
+    s = np.ones((2, 10), np.float32)
+    s[1, 3] = bad
+    assert rank.decide(weight(s), CONFIG)["w"].tolist() == [9, 10]
+
+
+def test_an_endless_headroom_ends_at_the_limit():
+    config = dataclasses.replace(CONFIG, headroom=1e30)
+    assert rank.decide(weight([1] * 10), config)["w"] == 16
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_dtypes_stay(wide):
+    dtypes = ("float32", "float64") if wide else ("float32", "bfloat16")
+    with jax.enable_x64(wide):
+        names = {f"w{i}": dtype for i, dtype in enumerate(dtypes)}
+        tree = {
+            name: jax.tree.map(
+                lambda x, dtype=dtype: jnp.asarray(x, dtype), factors(9, 7, [1.0, -3.0])
+            )
+            for name, dtype in names.items()
+        }
+        state = drawn(TSVD, tree)
+        new, after = rank.resize(
+            tree,
+            state,
+            active={name: np.array(4) for name in names},
+            ranks=dict.fromkeys(names, 4),
+            key=jax.random.key(0),
+        )
+        kinds = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+        assert kinds((new, after)) == kinds((tree, state))
+        for w in new.values():
+            limit = 2e-2 if w.u.dtype == jnp.bfloat16 else 4e-6
+            assert reference.orthonormality_error(w.u.astype(jnp.float32)) < limit
+
+
+def test_no_axis_is_added_by_itself():
+    tree, state = trained()
+    with jax.numpy_rank_promotion("raise"):
+        assert rank.next_change(tree, state, CONFIG) is not None
+        jax.eval_shape(
+            functools.partial(rank.resize, ranks=RANKS),
+            tree,
+            state,
+            active=ACTIVE,
+            key=jax.random.key(0),
+        )
+
+
 def test_abstract_trees_take_the_ranks_of_a_record():
     old, new = trained(), changed()
     assert rank.stored_ranks(new[0]) == RANKS
-    abstract = rank.with_ranks(jax.eval_shape(lambda: old), RANKS)
+    abstract = rank.with_ranks(jax.eval_shape(lambda: old), RANKS, params=old[0])
     assert jax.tree.map(jnp.shape, abstract) == jax.tree.map(jnp.shape, new)
 
 

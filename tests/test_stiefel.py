@@ -168,6 +168,27 @@ def test_a_degenerate_matrix_still_gives_orthonormal_columns(method, name):
     assert reference.orthonormality_error(found) < ORTHONORMAL
 
 
+@pytest.mark.parametrize("size", [1e-30, 3e-19, 1e-18, 1e-12, 1e12, 1e30, 3e38])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_does_not_depend_on_the_size_of_the_matrix(method, size):
+    """Squares of entries of 3e-19 are not zero, but have lost digits."""
+    x = with_condition(2.0, (12, 4))
+    x = x / np.max(np.abs(x))
+    found = retract[method](jnp.asarray(x * np.float32(size)))
+    atol = 4 * EPS * 2 * np.sqrt(4)
+    np.testing.assert_allclose(found, reference.RETRACTIONS[method](x), atol=atol)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e35])
+@pytest.mark.parametrize("method", QR_METHODS)
+def test_the_size_of_single_columns_does_not_matter(method, size):
+    x = with_condition(2.0, (12, 4))
+    x = x / np.max(np.abs(x)) * np.float32([1, size, 1, 1 / size])
+    expected = reference.signed_qr(with_condition(2.0, (12, 4)))
+    atol = 4 * EPS * 2 * np.sqrt(4)
+    np.testing.assert_allclose(retract[method](jnp.asarray(x)), expected, atol=atol)
+
+
 @pytest.mark.parametrize("name", ["huge column", "tiny column", "repeated column"])
 def test_the_guard_keeps_every_independent_column_of_the_qr_factor(name):
     x = reference.float64(degenerate(name))
@@ -190,6 +211,155 @@ def test_polar_of_a_huge_column_is_still_the_polar_factor():
     condition = np.linalg.cond(x)
     atol = 4 * EPS * condition * np.sqrt(4)
     np.testing.assert_allclose(found, reference.polar(x), atol=atol)
+
+
+# --- derivatives -----------------------------------------------------------------
+
+
+@functools.cache
+def compiled_derivatives(method):
+    """From (x, direction, weight) to the value, both derivatives, and the gradient."""
+
+    @jax.jit
+    def derivatives(x, direction, weight):
+        fn = lambda x: jnp.sum(weight * stiefel.retract(x, method=method))
+        value, gradient = jax.value_and_grad(fn)(x)
+        _, forward = jax.jvp(fn, (x,), (direction,))
+        return value, (forward, jnp.sum(gradient * direction)), gradient
+
+    return derivatives
+
+
+def assert_slope(found, at, x, direction, step=1e-6):
+    """Against the central difference of `at` in float64."""
+    slope = (at(x + step * direction) - at(x - step * direction)) / (2 * step)
+    # Rounding over the step, and the step squared.
+    np.testing.assert_allclose(found, [slope] * len(found), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 3), (5, 5)])
+@pytest.mark.parametrize("method", METHODS)
+def test_derivatives_match_finite_differences(method, shape):
+    rng = np.random.default_rng(0)
+    derivatives = compiled_derivatives(method)
+    with jax.enable_x64():
+        x, direction, weight = (jnp.asarray(rng.normal(size=shape)) for _ in range(3))
+        _, found, _ = derivatives(x, direction, weight)
+        at = lambda x: derivatives(x, direction, weight)[0]
+        assert_slope(found, at, x, direction)
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "polar"])
+def test_second_derivatives_match_finite_differences(method):
+    rng = np.random.default_rng(0)
+
+    @jax.jit
+    def derivatives(x, direction, weight):
+        fn = lambda x: jnp.sum(weight * stiefel.retract(x, method=method)) ** 2
+        slope = lambda x: jnp.sum(direction * jax.grad(fn)(x))
+        return slope(x), jnp.sum(direction * jax.grad(slope)(x))
+
+    with jax.enable_x64():
+        x, direction, weight = (jnp.asarray(rng.normal(size=(6, 3))) for _ in range(3))
+        _, found = derivatives(x, direction, weight)
+        at = lambda x: derivatives(x, direction, weight)[0]
+        assert_slope([found], at, x, direction)
+
+
+def test_derivatives_are_those_of_the_library():
+    rng = np.random.default_rng(0)
+
+    @jax.jit
+    def library(x, direction):
+        def positive(x):
+            q, r = jnp.linalg.qr(x)
+            return q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+
+        return jax.jvp(positive, (x,), (direction,))[1]
+
+    with jax.enable_x64():
+        x, direction = (jnp.asarray(rng.normal(size=(2, 7, 3))) for _ in range(2))
+        expected = library(x, direction)
+        for method in QR_METHODS:
+            ours = jax.jit(lambda x, d, m=method: jax.jvp(retract[m], (x,), (d,))[1])
+            np.testing.assert_allclose(ours(x, direction), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["cholesky_qr", "polar"])
+def test_derivatives_are_mapped_and_of_a_whole_tree(method):
+    rng = np.random.default_rng(0)
+    x = {
+        name: as_float32(rng.normal(size=(2, 5, k))) for name, k in (("a", 2), ("b", 4))
+    }
+    loss = lambda x: sum(
+        jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(retract[method](x))
+    )
+    found = jax.jit(jax.vmap(jax.grad(loss)))(x)
+    together = jax.jit(jax.grad(loss))(x)
+    for name in x:
+        np.testing.assert_allclose(found[name], together[name], rtol=1e-4, atol=1e-5)
+        assert np.max(np.abs(together[name])) > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_derivative_is_tangent_whatever_the_size_of_a_column(method):
+    sizes = [1e12] if method == "polar" else [1, 1e12, 1, 1e-12]
+    x = with_condition(2.0, (12, 4)) * np.float32(sizes)
+    direction = x * np.cos(np.arange(48.0)).reshape(12, 4).astype(np.float32)
+    jvp = jax.jit(lambda x, d: jax.jvp(retract[method], (x,), (d,)))
+    q, dq = jvp(jnp.asarray(x), jnp.asarray(direction))
+    skew = reference.float64(q).T @ reference.float64(dq)
+    np.testing.assert_allclose(skew + skew.T, 0, atol=64 * EPS)
+    assert 0.1 < np.max(np.abs(dq)) < 10
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("method", METHODS)
+def test_derivatives_of_a_degenerate_matrix_are_finite(method, name):
+    x = jnp.asarray(degenerate(name))
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+    _, _, gradient = compiled_derivatives(method)(x, weight, weight)
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_product_of_a_derivative_is_of_the_highest_precision(method):
+    x = jnp.ones((2, 9, 4))
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(retract[method](x))))
+    assert set(reference.matmul_precisions(gradient, x)) == {reference.HIGHEST}
+    assert reference.factorisations(jax.make_jaxpr(gradient)(x)) == (
+        {"qr"} if method == "qr" else set()
+    )
+
+
+# --- dtypes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_is_orthonormal_to_its_own_rounding(method):
+    with jax.enable_x64():
+        for size in (0.01, 30.0):  # one pass, and the guard
+            x = point((2, 9, 4)) + size * tangent(point((2, 9, 4)))
+            x = x * np.array([1, 1, 1, size])
+            found = np.asarray(stiefel.retract(jnp.asarray(x), method=method))
+            assert found.dtype == np.float64
+            assert reference.orthonormality_error(found) < 1e-14
+            expected = reference.RETRACTIONS[method](x)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tree_may_mix_dtypes(method):
+    tree = {name: point((9, 4)) + 0.05 for name in "abc"}
+    dtypes = {"a": "float64", "b": "float32", "c": "float16"}
+    with jax.enable_x64():
+        tree = {name: jnp.asarray(x, dtypes[name]) for name, x in tree.items()}
+        found = retract[method](tree)
+        for name, dtype in dtypes.items():
+            assert found[name].dtype == dtype
+            eps = float(jnp.finfo(dtype).eps)
+            error = reference.orthonormality_error(found[name])
+            assert error < max(32 * min(eps, EPS), 2 * eps)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -307,6 +477,30 @@ def test_tangent_projection(shape):
     inner = np.sum((g - z) * tangent(x, seed=4))
     assert abs(inner) < atol * np.sqrt(g.size)
     np.testing.assert_allclose(project(tangent(x)), tangent(x), atol=atol)
+
+
+@pytest.mark.parametrize("size", [1e13, 1e30, 3e38])
+def test_the_tangent_projection_at_a_huge_column_is_finite(size):
+    """A point with such a column is not orthonormal, but will be retracted."""
+    x, g = point((12, 4)), np.random.default_rng(3).normal(size=(12, 4))
+    x = x * [1, size, 1, 1] / np.max(np.abs(x))
+    z = stiefel.tangent_projection(as_float32(x), as_float32(g))
+    assert np.max(np.abs(z)) < 100
+    huge = g * [1, 1, size / np.max(np.abs(g)) / 4, 1]
+    z = stiefel.tangent_projection(as_float32(point((12, 4))), as_float32(huge))
+    assert np.all(np.isfinite(z))
+    a = point((12, 4)).T @ (np.float64(z) / size)
+    np.testing.assert_allclose(a + a.T, 0, atol=8 * EPS)
+
+
+@pytest.mark.parametrize("value", [1e30, np.nan, np.inf])
+def test_orthonormality_error_is_nan_only_for_a_nan(value):
+    x = point((12, 4))
+    x[:, 1] = 1e30 * np.sign(x[:, 1])
+    x[:, 2] = 1e30 * np.sign(x[:, 2])  # products of both signs overflow
+    x[0, 1] = value
+    found = stiefel.orthonormality_error(as_float32(x))
+    assert np.isinf(found) if np.isfinite(value) else not np.isfinite(found)
 
 
 def test_orthonormality_error_is_the_largest_over_layers():

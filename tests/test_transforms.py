@@ -3,6 +3,7 @@ import functools
 import hypothesis
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -312,6 +313,44 @@ def test_max_norm_may_be_a_schedule():
         np.testing.assert_allclose(update.u, expected["c"].u, rtol=1e-3)
 
 
+def test_a_huge_column_hides_no_other_column():
+    """In units of the largest entry of u, squares of other entries would be zero."""
+    old = params64()
+    wanted = jax.tree.map(np.zeros_like, old)
+    du = 0.3 * np.random.default_rng(0).normal(size=old["b"].u.shape)
+    du[:, 1] = 1e25 * old["b"].u[:, 1]  # only scales a column
+    wanted["b"] = wanted["b"]._replace(u=du)
+    old, wanted = as_float32(old), as_float32(wanted)
+    clipped, new = clip_and_apply("cholesky_qr", old, wanted, 0.05)
+    moved = reference.composite_update_norm(old["b"], new["b"])
+    assert moved <= 1.01 * 0.05
+    assert np.max(np.abs(clipped["b"].u[:, 0])) > 0
+
+
+def test_a_weight_that_a_cheap_bound_decides_is_not_searched():
+    """max_norm exceeds ||W'|| + ||W||, so even a huge update passes, bitwise."""
+    old = params32()
+    wanted = jax.tree.map(lambda x: 1e15 * x, noise_like(old, 1.0))
+    wanted["a"] = wanted["a"]._replace(s=0 * wanted["a"].s)
+    clipped, _ = clip_and_apply("cholesky_qr", old, wanted, 5.0)
+    assert_trees_equal(clipped["a"], wanted["a"])
+    assert np.max(np.abs(clipped["b"].u)) < np.max(np.abs(wanted["b"].u))
+
+
+def test_derivatives_take_the_scale_as_constant():
+    old = params32()["c"]
+    wanted = noise_like(old, 1.0)
+    tx = transforms.clip_by_composite_spectral_norm(0.05)
+
+    def moved(size):
+        d = jax.tree.map(lambda x: size * x, wanted)
+        return jnp.sum(tx.update(d, tx.init(old), old)[0].u)
+
+    value, slope = jax.jit(jax.value_and_grad(moved))(1.0)
+    assert float(slope) == pytest.approx(float(value), rel=1e-4)
+    assert abs(float(value)) < 0.5 * abs(float(jnp.sum(wanted.u)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_product_of_the_clip_is_of_the_highest_precision(method):
     old = params32()
@@ -416,12 +455,97 @@ def test_lazy_retraction_never_passes_its_tolerance_over_many_steps():
     assert max(errors) > 10 * ORTHONORMAL  # it did wait
 
 
+def test_a_retraction_on_tolerance_sees_factors_whose_products_overflow():
+    params = {"w": params32()["a"]}
+    huge = jax.tree.map(lambda x: 1e30 * x, noise_like(params, 1.0))
+    tx = transforms.retract_to_stiefel("qr", tolerance=1e-2)
+    new = optax.apply_updates(params, run(tx, params, huge))
+    assert reference.orthonormality_error(new["w"].u) < ORTHONORMAL
+
+
 # --- refusals --------------------------------------------------------------------
 
 
 def without_params(tx):
     params = params32()
     return lambda: tx.update(params, tx.init(params))
+
+
+NO_NUMBER = (float("nan"), float("inf"), -1e-3, 1e39, "0.1", 1j, [0.1, 0.2])
+DECAY = (*NO_NUMBER, 1.0, 1.5)
+ADAM = {"b1": DECAY, "b2": DECAY, "eps": NO_NUMBER}
+STEPS = (*NO_NUMBER, 2.5)
+REFUSED = {
+    transforms.clip_by_composite_spectral_norm: {"max_norm": (*NO_NUMBER, 0.0)},
+    transforms.retract_to_stiefel: {
+        "every": (*STEPS, 0),
+        "tolerance": (*NO_NUMBER, 0.0),
+    },
+    transforms.scale_components: {
+        "uv": NO_NUMBER,
+        "s": NO_NUMBER,
+        "dense": NO_NUMBER,
+        "base_width": (*NO_NUMBER, 0),
+    },
+    transforms.limit_rotation: {"max_rotation": NO_NUMBER},
+    transforms.scale_by_spectron: {"b1": DECAY, "newton_schulz_steps": STEPS},
+    transforms.scale_by_stiefel_muon: {
+        "b1": DECAY,
+        "s_b1": DECAY,
+        "s_b2": DECAY,
+        "eps": NO_NUMBER,
+        "newton_schulz_steps": STEPS,
+    },
+    transforms.scale_by_low_precision_adam: ADAM,
+    functools.partial(transforms.scale_by_adam, b1=0.9, b2=0.99, eps=1e-8): ADAM,
+}
+
+
+@pytest.fixture
+def unchecked():
+    """Without the type checker of the tests, which a user does not have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "field"), [(make, field) for make in REFUSED for field in REFUSED[make]]
+)
+def test_a_hyperparameter_without_meaning_is_refused_by_name(make, field):
+    for value in REFUSED[make][field]:
+        numbers = [value]
+        if isinstance(value, float) and value != 1e39:  # infinite in float32
+            numbers += [np.asarray(value), jnp.asarray(value)]
+        for number in numbers:
+            with pytest.raises(ValueError, match=rf"^{field} must be .*, got "):
+                make(**{field: number})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_shares_of_a_step_are_not_negative():
+    with pytest.raises(ValueError, match=r"^shares must be "):
+        transforms.scale_by_stiefel_muon(shares=(0.4, -0.2, 0.4))
+
+
+def test_tracers_and_schedules_are_not_read():
+    params = {"w": params32()["c"]}
+
+    def update(number):
+        tx = optax.chain(
+            transforms.scale_by_stiefel_muon(number, s_b1=number, eps=number),
+            transforms.scale_components(uv=number, s=lambda count: number * count),
+            transforms.limit_rotation(number),
+            transforms.clip_by_composite_spectral_norm(number, retraction="qr"),
+            transforms.retract_to_stiefel("qr", every=number, tolerance=number),
+        )
+        return tx.update(params, tx.init(params), params)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert jax.eval_shape(update, jnp.float32(0.5)) == jax.eval_shape(
+            lambda: params
+        )
 
 
 @pytest.mark.parametrize(
@@ -475,20 +599,29 @@ def test_moments_are_found_at_any_depth():
         optax.trace(0.9),
     )
     state = tx.init(params)
-    moved = transforms.map_first_moments(
-        state, lambda mu: jax.tree.map(lambda x: x + 1, mu)
+    one_more = lambda tree: jax.tree.map(lambda x: x + 1, tree)
+
+    def changed(after):
+        pairs = map(jax.tree_util.tree_leaves_with_path, (state, after))
+        return [
+            jax.tree_util.keystr(path)
+            for (path, x), (_, y) in zip(*pairs, strict=True)
+            if np.any(x != y)
+        ]
+
+    firsts = changed(transforms.map_first_moments(state, params, one_more))
+    seconds = changed(
+        transforms.map_mirrors(
+            state,
+            params,
+            lambda field, mirror: (
+                one_more(mirror) if transforms.is_second_moment(field) else mirror
+            ),
+            is_entry=lambda x: isinstance(
+                x, spectral.SpectralFactors | transforms.SecondMoment
+            ),
+        )
     )
-    before, after = map(jax.tree_util.tree_leaves_with_path, (state, moved))
-    firsts = [
-        jax.tree_util.keystr(path)
-        for (path, x), (_, y) in zip(before, after, strict=True)
-        if np.any(x != y)
-    ]
-    seconds = [
-        jax.tree_util.keystr(path)
-        for path, _ in before
-        if transforms.is_second_moment(path)
-    ]
     assert len(firsts) == len(jax.tree.leaves(params))
     assert all(".mu" in path for path in firsts)
     # u and v have no second moment.

@@ -144,6 +144,7 @@ def _train(
     say = functools.partial(console.say, output)
     corpus = data.prepare(config.data, vocab_size=config.model.vocab_size, log=say)
     say(console.describe_passes(config, len(corpus.train)))
+    interrupts.end_at_once()
     text = run.held_out(corpus)
     identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
     torn: set[int] = set()  # steps that only a later attempt can leave out

@@ -18,8 +18,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     streams.forgive_all()
     with signals.Program():
         code = _exit_code(main)
-        streams.finish()
         if code:
+            streams.flush()
             os._exit(code)
     sys.exit(0)
 

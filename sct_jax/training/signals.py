@@ -40,8 +40,8 @@ class Signals:
     A context manager that installs its handlers in the main thread only, and leaves a
     signal ignored that was ignored before, as `nohup` does. Before `defer` a signal
     raises `Interrupted`, for notebooks and for cleanup. Within a `Program` it also ends
-    the process half a second later, whatever the main thread is doing. The second
-    signal ends any process at once.
+    the process half a second later, whatever the main thread is doing, or at once after
+    `end_at_once`. The second signal ends any process at once.
 
     Attributes:
       received: number of the signal that arrived; None before one does.
@@ -57,6 +57,7 @@ class Signals:
         self.raised: int | None = None
         self._in_program = False
         self._deferred = False
+        self._at_once = False
         self._previous: dict[int, Any] = {}
         self._wakeup: int | None = None
 
@@ -90,6 +91,14 @@ class Signals:
         os.close(self._wakeup)  # ends the thread
         self._wakeup = None
 
+    def end_at_once(self) -> None:
+        """Within a `Program`, makes a signal end the process without an exception.
+
+        For native code that leaves nothing to clean up. An exception that unwinds a
+        compilation frees what its threads still use, and the process crashes.
+        """
+        self._at_once = self._in_program
+
     def defer(self) -> None:
         """Makes further signals wait for the end of the step."""
         self._deferred = True
@@ -102,7 +111,7 @@ class Signals:
         del frame
         if self.received is None:  # else the thread decides
             self.received = number
-            if not self._deferred:
+            if not self._deferred and not self._at_once:
                 self.raised = number
                 raise Interrupted(number)
 
@@ -126,7 +135,7 @@ class Signals:
             if not first:
                 first, since = number, now
                 if self._in_program and not self._deferred:
-                    deadline = now + self._grace
+                    deadline = now + (0 if self._at_once else self._grace)
             elif now - since > (_HANGUP_ECHO if number == signal.SIGHUP else _ECHO):
                 end_process(number)
 

@@ -5,7 +5,6 @@ encoding without the letters of a file name. Such text is lost or escaped.
 """
 
 import contextlib
-import os
 import sys
 from typing import Any
 
@@ -51,18 +50,8 @@ def forgive_all() -> None:
     sys.stdout, sys.stderr = forgiving(sys.stdout), forgiving(sys.stderr)
 
 
-def finish() -> None:
-    """Flushes standard output and error, and drops what cannot be written.
-
-    Otherwise the interpreter tries again when it exits, fails, and returns 120.
-    """
-    for stream in (sys.__stdout__, sys.__stderr__):
-        if stream is None:
-            continue
-        try:
+def flush() -> None:
+    """Flushes standard output and error, as `os._exit` does not."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
             stream.flush()
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)

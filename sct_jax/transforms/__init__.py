@@ -3,11 +3,16 @@
 Each transformation treats a factor tuple as one weight and passes every other leaf
 through unchanged; Adam (`scale_by_adam`) treats all leaves alike. They need `params`,
 and compose with `optax.chain`, `optax.masked` and `optax.partition`. Never split the u,
-s and v of one weight over two partitions.
+s and v of one weight over two partitions: `init` raises ValueError.
 """
 
 from sct_jax.transforms._clipping import clip_by_composite_spectral_norm
-from sct_jax.transforms._common import CountState, ScalarOrSchedule
+from sct_jax.transforms._common import (
+    CountState,
+    ScalarOrSchedule,
+    check_number,
+    check_whole,
+)
 from sct_jax.transforms._inactive import (
     ActiveColumns,
     FreezeInactiveColumnsState,
@@ -18,7 +23,12 @@ from sct_jax.transforms._low_precision import (
     scale_by_adam,
     scale_by_low_precision_adam,
 )
-from sct_jax.transforms._moments import is_second_moment, map_first_moments
+from sct_jax.transforms._moments import (
+    is_second_moment,
+    key_names,
+    map_first_moments,
+    map_mirrors,
+)
 from sct_jax.transforms._retraction import project_to_tangent, retract_to_stiefel
 from sct_jax.transforms._scaling import limit_rotation, scale_components
 from sct_jax.transforms._spectron import PowerVectors, SpectronState, scale_by_spectron
@@ -40,11 +50,15 @@ __all__ = [
     "SecondMoment",
     "SpectronState",
     "StiefelMuonState",
+    "check_number",
+    "check_whole",
     "clip_by_composite_spectral_norm",
     "freeze_inactive_columns",
     "is_second_moment",
+    "key_names",
     "limit_rotation",
     "map_first_moments",
+    "map_mirrors",
     "project_to_tangent",
     "retract_by_svd",
     "retract_to_stiefel",

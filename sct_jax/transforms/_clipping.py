@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sct_jax import linalg, spectral, stiefel
 from sct_jax.transforms import _common
@@ -18,6 +18,7 @@ _SQUARINGS = 8
 _TARGET = 0.97  # of the bound: the norm that the next trial aims at
 _ENOUGH = 0.95  # of the bound: the search ends here, with a true norm above 0.9
 _MAX_ROUNDS = 14
+_ROUNDING = 2e-3  # of the bound: the most that rounding may add to an accepted norm
 _TOO_LARGE = 1e37  # beyond, reciprocals soon become subnormal in float32
 
 
@@ -36,15 +37,17 @@ def clip_by_composite_spectral_norm(
     full update satisfies it. Place it before `retract_to_stiefel` with the same method.
 
     Requires factors orthonormal to 1e-5 and a retraction on every step. Ensures the
-    bound to 1 % plus float32 rounding (16 eps max|s| sqrt(R)), for any update. Updates
-    with a NaN, an infinity or an entry beyond 1e37 become zero. If gradients may be
+    bound to 1 % plus float32 rounding (16 eps max|s| sqrt(R)), for any update. A c at
+    which u + c du or v + c dv is too close to rank-deficient for float32 is not taken,
+    since rounding decides there what R returns. Updates with a NaN, an infinity or an
+    entry beyond 1e37 become zero. Derivatives take c as constant. If gradients may be
     non-finite, wrap the chain in `optax.apply_if_finite`: NaN persists in Adam's
     moments, and the weight would never move again.
 
     Method: for every c, W'(c) lies in the span of [u, E_u] and [v, E_v], with E = du -
     u u.T du. Two products with each factor (6 R FLOPs per entry) reduce the search for
-    c to 2R x 2R matrices. A bound by Frobenius norms comes first. If it decides every
-    weight, nothing else is computed.
+    c to 2R x 2R matrices. A bound by Frobenius norms comes first, and c is 1 where it
+    decides. If it decides every weight, nothing else is computed.
 
     Args:
       max_norm: bound, or schedule of it.
@@ -55,7 +58,7 @@ def clip_by_composite_spectral_norm(
       A transformation that needs `params`.
 
     Raises:
-      ValueError: for an unknown retraction or max_norm <= 0.
+      ValueError: for an unknown retraction, or a bound that is not positive and finite.
 
     References:
       Spectron, arXiv 2602.12429, 2026, section 4. `Deviation:` the paper bounds a sum
@@ -64,8 +67,7 @@ def clip_by_composite_spectral_norm(
     """
     if retraction != "svd":
         stiefel.check_method(retraction)
-    if not callable(max_norm) and not isinstance(max_norm, jax.Array) and max_norm <= 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    _common.check_number("max_norm", max_norm, above=0)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -75,12 +77,13 @@ def clip_by_composite_spectral_norm(
         if not factors:
             return updates, new_state
         bound = jnp.asarray(_common.value_of(max_norm, state.count), jnp.float32)
-        scales = _scales(factors, bound, retraction)
+        # Reverse mode refuses the loops of the search.
+        scales = _scales(*jax.lax.stop_gradient((factors, bound)), retraction)
         return rebuild(
             [_scale_update(d, c) for (_, d), c in zip(factors, scales, strict=True)]
         ), new_state
 
-    return optax.GradientTransformationExtraArgs(_common.init_count, update_fn)
+    return optax.GradientTransformationExtraArgs(_common.count_of_whole, update_fn)
 
 
 @functools.partial(jax.jit, static_argnames="retraction")
@@ -96,7 +99,12 @@ def _scales(
         # All ones. Under shard_map both branches must vary over the same axes, which
         # constants would not.
         lambda: [x.astype(jnp.float32) for x in decided],
-        lambda: _admissible_scales(factors, bound, retraction),
+        lambda: [
+            jnp.where(known, 1.0, c)
+            for known, c in zip(
+                decided, _admissible_scales(factors, bound, retraction), strict=True
+            )
+        ],
     )
 
 
@@ -150,28 +158,67 @@ def _admissible_scales(
 ) -> list[Float[Array, "*L"]]:
     """The c of every weight, by one search over the small matrices of all weights."""
     operands: list[tuple[Array, ...]] = []
-    units, valid = [], []
+    valid = []
     for p, d in factors:
         p, d = jax.tree.map(lambda x: x.astype(jnp.float32), (p, d))
-        peak = jnp.maximum(_peak(d.u, (-2, -1)), _peak(d.v, (-2, -1)))
+        peaks_u, peaks_v = _peak(d.u, (-2,)), _peak(d.v, (-2,))
+        peak = jnp.maximum(_peak(peaks_u, (-1,)), _peak(peaks_v, (-1,)))
         finite = peak + _peak(d.s, (-1,)) < _TOO_LARGE
-        # In units of its largest entry, the square of a huge update cannot overflow.
-        unit = jnp.where(finite, jnp.maximum(peak, 1.0), 1.0)
-        d = _scale_update(d, jnp.where(finite, 1 / unit, 0))
-        p_u, e_u = spectral.split_along(p.u, d.u)
-        p_v, e_v = spectral.split_along(p.v, d.v)
-        eye = jnp.eye(p.s.shape[-1], dtype=jnp.float32)
-        diagonals = [x[..., None] * eye for x in (p.s, d.s, unit[..., None])]
-        q_u, q_v = linalg.gram(e_u), linalg.gram(e_v)
+        p_u, q_u, units_u = _small_side(p.u, d.u, peaks_u, finite)
+        p_v, q_v, units_v = _small_side(p.v, d.v, peaks_v, finite)
+        ds = jnp.where(finite[..., None], d.s, 0)
+        eye = jnp.broadcast_to(jnp.eye(p.s.shape[-1], dtype=jnp.float32), p_u.shape)
+        diagonals = [x[..., None] * eye for x in (units_u, units_v, p.s, ds)]
         operands.append((p_u, q_u, p_v, q_v, *diagonals))
-        units.append(unit)
         valid.append(finite)
     search = functools.partial(_search_scales, bound=bound, retraction=retraction)
     found = linalg.map_batched(search, *zip(*operands, strict=True), fill=0.0)
-    return [
-        jnp.where(ok, c / unit, 0.0)
-        for c, unit, ok in zip(found, units, valid, strict=True)
-    ]
+    return [jnp.where(ok, c, 0.0) for c, ok in zip(found, valid, strict=True)]
+
+
+def _small_side(
+    x: Float[Array, "*L n R"],
+    d: Float[Array, "*L n R"],
+    peaks: Float[Array, "*L R"],
+    finite: Bool[Array, "*L"],
+) -> tuple[Float[Array, "*L R R"], Float[Array, "*L R R"], Float[Array, "*L R"]]:
+    """p, q and units with x.T d = p units and E.T E = units q units, by columns.
+
+    In units of their largest entries, squares of huge columns cannot overflow, nor can
+    those of other columns vanish beside them.
+    """
+    units = jnp.where(finite[..., None], jnp.maximum(peaks, 1.0), 1.0)
+    wide = finite[..., None, None]
+    p, e = spectral.split_along(x, jnp.where(wide, d * (1 / units)[..., None, :], 0))
+    return p, linalg.gram(e), units
+
+
+class _Side(NamedTuple):
+    """The update of u or of v in the small space, as in `_small_side`."""
+
+    p: Float[Array, "N K K"]
+    q: Float[Array, "N K K"]
+    units: Float[Array, "N K"]
+
+
+class _Moved(NamedTuple):
+    """Columns u + c du of one side, divided by `wide`, and their matrix z.
+
+    Attributes:
+      along: coefficients along u.
+      steps: coefficients along E, in its units.
+      gram: of the columns.
+      z: R(u + c du) = (columns) z.
+      wide: at least 1, so that no square overflows.
+      travel: 1 + c ||du||, divided by `wide`.
+    """
+
+    along: Float[Array, "N K K"]
+    steps: Float[Array, "N K"]
+    gram: Float[Array, "N K K"]
+    z: Float[Array, "N K K"]
+    wide: Float[Array, "N K"]
+    travel: Float[Array, "N K"]
 
 
 def _search_scales(
@@ -179,91 +226,147 @@ def _search_scales(
     q_u: Float[Array, "N K K"],
     p_v: Float[Array, "N K K"],
     q_v: Float[Array, "N K K"],
+    units_u: Float[Array, "N K K"],
+    units_v: Float[Array, "N K K"],
     s: Float[Array, "N K K"],
     ds: Float[Array, "N K K"],
-    unit: Float[Array, "N K K"],
     *,
     bound: Float[Array, ""],
     retraction: str,
 ) -> Float[Array, " N"]:
-    """The c in [0, unit] with which the applied update satisfies the bound, per weight.
+    """The c in [0, 1] with which the applied update satisfies the bound, per weight.
 
-    `s`, `ds` and `unit` are diagonal matrices, because `linalg.map_batched` pads square
+    Units, `s` and `ds` are diagonal matrices, because `linalg.map_batched` pads square
     matrices.
     """
-    s, ds, unit = (jnp.diagonal(x, axis1=-2, axis2=-1) for x in (s, ds, unit))
-    unit = unit[:, 0]
+    units_u, units_v, s, ds = (
+        jnp.diagonal(x, axis1=-2, axis2=-1) for x in (units_u, units_v, s, ds)
+    )
+    sides = (_Side(p_u, q_u, units_u), _Side(p_v, q_v, units_v))
     # `spectral_radius_bound` may overestimate the norm by this factor.
     accepted = bound * 1.0005 * (2 * s.shape[-1]) ** (0.5 / 2 ** (_SQUARINGS + 1))
     norm_at = _norm_along_path(
-        p_u, q_u, p_v, q_v, s, ds, accepted=accepted, retraction=retraction
+        sides, s, ds, bound=bound, accepted=accepted, retraction=retraction
     )
     # For displacements of norm above 1, the path is far from a straight line.
-    lengths = [
-        jnp.sqrt(jnp.sum(jnp.square(p), (-2, -1)) + jnp.trace(q, axis1=-2, axis2=-1))
-        for p, q in ((p_u, q_u), (p_v, q_v))
-    ]
-    straight = 1 / jnp.maximum(jnp.maximum(*lengths), 1 / unit)
-    return largest_admissible(norm_at, unit, straight, bound=bound, accepted=accepted)
+    straight = 1 / jnp.maximum(jnp.maximum(*map(_displacement, sides)), 1)
+    # Units are at least 1. Under shard_map, c must vary over the same axes as they do.
+    full = jnp.minimum(units_u[:, 0], 1)
+    return largest_admissible(norm_at, full, straight, bound=bound, accepted=accepted)
+
+
+def _displacement(side: _Side) -> Float[Array, " N"]:
+    """The Frobenius norm of du."""
+    top = _peak(side.units, (-1,))
+    share = side.units / top[:, None]
+    p, q = side.p * share[:, None, :], side.q * share[:, None, :] * share[:, :, None]
+    squares = jnp.sum(jnp.square(p), (-2, -1)) + jnp.trace(q, axis1=-2, axis2=-1)
+    return top * jnp.sqrt(squares)
 
 
 def _norm_along_path(
-    p_u: Float[Array, "N K K"],
-    q_u: Float[Array, "N K K"],
-    p_v: Float[Array, "N K K"],
-    q_v: Float[Array, "N K K"],
+    sides: tuple[_Side, _Side],
     s: Float[Array, "N K"],
     ds: Float[Array, "N K"],
     *,
+    bound: Float[Array, ""],
     accepted: Float[Array, ""],
     retraction: str,
 ) -> Callable[[Float[Array, " N"]], Float[Array, " N"]]:
     """The function c -> ||W'(c) - W||_2, per weight.
 
     Accurate enough to compare with `accepted`. Infinite where float32 cannot represent
-    the step.
+    the step, or where rounding could raise an accepted norm beyond the tolerance.
     """
-    eye = jnp.eye(s.shape[-1], dtype=s.dtype)
     # Columns of E in units of their lengths, to keep all products well scaled.
-    lengths_u, lengths_v = (
+    lengths = [
         linalg.safe_divisor(jnp.sqrt(jnp.diagonal(q, axis1=-2, axis2=-1)))
-        for q in (q_u, q_v)
-    )
-    unit_q_u, unit_q_v = (
+        for _, q, _ in sides
+    ]
+    unit_qs = [
         q / (x[:, :, None] * x[:, None, :])
-        for q, x in ((q_u, lengths_u), (q_v, lengths_v))
-    )
+        for (_, q, _), x in zip(sides, lengths, strict=True)
+    ]
+    tolerated = _ROUNDING / jnp.finfo(s.dtype).eps * bound + 8 * _peak(s, (-1,))
 
     def norm_at(c):
-        c = c[:, None, None]
-        along = [eye + c * p for p in (p_u, p_v)]
-        grams = [
-            linalg.gram(a) + c**2 * q for a, q in zip(along, (q_u, q_v), strict=True)
-        ]
-        z_u, z_v = (
-            [jnp.broadcast_to(eye, g.shape) for g in grams]
-            if retraction == "svd"
-            else stiefel.retraction_matrices(grams, method=retraction)
+        c = c[:, None]
+        moved = _move(sides, c, retraction)
+        new_s, size_s = s + c * ds, jnp.abs(s) + c * jnp.abs(ds)
+        if retraction == "svd":
+            new_s = new_s * moved[0].wide * moved[1].wide
+        c_u, c_v = (linalg.matmul(m.along, m.z) for m in moved)
+        t_u, t_v = (
+            (m.steps * x)[..., None] * m.z for m, x in zip(moved, lengths, strict=True)
         )
-        k = spectral.small_space_difference(
-            linalg.matmul(along[0], z_u),
-            linalg.matmul(along[1], z_v),
-            s,
-            s + c[..., 0] * ds,
-            c * lengths_u[..., None] * z_u,
-            c * lengths_v[..., None] * z_v,
-        )
+        k = spectral.small_space_difference(c_u, c_v, s, new_s, t_u, t_v)
         peak = _peak(k, (-2, -1))
         k = k / linalg.safe_divisor(peak)[:, None, None]
         radius = linalg.spectral_radius_bound(
-            spectral.small_space_product(k, unit_q_u, unit_q_v),
+            spectral.small_space_product(k, *unit_qs),
             squarings=_SQUARINGS,
             threshold=jnp.square(accepted / linalg.safe_divisor(peak)),
         )
         norm = peak * jnp.sqrt(radius)
-        return jnp.where(jnp.isfinite(norm), norm, jnp.inf)
+        error = _rounding_error(moved, size_s, retraction)
+        usable = jnp.isfinite(norm) & ((norm > accepted) | (error <= tolerated))
+        return jnp.where(usable, norm, jnp.inf)
 
     return norm_at
+
+
+def _move(
+    sides: tuple[_Side, _Side], c: Float[Array, "N 1"], retraction: str
+) -> list[_Moved]:
+    moved = []
+    for side in sides:
+        steps = c * side.units
+        wide = jnp.maximum(steps, 1)
+        if retraction == "polar":  # depends on the ratios of columns
+            wide = jnp.broadcast_to(jnp.max(wide, axis=-1, keepdims=True), wide.shape)
+        eye = jnp.eye(wide.shape[-1], dtype=wide.dtype)[None]
+        along = (eye + side.p * steps[:, None, :]) / wide[:, None, :]
+        squares = jnp.sum(jnp.square(side.p), axis=-2)
+        squares = squares + jnp.diagonal(side.q, axis1=-2, axis2=-1)
+        travel = (1 + steps * jnp.sqrt(squares)) / wide
+        steps = steps / wide
+        gram = linalg.gram(along) + steps[:, :, None] * steps[:, None, :] * side.q
+        z = jnp.broadcast_to(eye, gram.shape)
+        moved.append(_Moved(along, steps, gram, z, wide, travel))
+    if retraction == "svd":
+        return moved
+    zs = stiefel.retraction_matrices([m.gram for m in moved], method=retraction)
+    return [m._replace(z=z) for m, z in zip(moved, zs, strict=True)]
+
+
+def _rounding_error(
+    moved: list[_Moved], s: Float[Array, "N K"], retraction: str
+) -> Float[Array, " N"]:
+    """About how far rounding moves W', in units of eps; NaN if it cannot be told.
+
+    A moved column carries an error of eps (1 + c ||du||). Relative to its distance from
+    the span of the others, that error turns R. The search itself reads R from a Gram
+    matrix, which squares that distance.
+
+    Args:
+      moved: columns of u and of v.
+      s: |s| + c |ds|.
+      retraction: as in `clip_by_composite_spectral_norm`.
+    """
+    if retraction == "svd":
+        u, v = (m.travel * m.wide for m in moved)
+        return jnp.max(u * s * v, axis=-1)
+    turns = jnp.zeros([], s.dtype)
+    for m in moved:
+        lengths = jnp.sqrt(jnp.diagonal(m.gram, axis1=-2, axis2=-1))
+        # 1 / rows of z are the distances of columns from the span of the others.
+        rows = linalg.safe_sqrt(jnp.sum(jnp.square(m.z), axis=-1))
+        if retraction == "polar":
+            closeness = jnp.max(lengths, axis=-1) * jnp.max(rows, axis=-1)
+        else:
+            closeness = jnp.max(lengths * rows, axis=-1)
+        turns = turns + jnp.square(closeness) * jnp.max(m.travel / lengths, axis=-1)
+    return turns * jnp.max(s, axis=-1)
 
 
 def largest_admissible(

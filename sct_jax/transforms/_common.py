@@ -1,14 +1,17 @@
-"""Step counts, schedules, and access to the factors of a tree."""
+"""Step counts, schedules, checks, and access to the factors of a tree."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from sct_jax import spectral
+from sct_jax import sharding, spectral
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
@@ -29,9 +32,102 @@ def init_count(params: optax.Params) -> CountState:
     return CountState(jnp.zeros([], jnp.int32))
 
 
+def count_of_whole(params: optax.Params) -> CountState:
+    """`init_count`, for rules that constrain whole weights; see `check_whole`."""
+    check_whole(params)
+    return init_count(params)
+
+
+def empty_of_whole(params: optax.Params) -> optax.EmptyState:
+    """The state of rules without one that act on whole weights; see `check_whole`."""
+    check_whole(params)
+    return optax.EmptyState()
+
+
+def check_whole(params: optax.Params) -> None:
+    """Raises ValueError if a rule on whole weights would miss some of them.
+
+    A weight of which `optax.masked` or `optax.partition` removed some factors but not
+    all, or one in the single vector of `optax.flatten`, would leave the manifold.
+    """
+    if getattr(params, "ndim", None) == 1:
+        raise ValueError(
+            "the parameters are one vector, in which factors would lose their "
+            "constraint: inside optax.flatten, use only rules for single entries"
+        )
+    for path, w in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        if not spectral.is_factors(w):
+            continue
+        removed = [name for name in w._fields if is_masked(getattr(w, name))]
+        if 0 < len(removed) < len(w):
+            raise ValueError(
+                f"{sharding.path_name(path) or 'the weight'} is split: a mask or label "
+                f"removed {' and '.join(removed)} and kept the rest. Mask or label "
+                "factor tuples as a whole: jax.tree.map(..., params, "
+                "is_leaf=spectral.is_factors)"
+            )
+
+
 def value_of(value: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
     """Returns the value, or the value of the schedule at `count`."""
     return value(count) if callable(value) else value
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: int | None = None,
+    above: int | None = None,
+    below: int | None = None,
+    integer: bool = False,
+) -> None:
+    """Raises ValueError unless a hyperparameter is a number within its bounds.
+
+    The number must be finite in float32.
+    None, schedules and tracers pass: their numbers are not known yet.
+
+    Args:
+      name: of the hyperparameter, for the message.
+      value: number, array, schedule or None.
+      least: inclusive lower bound.
+      above: exclusive lower bound.
+      below: exclusive upper bound.
+      integer: whether the number must be an integer.
+    """
+    if value is None or callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    bounds = [
+        (sign, bound, holds)
+        for sign, bound, holds in (
+            (">=", least, operator.ge),
+            (">", above, operator.gt),
+            ("<", below, operator.lt),
+        )
+        if bound is not None
+    ]
+    number = np.asarray(jax.device_get(value))
+    valid = (
+        number.ndim == 0
+        and jnp.issubdtype(number.dtype, jnp.number)
+        and not jnp.issubdtype(number.dtype, jnp.complexfloating)
+        and abs(number) <= float(jnp.finfo(jnp.float32).max)
+        and all(holds(number, bound) for _, bound, holds in bounds)
+        and not (integer and number % 1)
+    )
+    if not valid:
+        kind = "an integer" if integer else "a finite number"
+        wanted = " and ".join([kind, *(f"{sign} {bound}" for sign, bound, _ in bounds)])
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def check_steps(newton_schulz_steps: Any) -> None:
+    """Raises ValueError unless the number of steps is a Python integer >= 0."""
+    if not isinstance(newton_schulz_steps, int) or newton_schulz_steps < 0:
+        raise ValueError(
+            "newton_schulz_steps must be an integer >= 0, named in the static_args of "
+            f"optax.inject_hyperparams, got {newton_schulz_steps}"
+        )
 
 
 @jax.jit  # outside of a jit, a power of a concrete count compiles for each new count

@@ -35,6 +35,7 @@ def freeze_inactive_columns() -> optax.GradientTransformationExtraArgs:
     """
 
     def init_fn(params):
+        _common.check_whole(params)
         return FreezeInactiveColumnsState(
             _common.per_weight(
                 lambda w: ActiveColumns(jnp.ones(w.s.shape, bool)),

@@ -32,10 +32,14 @@ def scale_by_low_precision_adam(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
 
+    Raises:
+      ValueError: for a decay outside [0, 1), or a negative eps.
+
     References:
       Kingma, Ba, Adam: a method for stochastic optimization, arXiv 1412.6980, 2014
       Zamirai et al., Revisiting BFloat16 Training, arXiv 2010.06192, 2020
     """
+    _check_adam(b1, b2, eps)
 
     def init_fn(params):
         zeros = lambda: jax.tree.map(
@@ -49,7 +53,7 @@ def scale_by_low_precision_adam(
         count = jnp.asarray(optax.safe_increment(state.count))
         mean = lambda old, new, decay: (
             decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
-        )
+        ).astype(jnp.float32)
         mu = jax.tree.map(lambda m, g: mean(m, g, b1), state.mu, updates)
         nu = jax.tree.map(
             lambda v, g: mean(v, jnp.square(g.astype(jnp.float32)), b2),
@@ -86,7 +90,8 @@ def scale_by_adam(
     """Rescales updates by `optax.scale_by_adam` or `scale_by_low_precision_adam`.
 
     Unlike in optax, float32 moments are float32 for leaves of lower precision too: a
-    bfloat16 second moment that is rounded to nearest never decays.
+    bfloat16 second moment that is rounded to nearest never decays. Those of float64
+    leaves are float64.
 
     Args:
       b1: decay of the first moment.
@@ -95,8 +100,10 @@ def scale_by_adam(
       moment_dtype: of both moments, float32 or bfloat16.
 
     Raises:
-      ValueError: for another dtype of the moments.
+      ValueError: for another dtype of the moments, a decay outside [0, 1), or a
+        negative eps.
     """
+    _check_adam(b1, b2, eps)
     dtype = jnp.dtype(moment_dtype)
     if dtype == jnp.bfloat16:
         return scale_by_low_precision_adam(b1, b2, eps)
@@ -107,17 +114,33 @@ def scale_by_adam(
     tx = optax.scale_by_adam(b1, b2, eps)
 
     def init_fn(params):
-        return tx.init(jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params))
+        return tx.init(
+            jax.tree.map(
+                lambda p: jnp.zeros_like(
+                    p, dtype=jnp.float64 if p.dtype == jnp.float64 else jnp.float32
+                ),
+                params,
+            )
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         like = updates if params is None else params
-        directions, state = tx.update(
-            jax.tree.map(lambda g: g.astype(dtype), updates), state
-        )
-        return jax.tree.map(lambda d, p: d.astype(p.dtype), directions, like), state
+        updates = jax.tree.map(lambda g, old: g.astype(old.dtype), updates, state.mu)
+        directions, new = tx.update(updates, state)
+        # A float64 decay, as of `optax.inject_hyperparams`, must not change dtypes.
+        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
+        return jax.tree.map(lambda d, p: d.astype(p.dtype), directions, like), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_adam(
+    b1: float | jax.Array, b2: float | jax.Array, eps: float | jax.Array
+) -> None:
+    for name, decay in {"b1": b1, "b2": b2}.items():
+        _common.check_number(name, decay, least=0, below=1)
+    _common.check_number("eps", eps, least=0)
 
 
 @jax.jit

@@ -37,7 +37,8 @@ def retract_to_stiefel(
       A transformation that needs `params`.
 
     Raises:
-      ValueError: for an unknown method, every < 1 or tolerance <= 0.
+      ValueError: for an unknown method, for an interval that is no integer above 0, and
+        for a tolerance that is not positive and finite.
 
     Example:
       >>> import jax, optax
@@ -52,15 +53,8 @@ def retract_to_stiefel(
       TSVD, arXiv 2605.28573, 2026 (lazy orthonormality; the rule is our own)
     """
     stiefel.check_method(method)
-    # Arrays may be tracers, as under `optax.inject_hyperparams`: do not read them.
-    if not isinstance(every, jax.Array) and every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
-    if (
-        tolerance is not None
-        and not isinstance(tolerance, jax.Array)
-        and tolerance <= 0
-    ):
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    _common.check_number("every", every, least=1, integer=True)
+    _common.check_number("tolerance", tolerance, above=0)
     always = not isinstance(every, jax.Array) and every == 1 and tolerance is None
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -78,7 +72,8 @@ def retract_to_stiefel(
                 errors = [
                     stiefel.orthonormality_error(x) for x in jax.tree.leaves(moved)
                 ]
-                drifted = jnp.max(jnp.stack(errors)) > tolerance
+                # NaN, of factors with a NaN, must not pass as orthonormal.
+                drifted = ~(jnp.max(jnp.stack(errors)) <= tolerance)
                 # The default every = 1 would always be due: the tolerance decides.
                 due = (due & (every > 1)) | drifted
             retracted = _retract_when(due, moved, method)
@@ -90,7 +85,7 @@ def retract_to_stiefel(
         )
         return updates, state.next()
 
-    return optax.GradientTransformationExtraArgs(_common.init_count, update_fn)
+    return optax.GradientTransformationExtraArgs(_common.count_of_whole, update_fn)
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -126,7 +121,7 @@ def project_to_tangent() -> optax.GradientTransformationExtraArgs:
         params = _common.require_params(params, "project_to_tangent")
         return tangent_projection(updates, params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(_common.empty_of_whole, update_fn)
 
 
 def tangent_projection(updates: optax.Updates, params: optax.Params) -> optax.Updates:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sct_jax import spectral
+from sct_jax import linalg, spectral
 from sct_jax.transforms import _common
 
 
@@ -29,7 +29,14 @@ def scale_components(
       s: multiplier, or schedule of it, for singular values.
       dense: multiplier, or schedule of it, for arrays outside factor tuples.
       base_width: fan at which `uv` applies unscaled; None for no scaling by width.
+
+    Raises:
+      ValueError: for a multiplier that is negative or not finite, and for a width that
+        is not positive.
     """
+    for name, multiplier in {"uv": uv, "s": s, "dense": dense}.items():
+        _common.check_number(name, multiplier, least=0)
+    _common.check_number("base_width", base_width, above=0)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -75,12 +82,22 @@ def limit_rotation(
 
     Args:
       max_rotation: bound, in radians.
+
+    Raises:
+      ValueError: for a bound that is negative or not finite.
     """
+    _common.check_number("max_rotation", max_rotation, least=0)
 
     def shorten(x):
-        length = jnp.linalg.norm(x.astype(jnp.float32), axis=-2, keepdims=True)
-        factor = jnp.where(length > max_rotation, max_rotation / length, 1.0)
-        return (x * factor).astype(x.dtype)
+        wide = linalg.as_float32(x)
+        peak = jnp.max(jnp.abs(wide), axis=-2, keepdims=True)
+        divisor = linalg.range_divisor(peak)
+        scaled = wide / divisor
+        squares = jnp.sum(jnp.square(scaled), axis=-2, keepdims=True)
+        length = linalg.safe_sqrt(squares)
+        exceeds = length * divisor > max_rotation
+        factor = max_rotation / jnp.where(exceeds, length, 1)
+        return jnp.where(exceeds, scaled * factor, wide).astype(x.dtype)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -94,4 +111,4 @@ def limit_rotation(
             is_leaf=_common.is_weight,
         ), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(_common.empty_of_whole, update_fn)

@@ -61,6 +61,9 @@ def scale_by_spectron(
     Returns:
       A transformation that needs `params`. It passes all leaves but LowRankFactors.
 
+    Raises:
+      ValueError: for a decay outside [0, 1), or a number of steps that is no integer.
+
     Example:
       >>> import jax, optax
       >>> from sct_jax import spectral, transforms
@@ -73,8 +76,12 @@ def scale_by_spectron(
     References:
       Spectron, arXiv 2602.12429, 2026, Algorithm 1
     """
+    _common.check_number("b1", b1, least=0, below=1)
+    _common.check_steps(newton_schulz_steps)
 
     def init_fn(params):
+        _common.check_whole(params)
+
         def vectors(w):
             shape = (*w.a.shape[:-2], w.a.shape[-1])
             # A state that holds one array twice cannot be donated.
@@ -134,7 +141,10 @@ def _radius(
     norm_a, right_a = linalg.power_iteration(w.a, vectors.right_a)
     norm_b, right_b = linalg.power_iteration(w.b, vectors.right_b)
     radius = 1 / (norm_a + norm_b + 1)
-    return radius[..., None, None], PowerVectors(right_a, right_b)
+    kept = PowerVectors(right_a, right_b)
+    return radius[..., None, None], jax.tree.map(
+        lambda x, old: x.astype(old.dtype), kept, vectors
+    )
 
 
 def _shape_factor(x: Float[Array, "*L n R"]) -> float:

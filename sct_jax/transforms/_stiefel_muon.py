@@ -84,7 +84,8 @@ def scale_by_stiefel_muon(
       A transformation that needs `params`. It passes all leaves but SpectralFactors.
 
     Raises:
-      ValueError: for unknown coordinates.
+      ValueError: for unknown coordinates, a decay outside [0, 1), a negative eps or
+        share, or a number of steps that is no integer.
 
     References:
       Jordan et al., Muon: an optimizer for hidden layers, 2024,
@@ -96,9 +97,16 @@ def scale_by_stiefel_muon(
             f"unknown coordinates {coordinates!r}: choose one of "
             f"{', '.join(COORDINATES)}"
         )
+    for name, decay in {"b1": b1, "s_b1": s_b1, "s_b2": s_b2}.items():
+        _common.check_number(name, decay, least=0, below=1)
+    _common.check_number("eps", eps, least=0)
+    for share in shares:
+        _common.check_number("shares", share, least=0)
+    _common.check_steps(newton_schulz_steps)
     a_u, a_s, a_v = shares
 
     def init_fn(params):
+        _common.check_whole(params)
         per_weight = lambda fn: _common.per_weight(
             fn, params, _common.is_whole_spectral
         )
@@ -107,7 +115,7 @@ def scale_by_stiefel_muon(
             mu=per_weight(lambda w: jax.tree.map(jnp.zeros_like, w)),
             # A bfloat16 second moment that is rounded to nearest never decays.
             nu=per_weight(
-                lambda w: SecondMoment(jnp.zeros_like(w.s, dtype=jnp.float32))
+                lambda w: SecondMoment(linalg.as_float32(jnp.zeros_like(w.s)))
             ),
         )
 
@@ -129,7 +137,7 @@ def scale_by_stiefel_muon(
                 g = g._replace(u=g.u * inverse, v=g.v * inverse)
             u, v = mean(m.u, g.u, b1), mean(m.v, g.v, b1)
             means[i] = spectral.SpectralFactors(u, mean(m.s, g.s, s_b1), v)
-            square = jnp.square(g.s.astype(jnp.float32))
+            square = jnp.square(linalg.as_float32(g.s))
             squares[i] = SecondMoment(mean(squares[i].s, square, s_b2))
             if nesterov:
                 u, v = mean(u, g.u, b1), mean(v, g.v, b1)

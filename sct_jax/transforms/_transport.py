@@ -38,14 +38,18 @@ def transport_moments(
     """
     inner = optax.with_extra_args_support(inner)
 
+    def init_fn(params):
+        _common.check_whole(params)
+        return inner.init(params)
+
     def update_fn(updates, state, params=None, **extra_args):
         params = _common.require_params(params, "transport_moments")
         state = _moments.map_first_moments(
-            state, lambda mu: _retraction.tangent_projection(mu, params)
+            state, params, lambda mu: _retraction.tangent_projection(mu, params)
         )
         return inner.update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 class Rotation(NamedTuple):
@@ -96,6 +100,10 @@ def retract_by_svd(
         )
     inner = optax.with_extra_args_support(inner)
 
+    def init_fn(params):
+        _common.check_whole(params)
+        return inner.init(params)
+
     def update_fn(updates, state, params=None, **extra_args):
         params = _common.require_params(params, "retract_by_svd")
         updates, state = inner.update(updates, state, params, **extra_args)
@@ -114,11 +122,11 @@ def retract_by_svd(
             rotations.append(rotation)
         if moments is not None:
             state = _moments.map_first_moments(
-                state, lambda mu: _turn(mu, rebuild(rotations), moments)
+                state, params, lambda mu: _turn(mu, rebuild(rotations), moments)
             )
         return rebuild(new), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _core(
@@ -178,4 +186,7 @@ def _turn(mu: Any, rotations: Any, moments: str | None) -> Any:
 def damped_inverse(s: Float[Array, "*L R"]) -> Float[Array, "*L R"]:
     """Returns s / (s^2 + (DAMPING max|s|)^2), and 0 for an all-zero s."""
     peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
-    return s / linalg.safe_divisor(jnp.square(s) + jnp.square(DAMPING * peak))
+    divisor = linalg.range_divisor(peak)
+    s, peak = s / divisor, peak / divisor
+    damped = linalg.safe_divisor(jnp.square(s) + jnp.square(DAMPING * peak))
+    return s / damped / divisor
