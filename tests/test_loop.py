@@ -35,10 +35,15 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TRAIN_KEYS = {
     "step",
     "train/loss",
+    "train/loss_max",
     "learning_rate",
     "tokens",
     "tokens_per_second",
     "grad_norm",
+    "grad_norm_max",
+    "skipped_steps",
+    "skipped_in_a_row",
+    "spikes",
     "orthonormality_error",
     "composite_update_norm",
 }

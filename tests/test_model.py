@@ -8,7 +8,7 @@ import optax
 import pytest
 import samples
 
-from sct_jax import errors, model, spectral
+from sct_jax import errors, losses, model, spectral
 
 EPS = float(np.finfo(np.float32).eps)
 ALL = model.BLOCK_MATRICES
@@ -639,6 +639,35 @@ def test_parameters_are_float32_where_float64_is_allowed():
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+def loss_and_gradients(config):
+    """Abstract, of a batch with two documents."""
+    tokens = jnp.zeros((2, 8), jnp.int32)
+
+    def loss_fn(params):
+        logits = model.forward(params, tokens, config, segment_ids=tokens)
+        return losses.next_token_cross_entropy(logits, tokens)
+
+    return jax.eval_shape(jax.value_and_grad(loss_fn), abstract_init(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": True, "tie_embeddings": False, "scan_layers": False},
+        {"factors": "low_rank", "compute_dtype": "bfloat16"},
+        {"spectral": ("q", "embedding")},
+    ],
+    ids=str,
+)
+def test_no_axis_is_added_and_no_dtype_changes_by_itself(changes):
+    config = vary(**changes)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        loss, grads = loss_and_gradients(config)
+    assert loss.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -685,3 +714,10 @@ def test_a_shape_that_is_no_model_is_refused_by_field(changes, field):
 def test_a_rank_beyond_the_matrix_names_matrix_and_shape():
     with pytest.raises(errors.UserError, match=r"'k'.*1\.\.16.*32 x 16"):
         dataclasses.replace(SMALL, rank=17).validate()
+
+
+@pytest.mark.parametrize("rank", [0, 17])
+def test_a_rank_that_cannot_be_is_refused_at_init_too(rank):
+    config = dataclasses.replace(SMALL, rank=16, ranks=model.MatrixRanks(v=rank))
+    with pytest.raises(errors.UserError, match=r"^model\.ranks\.v: .*'v'.*1\.\.16"):
+        abstract_init(config)

@@ -83,6 +83,26 @@ def test_a_run_has_a_moment_to_clean_up():
 
 
 @pytest.mark.parametrize("number", signals.HANDLED)
+def test_native_code_without_a_state_is_not_unwound(number):
+    process = child(
+        *RUN,
+        "signals.Signals._grace = 30",
+        "def main():",
+        "  with signals.Signals() as interrupts:",
+        "    interrupts.end_at_once()",
+        "    try:",
+        "      print('ready')",
+        "      time.sleep(60)",
+        "    finally:",
+        "      print('unwound')",
+        "process.run(main)",
+    )
+    code, out, err = end(process, number)
+    assert (code, out) == (128 + number, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", signals.HANDLED)
 def test_a_run_without_a_state_ends_during_a_long_call(number):
     process = child(
         *RUN,
@@ -166,6 +186,13 @@ def test_a_signal_before_a_state_raises_what_a_notebook_expects(number):
         signal.raise_signal(number)
     assert isinstance(caught.value, signals.Interrupted)
     assert interrupts.received == interrupts.raised == number
+
+
+@pytest.mark.usefixtures("as_before")
+def test_a_notebook_is_never_ended():
+    with pytest.raises(signals.Interrupted), signals.Signals() as interrupts:
+        interrupts.end_at_once()
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("as_before")

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import linen
 
 from sct_jax import spectral
 
@@ -99,6 +100,79 @@ def test_linear_computes_in_the_dtype_of_x_and_keeps_float32_factors(kind):
     assert {p.dtype for p in jax.tree.leaves(w)} == {jnp.dtype("float32")}
 
 
+def integers(dtype):
+    x = np.random.default_rng(3).integers(0, 2, size=(2, 5, FAN_IN))
+    return (x * (1 if dtype == "bool" else 100)).astype(dtype)
+
+
+@pytest.mark.parametrize("flatten_rows", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8", "int32"])
+def test_linear_of_integers_is_that_of_a_dense_layer(dtype, kind, flatten_rows):
+    w, dense = weights()[kind]
+    x = integers(dtype)
+    layer = linen.Dense(FAN_OUT, use_bias=False)
+    with jax.numpy_dtype_promotion("standard"):
+        params = {"params": {"kernel": jnp.asarray(dense, jnp.float32)}}
+        expected = layer.apply(params, jnp.asarray(x))
+    linear = jax.jit(spectral.linear, static_argnames="flatten_rows")
+    found = linear(jnp.asarray(x), w, flatten_rows=flatten_rows)
+    assert found.dtype == expected.dtype == jnp.float32
+    atol = 4 * EPS * np.sqrt(FAN_IN) * 100 * 2 * np.sqrt(FAN_IN)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    assert np.max(np.abs(found)) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+def test_each_half_of_linear_takes_integers(kind):
+    w, _ = weights()[kind]
+    x, h = integers("int32"), integers("uint8")[..., :RANK]
+    for half, argument in ((spectral.contract, x), (spectral.expand, h)):
+        expected = half(jnp.asarray(argument, jnp.float32), w)
+        np.testing.assert_array_equal(half(jnp.asarray(argument), w), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_linear_computes_in_every_inexact_dtype(dtype, kind):
+    w, dense = weights()[kind]
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(5, FAN_IN)), dtype)
+    found = spectral.linear(x, w)
+    assert found.dtype == dtype
+    wide = np.asarray(x.astype(jnp.complex64 if dtype == "complex64" else jnp.float32))
+    atol = float(jnp.finfo(dtype).eps) * FAN_IN * 2 * np.linalg.norm(wide, axis=-1)
+    np.testing.assert_allclose(
+        np.asarray(found, np.complex128), wide @ dense, rtol=0, atol=np.max(atol)
+    )
+
+
+def test_linear_takes_numpy_arrays_and_lower_precision_factors():
+    w = jax.tree.map(lambda x: x.astype(jnp.bfloat16), factors())
+    x = np.ones((3, FAN_IN), np.int32)
+    assert spectral.linear(x, w).dtype == jnp.bfloat16
+    with jax.enable_x64():
+        wide = np.random.default_rng(0).normal(size=(3, FAN_IN))
+        found = spectral.linear(wide, factors())
+        assert found.dtype == jnp.float64
+        expected = wide @ reference.dense(*factors())
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+
+
+def test_a_complex_matrix_keeps_its_imaginary_part():
+    w = jnp.asarray([[1 + 2j, 0], [0, 3j]], jnp.complex64)
+    with jax.numpy_dtype_promotion("standard"):
+        found = spectral.linear(jnp.ones(2), w)
+    np.testing.assert_array_equal(found, [1 + 2j, 3j])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rank_is_promoted(kind):
+    w, _ = weights()[kind]
+    with jax.numpy_rank_promotion("raise"):
+        spectral.linear(jnp.ones((2, 5, FAN_IN)), w)
+        spectral.lookup(jnp.zeros((2, 5), jnp.int32), w)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_linear_match_those_through_the_dense_matrix(kind):
     w, dense = weights()[kind]
@@ -161,6 +235,15 @@ def test_to_low_rank_keeps_the_product_and_splits_s_evenly():
     np.testing.assert_allclose(found, reference.dense(*w), atol=atol)
     sizes = [np.linalg.norm(x, axis=-2) for x in low]
     np.testing.assert_allclose(sizes[0], sizes[1], rtol=8 * EPS)
+
+
+def test_to_low_rank_has_a_finite_derivative_where_s_is_zero():
+    w = factors(s=(2.0, -1.5, 0.0, 0.5))
+    total = lambda w: sum(jnp.sum(jnp.square(x)) for x in spectral.to_low_rank(w))
+    gradient = jax.grad(total)(w)
+    # The sum of squares is 2 |s|.
+    np.testing.assert_allclose(gradient.s, [2, -2, 0, 2], rtol=16 * EPS)
+    assert all(np.all(np.isfinite(x)) for x in gradient)
 
 
 # --- factor tuples ---------------------------------------------------------------
@@ -372,6 +455,22 @@ def test_init_scales_only_s():
     np.testing.assert_array_equal(half.s, one.s / 2)
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+def test_init_of_scale_zero_is_zero(rescale):
+    w = spectral.init(jax.random.key(0), 12, 9, 4, scale=0.0, rescale=rescale)
+    np.testing.assert_array_equal(w.s, np.zeros(4))
+    assert reference.orthonormality_error(w.u) < ORTHONORMAL
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("scale", [-1.0, np.nan, np.inf, 1e39, 1e300])
+def test_init_refuses_a_scale_without_meaning(scale, rescale):
+    with pytest.raises(ValueError, match=r"^scale"):
+        spectral.init(
+            jax.random.key(0), 12, 9, 4, scale=scale, rescale=rescale, orthonormal=False
+        )
+
+
 def test_init_layers_and_keys_are_independent():
     a, b = (
         spectral.init(jax.random.key(seed), 12, 9, 4, layers=(2, 3)) for seed in (0, 1)
@@ -496,6 +595,107 @@ def test_identical_factors_are_at_distance_zero_to_rounding():
     w = factors((3,))
     found = composite_update_norm(w, w)
     assert np.all(np.asarray(found) <= absolute_floor(w.s))
+
+
+@pytest.mark.parametrize("size", [1e-33, 1e-20, 1e-13, 1e13, 1e20, 1e36])
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+def test_composite_update_norm_does_not_see_the_size_of_a_weight(kind, size):
+    old = weights((2,))[kind][0]
+    rng = np.random.default_rng(7)
+    new = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), old
+    )
+    scaled = [
+        w._replace(s=w.s * size) if kind == "spectral" else w._replace(b=w.b * size)
+        for w in (old, new)
+    ]
+    expected = composite_update_norm(old, new)
+    found = composite_update_norm(*scaled) / np.float32(size)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-13, 1e13, 1e30])
+def test_composite_update_norm_does_not_see_the_size_of_a_column(size):
+    """Which s may undo."""
+    old = factors()
+    rng = np.random.default_rng(7)
+    new = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), old
+    )
+    expected = composite_update_norm(old, new)
+    column = jnp.asarray([1, size, 1, 1], jnp.float32)
+    for scaled in (
+        [w._replace(u=w.u * column, s=w.s / column) for w in (old, new)],
+        [old, new._replace(v=new.v * column, s=new.s / column)],
+    ):
+        found = composite_update_norm(*scaled)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_low_rank_columns_of_every_size_may_be_unbalanced():
+    old = weights()["low_rank"][0]
+    new = old._replace(a=old.a * 1.5)
+    expected = composite_update_norm(old, new)
+    for size in (1e-30, 1e30):
+        uneven = [w._replace(a=w.a * size, b=w.b / size) for w in (old, new)]
+        np.testing.assert_allclose(composite_update_norm(*uneven), expected, rtol=1e-5)
+        alone = [w._replace(a=w.a * size, b=w.b * 0) for w in (old, new)]
+        assert composite_update_norm(*alone) == 0
+
+
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+def test_the_derivative_of_the_norm_is_that_of_the_dense_difference(kind):
+    """p.T dW q with the singular vectors p and q of W' - W."""
+    old = weights((2,))[kind][0]
+    rng = np.random.default_rng(7)
+    norms = spectral.composite_update_norm
+
+    @jax.jit
+    def derivatives(old, new, direction):
+        total = lambda new: jnp.sum(norms(old, new))
+        _, forward = jax.jvp(total, (new,), (direction,))
+        gradient = jax.grad(total)(new)
+        mapped = jax.vmap(lambda o, n: jax.grad(norms, argnums=1)(o, n))(old, new)
+        return forward, gradient, mapped
+
+    with jax.enable_x64():
+        old = jax.tree.map(lambda x: x.astype(jnp.float64), old)
+        noise = [
+            jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), old)
+            for _ in range(2)
+        ]
+        new, direction = jax.tree.map(lambda x, d: x + 0.1 * d, old, noise[0]), noise[1]
+        forward, gradient, mapped = derivatives(old, new, direction)
+        slope = 0.0
+        for i in range(2):
+            o, n, d = (
+                jax.tree.map(lambda x, i=i: x[i], w) for w in (old, new, direction)
+            )
+            dense, moved = (np.asarray(spectral.to_dense(w)) for w in (o, n))
+            _, tangent = jax.jvp(spectral.to_dense, (n,), (d,))
+            p, _, q = np.linalg.svd(moved - dense)
+            slope += p[:, 0] @ np.asarray(tangent) @ q[0]
+        backward = sum(
+            np.sum(np.asarray(g) * np.asarray(d))
+            for g, d in zip(gradient, direction, strict=True)
+        )
+    np.testing.assert_allclose([forward, backward], [slope] * 2, rtol=2e-6)
+    for x, y in zip(gradient, mapped, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+def test_the_derivative_of_the_norm_is_finite_at_zeros_and_ties(kind):
+    gradient = jax.jit(
+        jax.grad(lambda pair: jnp.sum(spectral.composite_update_norm(*pair)))
+    )
+    tied = factors(s=(1.0, 1.0, -1.0, 0.0))
+    grown = tied._replace(s=tied.s * 1.5)
+    for pair in ((tied, tied), (tied, grown), (tied, tied._replace(s=0 * tied.s))):
+        if kind == "low_rank":
+            pair = tuple(map(spectral.to_low_rank, pair))
+        found = gradient(pair)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])

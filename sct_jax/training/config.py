@@ -272,7 +272,7 @@ def _from_dict(values: Mapping[str, Any], kind: type[T], *, prefix: str) -> T:
 
 @functools.cache
 def field_types(kind: type) -> Mapping[str, Any]:
-    """Returns the types of the fields of a configuration, of every chain if it is one."""
+    """Returns the types of a configuration's fields; of every chain for that group."""
     if kind is not optimizer_config.OptimizerConfig:
         hints = typing.get_type_hints(kind)
         return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

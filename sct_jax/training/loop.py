@@ -112,13 +112,9 @@ def train(
             if same_text and workdir.is_finished(path, run):
                 return _finished_before(config, path, say)
             return _train(
-                run,
-                path,
-                claimed,
-                output,
-                interrupts,
-                allow_change=allow_change,
-                stall_timeout=stall_timeout,
+                _Call(
+                    run, path, claimed, output, interrupts, allow_change, stall_timeout
+                )
             )
         except (signals.Interrupted, Exception):
             if interrupts.raised is None:
@@ -129,74 +125,90 @@ def train(
             return Result("interrupted", done, interrupts.raised)
 
 
-def _train(
-    run: trainer.Trainer,
-    path: pathlib.Path,
-    claimed: files.HeldFolder,
-    output: rich.console.Console,
-    interrupts: signals.Signals,
-    *,
-    allow_change: Collection[str],
-    stall_timeout: float | None,
-) -> Result:
+class _Call(NamedTuple):
+    """A call of `train` that takes steps."""
+
+    run: trainer.Trainer
+    path: pathlib.Path
+    claimed: files.HeldFolder
+    output: rich.console.Console
+    interrupts: signals.Signals
+    allow_change: Collection[str]
+    stall_timeout: float | None
+
+    def say(self, text: str) -> None:
+        console.say(self.output, text)
+
+
+def _train(call: _Call) -> Result:
     """Prepares data and state, trains, and prints a sample at the end."""
-    config = run.config
-    say = functools.partial(console.say, output)
+    config, interrupts, say = call.run.config, call.interrupts, call.say
     corpus = data.prepare(config.data, vocab_size=config.model.vocab_size, log=say)
     say(console.describe_passes(config, len(corpus.train)))
     interrupts.end_at_once()
-    text = run.held_out(corpus)
-    identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+    text = call.run.held_out(corpus)
     torn: set[int] = set()  # steps that only a later attempt can leave out
-    result = None
-    while result is None:
-        with contextlib.ExitStack() as stack:
-            closing = lambda x: stack.enter_context(contextlib.closing(x))
-            checkpoints = closing(workdir.writing(claimed, keep=config.checkpoint.keep))
-            state, start = workdir.restore_or_init(
-                run, checkpoints, identity, log=say, allow_change=allow_change
-            )
-            if start >= config.num_steps:
-                return _finished_before(config, path, say)
-            record = checkpoints.read_record(start) if start else None
-            before = resuming.windows_before(record, config)
-            # Only a run that starts or resumes claims the folder for its configuration.
-            if not start or allow_change or not (path / "config.json").exists():
-                workdir.write_json(path / "config.json", config_lib.to_dict(config))
-            corpus.tokenizer.save(str(path / "tokenizer.json"))
-            batches = data.train_batches(
-                corpus,
-                config.data,
-                seed=config.seed,
-                start_step=start,
-                windows_before=before,
-            )
-            sinks = closing(metrics.open_sinks(path, resume_step=start))
-            progress = closing(
-                console.Progress(output, start_step=start, num_steps=config.num_steps)
-            )
-            watch = stack.enter_context(watchdog.Watchdog(stall_timeout, path))
-            loop = _Loop(
-                run, checkpoints, sinks, progress, text, identity, watch, before
-            )
-            try:
-                state, result = loop.steps(state, start, batches, interrupts, torn=torn)
-            except layerwise.TornStep as error:
-                torn.add(error.step)
-                say(
-                    f"warning: {error}; going back to the last checkpoint to leave it out"
-                )
+    while True:
+        try:
+            state, result = _attempt(call, corpus, text, torn)
+            break
+        except layerwise.TornStep as error:
+            torn.add(error.step)
+            say(f"warning: {error}; going back to the last checkpoint to leave it out")
+    if state is None:
+        return _finished_before(config, call.path, say)
     interrupts.stop_deferring()
     if interrupts.received and result.status == "finished":
-        say(f"interrupted after the last step, which is saved; results are in {path}")
+        say(
+            "interrupted after the last step, which is saved; results are in "
+            f"{call.path}"
+        )
         return result._replace(status="interrupted", signal=interrupts.received)
     if result.status == "finished":
         sample = sampling.sample_document(
             state.params, config.model, corpus.tokenizer, seed=config.seed
         )
         say(f"sample:\n{sample}")
-        say(f"finished: {config.num_steps} steps; results are in {path}")
+        say(f"finished: {config.num_steps} steps; results are in {call.path}")
     return result
+
+
+def _attempt(
+    call: _Call, corpus: data.Corpus, text: evaluation.HeldOut, torn: Collection[int]
+) -> tuple[state_lib.TrainState | None, Result]:
+    """Trains from the newest checkpoint; no state if that is the last step."""
+    run, path, config = call.run, call.path, call.run.config
+    identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+    with contextlib.ExitStack() as stack:
+        closing = lambda x: stack.enter_context(contextlib.closing(x))
+        checkpoints = closing(
+            workdir.writing(call.claimed, keep=config.checkpoint.keep)
+        )
+        state, start = workdir.restore_or_init(
+            run, checkpoints, identity, log=call.say, allow_change=call.allow_change
+        )
+        if start >= config.num_steps:
+            return None, Result("finished", config.num_steps)
+        record = checkpoints.read_record(start) if start else None
+        before = resuming.windows_before(record, config)
+        # Only a run that starts or resumes claims the folder for its configuration.
+        if not start or call.allow_change or not (path / "config.json").exists():
+            workdir.write_json(path / "config.json", config_lib.to_dict(config))
+        corpus.tokenizer.save(str(path / "tokenizer.json"))
+        batches = data.train_batches(
+            corpus,
+            config.data,
+            seed=config.seed,
+            start_step=start,
+            windows_before=before,
+        )
+        sinks = closing(metrics.open_sinks(path, resume_step=start))
+        progress = closing(
+            console.Progress(call.output, start_step=start, num_steps=config.num_steps)
+        )
+        watch = stack.enter_context(watchdog.Watchdog(call.stall_timeout, path))
+        loop = _Loop(run, checkpoints, sinks, progress, text, identity, watch, before)
+        return loop.steps(state, start, batches, call.interrupts, torn=torn)
 
 
 def _finished_before(

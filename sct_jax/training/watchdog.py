@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import os
 import pathlib
-import sys
 import threading
 import time
 
@@ -62,10 +61,8 @@ class Watchdog:
                 continue
             if self.is_stalled():
                 self._end(self._timeout)
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                faulthandler.dump_traceback_later(
-                    2 * self._timeout, exit=True, file=sys.__stderr__
-                )
+            with contextlib.suppress(OSError, ValueError):  # standard error is closed
+                faulthandler.dump_traceback_later(2 * self._timeout, exit=True, file=2)
 
     def _end(self, timeout: float) -> None:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -1,0 +1,1 @@
+"""Faults on purpose: what a run must survive or refuse."""
