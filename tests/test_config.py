@@ -96,7 +96,7 @@ def test_the_largest_values_are_valid():
 
 
 def every_float():
-    for name, value in config_lib.flatten(config_lib.to_dict(BASE)).items():
+    for name in config_lib.flatten(config_lib.to_dict(BASE)):
         group, _, field = name.rpartition(".")
         kind = type(get(BASE, group)) if group else type(BASE)
         hint = config_lib.field_types(kind)[field]

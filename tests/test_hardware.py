@@ -25,7 +25,7 @@ def test_a_state_that_just_fits_is_accepted(monkeypatch):
     monkeypatch.setattr(hardware, "host_bytes", lambda: own_bytes(state))
     hardware.check_memory(state, mesh.devices.flat)
     monkeypatch.setattr(hardware, "host_bytes", lambda: own_bytes(state) - 1)
-    with pytest.raises(errors.UserError, match="^model: ") as caught:
+    with pytest.raises(errors.UserError, match=r"^model: ") as caught:
         hardware.check_memory(state, mesh.devices.flat)
     assert f"{own_bytes(state):,}" in str(caught.value)
     assert f"{own_bytes(state) - 1:,}" in str(caught.value)

@@ -111,7 +111,7 @@ def assert_same_run(a, b):
 
 
 def signalling(owner, name, number, *, on_call=1):
-    """A patch of a function that gets a signal before one of its calls does its work."""
+    """A patch of a function: a signal comes before one of its calls does its work."""
     original, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
@@ -279,7 +279,7 @@ def test_a_finished_run_reads_text_that_moved(moved, finished, workdir, tmp_path
     assert "compiled" not in text and "sample" not in text
     assert (workdir / "metrics.jsonl").read_bytes() == before
     os.remove(tmp_path / "moved" / "7.txt")
-    with pytest.raises(errors.UserError, match="^data: .*corpus with hash") as caught:
+    with pytest.raises(errors.UserError, match=r"^data: .*corpus with hash") as caught:
         train(moved, workdir)
     assert "data.source: " in str(caught.value)
     assert moved.data.source in str(caught.value)
@@ -376,7 +376,7 @@ def test_what_has_a_name_of_the_run_is_refused(experiment, tmp_path, name, dry_r
         (path / name).write_text("")
     else:
         (path / name).mkdir()
-    with pytest.raises(errors.UserError, match="^workdir: ") as caught:
+    with pytest.raises(errors.UserError, match=r"^workdir: ") as caught:
         train(experiment, path, dry_run=dry_run)
     assert f"run/{name} " in str(caught.value)
 
@@ -412,7 +412,7 @@ def load(workdir):
 
 @pytest.mark.parametrize("name", ["x" * 300, "nul\0", "x/" * 3000])
 def test_a_workdir_that_cannot_be_made_is_refused(experiment, tmp_path, name):
-    with pytest.raises(errors.UserError, match="^workdir: cannot write to "):
+    with pytest.raises(errors.UserError, match=r"^workdir: cannot write to "):
         train(experiment, tmp_path / name, dry_run=True)
 
 
@@ -426,7 +426,7 @@ def test_a_state_beyond_the_memory_is_refused_before_it_is_made(
 ):
     monkeypatch.setattr(hardware, "host_bytes", lambda: 1000)
     monkeypatch.setattr(data, "prepare", lambda *_, **__: pytest.fail("read the text"))
-    with pytest.raises(errors.UserError, match="^model: .* 1,000 bytes of memory"):
+    with pytest.raises(errors.UserError, match=r"^model: .* 1,000 bytes of memory"):
         train(experiment, tmp_path / "run")
     assert train(experiment, tmp_path / "run", dry_run=True)[0].status == "dry_run"
 

@@ -345,7 +345,7 @@ def test_a_file_below_home_is_found(config_file, monkeypatch):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "nul\0.py", "\udcff.py", "/nowhere.py"])
 def test_a_name_that_no_file_has_is_refused(name):
-    with pytest.raises(errors.UserError, match="^--config: no file "):
+    with pytest.raises(errors.UserError, match=r"^--config: no file "):
         overrides.load(name)
 
 

@@ -19,7 +19,7 @@ def test_other_paths_stay(path):
 @pytest.mark.parametrize("path", ["~", "~/x", "~nobody-of-this-name/x"])
 def test_a_home_folder_that_nobody_has_is_refused(monkeypatch, path):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with pytest.raises(errors.UserError, match="^data.cache_dir: ") as caught:
+    with pytest.raises(errors.UserError, match=r"^data\.cache_dir: ") as caught:
         paths.expand("data.cache_dir", path)
     assert repr(path) in str(caught.value) and f"./{path}" in str(caught.value)
 
@@ -28,6 +28,6 @@ def test_without_a_home_there_is_no_folder_of_that_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    with pytest.raises(errors.UserError, match="^data.cache_dir: "):
+    with pytest.raises(errors.UserError, match=r"^data\.cache_dir: "):
         data.prepare(data.DataConfig(), vocab_size=300)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Properties of configurations: nothing is lost in JSON, on a command line, or silently."""
+"""Properties of configurations: JSON, command lines and checks lose nothing."""
 
 import dataclasses
 import json

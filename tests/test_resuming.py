@@ -1,13 +1,12 @@
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import samples
 
-from sct_jax import data, errors, model
+from sct_jax import data, errors
 from sct_jax.training import config as config_lib
-from sct_jax.training import metrics, overrides, resuming
+from sct_jax.training import overrides, resuming
 
 BASE = config_lib.ExperimentConfig(
     num_steps=100, data=data.DataConfig(batch_size=8, seq_len=16, split="pieces")
@@ -28,7 +27,7 @@ def record(step=10, **values):
 
 def test_a_change_that_is_not_allowed_is_refused():
     new = changed(data__batch_size=16, seed=3)
-    with pytest.raises(errors.UserError, match="^workdir: there belongs") as caught:
+    with pytest.raises(errors.UserError, match=r"^workdir: there belongs") as caught:
         resuming.check_same_run(BASE, new, "there", allowed=("seed",))
     assert "data.batch_size: 8" in str(caught.value)
     assert "seed: " not in str(caught.value)
@@ -68,7 +67,7 @@ def test_values_may_change(field, value):
 def test_what_shapes_the_arrays_stays(field, value):
     new = overrides.override(BASE, field, value)
     allowed = [d.field for d in config_lib.changes(BASE, new)]
-    with pytest.raises(errors.UserError, match="^--allow-change: ") as caught:
+    with pytest.raises(errors.UserError, match=r"^--allow-change: ") as caught:
         resuming.check_same_run(BASE, new, "there", allowed=allowed)
     assert field in str(caught.value)
 
