@@ -3,8 +3,8 @@
 import functools
 import math
 import unittest.mock
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,27 +44,36 @@ def _spoil_gradient_bwd(
 _spoil_gradient.defvjp(_spoil_gradient_fwd, _spoil_gradient_bwd)
 
 
-def _factor(done: jax.Array, steps: Collection[int], value: float) -> jax.Array:
-    """The value in the given steps, 1 in all others."""
-    bad = jnp.any(done + 1 == jnp.asarray(list(steps)))
-    return jnp.where(bad, value, 1.0).astype(jnp.float32)
+class Bad(NamedTuple):
+    """Steps and the factor that spoils each; and one for all steps from one on."""
+
+    steps: Mapping[int, float]
+    rest: tuple[int, float] = (1 << 30, 1.0)
+
+    def factor(self, done: jax.Array) -> jax.Array:
+        """Returns the factor of the step after `done` steps; 1 if it is not bad."""
+        start, value = self.rest
+        factor = jnp.where(done + 1 >= start, value, 1.0)
+        for step, value in self.steps.items():
+            factor = jnp.where(done + 1 == step, value, factor)
+        return factor.astype(jnp.float32)
 
 
-def bad_gradients(steps: Collection[int], value: float) -> LinearAt:
-    """Every gradient below a product has the value as a factor in these steps."""
+def bad_gradients(bad: Bad) -> LinearAt:
+    """Returns a model in which every gradient below a product is spoiled."""
 
     def linear_at(done: jax.Array) -> model.Linear:
-        factor = _factor(done, steps, value)
+        factor = bad.factor(done)
         return lambda x, w: _spoil_gradient(spectral.linear(x, w), factor)
 
     return linear_at
 
 
-def one_bad_gradient(steps: Collection[int], value: float, *, fan_in: int) -> LinearAt:
-    """One entry of the gradient of one weight has the factor in these steps."""
+def one_bad_gradient(bad: Bad, *, fan_in: int) -> LinearAt:
+    """Returns a model in which one entry of one weight's gradient is spoiled."""
 
     def linear_at(done: jax.Array) -> model.Linear:
-        factor = _factor(done, steps, value)
+        factor = bad.factor(done)
 
         def linear(x: jax.Array, w: spectral.Weight) -> jax.Array:
             if spectral.is_spectral(w) and w.u.shape[-2] == fan_in:
@@ -77,11 +86,11 @@ def one_bad_gradient(steps: Collection[int], value: float, *, fan_in: int) -> Li
     return linear_at
 
 
-def large_logits(steps: Collection[int], value: float, *, vocab_size: int) -> LinearAt:
-    """The logits are multiplied by the value in these steps."""
+def large_logits(bad: Bad, *, vocab_size: int) -> LinearAt:
+    """Returns a model whose logits are multiplied by the factor."""
 
     def linear_at(done: jax.Array) -> model.Linear:
-        factor = _factor(done, steps, value)
+        factor = bad.factor(done)
 
         def linear(x: jax.Array, w: spectral.Weight) -> jax.Array:
             y = spectral.linear(x, w)
@@ -99,10 +108,21 @@ def _host(state: state_lib.TrainState) -> Any:
     return jax.tree.map(lambda x: np.array(x), state)
 
 
-def _states_around(
-    context: cases.Context, linear_at: LinearAt, step: int, changes: workspace.Changes
-) -> tuple[Any, Any, dict[str, Any]]:
+class _Step(NamedTuple):
     """The state before and after a step, and the metrics of the step."""
+
+    before: Any
+    after: Any
+    values: dict[str, Any]
+
+
+def _watch(
+    context: cases.Context,
+    linear_at: LinearAt,
+    steps: Collection[int],
+    changes: workspace.Changes,
+) -> list[_Step]:
+    """What the given steps of a trainer do."""
     pairs = {"data.source": context.space.source, **changes}
     config = overrides.load(
         str(workspace.CONFIG), [(k, str(v)) for k, v in pairs.items()]
@@ -113,11 +133,13 @@ def _states_around(
     run = trainer.Trainer(config, config.mesh.build(), linear_at=linear_at)
     state = run.init(jax.random.key(config.seed))
     batches = data.train_batches(corpus, config.data, seed=config.seed)
-    for _ in range(step - 1):
-        state, _ = run.step(state, next(batches), diagnose=False)
-    before = _host(state)
-    state, values = run.step(state, next(batches), diagnose=False)
-    return before, _host(state), jax.device_get(values)
+    found = []
+    for step in range(1, max(steps) + 1):
+        before = _host(state) if step in steps else None
+        state, values = run.step(state, next(batches), diagnose=False)
+        if step in steps:
+            found.append(_Step(before, _host(state), jax.device_get(values)))
+    return found
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -140,44 +162,48 @@ def _logged(context: cases.Context, name: str) -> dict[int, dict[str, Any]]:
 
 
 def _not_finite(context: cases.Context) -> cases.Outcome:
-    seen, step = cases.Seen(), context.rng.randrange(12, 19)
-    for value in (math.nan, math.inf):
-        linear_at = bad_gradients([step], value)
-        before, after, values = _states_around(context, linear_at, step, {})
-        cases.injected(
-            not np.isfinite(values["grad_norm"]), f"norm {values['grad_norm']}"
-        )
-        seen.that(_same(before.params, after.params), "parameters unchanged")
-        seen.that(_same(before.opt_state, after.opt_state), "moments unchanged")
-        seen.equal("steps", int(after.step), step)
-        seen.equal("skipped", int(after.guard.skipped), 1)
+    seen = cases.Seen()
+    nan, inf = context.rng.sample(range(11, 20), 2)
+    rest = context.rng.randrange(22, 28)
+    bad = Bad({nan: math.nan, inf: math.inf}, rest=(rest, math.nan))
     changes = {"optimizer.skip_nonfinite": 3}
-    linear_at = bad_gradients(range(step, 99), math.nan)
-    ended = _train(context, "ended", linear_at, changes)
+    steps = sorted((nan, inf))
+    for number, step in enumerate(
+        _watch(context, bad_gradients(bad), steps, changes), start=1
+    ):
+        norm = step.values["grad_norm"]
+        cases.injected(not np.isfinite(norm), f"the norm is {norm}")
+        _unchanged(seen, step)
+        seen.equal("steps", int(step.after.step), steps[number - 1])
+        seen.equal("skipped", int(step.after.guard.skipped), number)
+    ended = _train(context, "run", bad_gradients(bad), changes)
     seen.equal("exit code", ended.code, exit_codes.ExitCode.DIVERGED)
-    said = f"diverged: 3 steps in a row, up to step {step + 2}"
+    said = f"diverged: 3 steps in a row, up to step {rest + 2}"
     seen.that(said in ended.out, "the run ends after 3 in a row", ended.text[-300:])
-    folder = context.folder / "ended"
-    seen.equal("checkpoints", workspace.saved_steps(folder), [10])
-    record = records.read(folder / "checkpoints" / "10", 10)
+    folder = context.folder / "run"
+    seen.equal("checkpoints", workspace.saved_steps(folder), [10, 20])
+    workspace.state_at(folder, 20)
+    record = records.read(folder / "checkpoints" / "20", 20)
     seen.that(record["finite"], "the last finite checkpoint is kept")
-    same = workspace.state_at(folder, 10) == workspace.state_at(
-        context.space.clean(), 10
-    )
-    seen.that(same, "it is that of a clean run")
     return seen.outcome(
-        f"NaN and Inf as the gradient of step {step}; NaN in all steps from there on"
+        f"the gradient NaN at step {nan}, infinite at {inf}, NaN from {rest} on"
     )
+
+
+def _unchanged(seen: cases.Seen, step: _Step) -> None:
+    seen.that(_same(step.before.params, step.after.params), "parameters unchanged")
+    same = _same(step.before.opt_state, step.after.opt_state)
+    seen.that(same, "moments unchanged")
 
 
 def _one_weight(context: cases.Context) -> cases.Outcome:
     seen, step = cases.Seen(), context.rng.randrange(12, 19)
     changes: workspace.Changes = {"model.num_layers": 1}
-    linear_at = one_bad_gradient([step], math.nan, fan_in=48)
-    before, after, values = _states_around(context, linear_at, step, changes)
-    cases.injected(np.isnan(values["grad_norm"]), f"norm {values['grad_norm']}")
-    seen.that(_same(before.params, after.params), "parameters unchanged")
-    seen.that(_same(before.opt_state, after.opt_state), "moments unchanged")
+    linear_at = one_bad_gradient(Bad({step: math.nan}), fan_in=48)
+    (watched,) = _watch(context, linear_at, [step], changes)
+    norm = watched.values["grad_norm"]
+    cases.injected(np.isnan(norm), f"the norm is {norm}")
+    _unchanged(seen, watched)
     ended = _train(context, "run", linear_at, changes)
     seen.finished(ended)
     counts = {k: row["skipped_steps"] for k, row in _logged(context, "run").items()}
@@ -202,10 +228,11 @@ def _one_weight(context: cases.Context) -> cases.Outcome:
 
 def _spikes(context: cases.Context) -> cases.Outcome:
     seen = cases.Seen()
-    linear_at = large_logits([_SPIKE_AT], _SPIKE, vocab_size=300)
+    linear_at = large_logits(Bad({_SPIKE_AT: _SPIKE}), vocab_size=300)
     for policy in ("skip", "log"):
         changes = {**_SPIKING, "optimizer.spikes": policy}
-        before, after, values = _states_around(context, linear_at, _SPIKE_AT, changes)
+        (step,) = _watch(context, linear_at, [_SPIKE_AT], changes)
+        before, after, values = step
         trend = float(before.guard.loss.mean)
         times = float(values["loss"]) / trend
         cases.injected(times >= 100, f"{times:.0f} times the trend")
@@ -226,7 +253,7 @@ def _spikes(context: cases.Context) -> cases.Outcome:
 
 def _spike_between_rows(context: cases.Context) -> cases.Outcome:
     seen = cases.Seen()
-    linear_at = large_logits([_SPIKE_AT], _SPIKE, vocab_size=300)
+    linear_at = large_logits(Bad({_SPIKE_AT: _SPIKE}), vocab_size=300)
     seen.finished(_train(context, "run", linear_at, _SPIKING))
     rows = _logged(context, "run")
     cases.injected(_SPIKE_AT not in rows, "the step has a row of its own")

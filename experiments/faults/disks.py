@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,13 +12,7 @@ from experiments.faults import cases, runs, workspace
 from sct_jax.training import exit_codes
 
 _ExitCode = exit_codes.ExitCode
-_ENDLESS: workspace.Changes = {
-    "num_steps": 1_000_000,
-    "checkpoint.every": 20,
-    "checkpoint.keep": 3,
-    "log_every": 1,
-}
-_FINITE: workspace.Changes = {"num_steps": 400, "checkpoint.every": 20}
+_LONG, _ENDLESS = workspace.LONG, workspace.ENDLESS
 _NEEDS_MOUNT = "the right to mount a file system (root)"
 
 
@@ -104,7 +99,7 @@ def _full_then_free(context: cases.Context) -> cases.Outcome:
     with mounted(disk, "size=64m") as allowed:
         if not allowed:
             return cases.skip(_NEEDS_MOUNT)
-        with context.space.start(folder, _FINITE) as process:
+        with context.space.start(folder, _LONG) as process:
             process.until(lambda: len(workspace.saved_steps(folder)) >= 2)
             filler = _fill(disk, leave=200_000)
             cases.injected(process.is_running(), "the run was over")
@@ -116,14 +111,14 @@ def _full_then_free(context: cases.Context) -> cases.Outcome:
         cases.injected(
             _succeeds("mount", "-o", "remount,ro", str(disk)), "not read-only"
         )
-        ended = context.space.train(folder, _FINITE)
+        ended = context.space.train(folder, _LONG)
         seen.refused(ended, str(folder), "Read-only file system")
         _intact(seen, folder)
         cases.injected(
             _succeeds("mount", "-o", "remount,rw", str(disk)), "still read-only"
         )
-        seen.finished(context.space.train(folder, _FINITE))
-        seen.same_end(folder, context.space.clean(_FINITE))
+        seen.finished(context.space.train(folder, _LONG))
+        seen.same_end(folder, context.space.clean(_LONG))
     return seen.outcome(
         "the disk filled up in a run; then it was read-only; then neither, and the "
         "same command"
@@ -226,8 +221,6 @@ def _killed_with_memory(context: cases.Context) -> cases.Outcome:
 
 
 def _limit_memory() -> None:
-    import resource
-
     limit = 24 << 30  # of addresses: a failure must not take the machine with it
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

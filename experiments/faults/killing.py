@@ -6,8 +6,7 @@ import time
 from experiments.faults import cases, runs, workspace
 from sct_jax.training import exit_codes
 
-# Long enough to be killed in the middle.
-_LONG: workspace.Changes = {"num_steps": 400, "checkpoint.every": 20, "eval.every": 100}
+_LONG, _ENDLESS = workspace.LONG, workspace.ENDLESS
 # Attention over long sequences: seconds per step, with few parameters.
 _SLOW_STEP: workspace.Changes = {
     "model.num_heads": 16,
@@ -212,11 +211,10 @@ def _soak(context: cases.Context) -> cases.Outcome:
 
 def _second_trainer(context: cases.Context) -> cases.Outcome:
     seen, folder, space = cases.Seen(), context.folder / "run", context.space
-    long = {**_LONG, "num_steps": 1_000_000}
-    with space.start(folder, long) as first:
+    with space.start(folder, _ENDLESS) as first:
         first.until(lambda: workspace.last_step(folder) >= 20)
-        seen.refused(space.train(folder, long), "another process is training")
-        other = space.train(folder, {**long, "model.rank": 3})
+        seen.refused(space.train(folder, _ENDLESS), "another process is training")
+        other = space.train(folder, {**_ENDLESS, "model.rank": 3})
         seen.refused(other, "another process is training")
         cases.injected(first.is_running(), "the first trainer was over")
         before = workspace.last_step(folder)
@@ -225,7 +223,7 @@ def _second_trainer(context: cases.Context) -> cases.Outcome:
         first.signal(signal.SIGTERM)
         ended = first.wait()
     seen.equal("exit code of the first trainer", ended.code, _ExitCode.TERMINATED)
-    other = space.train(folder, {**long, "model.rank": 3, "seed": 1})
+    other = space.train(folder, {**_ENDLESS, "model.rank": 3, "seed": 1})
     seen.refused(other, "workdir", "model.rank", "seed")
     return seen.outcome(
         "a second trainer, with the same and with another configuration, during the "

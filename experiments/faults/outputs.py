@@ -15,7 +15,7 @@ from experiments.faults import cases, runs, workspace
 from sct_jax.training import exit_codes
 
 _ExitCode = exit_codes.ExitCode
-_LONG: workspace.Changes = {"num_steps": 400, "checkpoint.every": 20}
+_LONG, _ENDLESS = workspace.LONG, workspace.ENDLESS
 _LINES = 5
 
 
@@ -137,7 +137,7 @@ def _codes(context: cases.Context) -> cases.Outcome:
     seen.that("diverged: " in ended.out, "it says so", ended.text[-300:])
     seen.that("Traceback" not in ended.text, "no traceback there", ended.err[-300:])
     folder = context.folder / "unwritable"
-    with space.start(folder, {**_LONG, "num_steps": 1_000_000}) as process:
+    with space.start(folder, _ENDLESS) as process:
         process.until(lambda: workspace.saved_steps(folder))
         cases.injected(process.is_running(), "the run was over")
         folder.rename(context.folder / "elsewhere")

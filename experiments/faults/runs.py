@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from sct_jax.training import cli
 
+_alive: set["Process"] = set()
+
 LIMIT = 180.0  # seconds; nothing here takes a fifth of that on two idle cores
 _POLL = 0.002
 
@@ -90,13 +92,15 @@ class Process:
             start_new_session=True,
             preexec_fn=before,
         )
+        _alive.add(self)
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._kill_session()
+        self.kill_session()
         self._reap(wait=True)
+        _alive.discard(self)
         for file in self._files:
             file.close()
 
@@ -151,7 +155,7 @@ class Process:
         seconds = time.monotonic() - self._since
         in_time = not self.is_running()
         if not in_time:
-            self._kill_session()
+            self.kill_session()
             self._reap(wait=True)
         assert self._ended is not None
         code, megabytes = self._ended
@@ -167,9 +171,16 @@ class Process:
                 self._popen.returncode = code
         return self._ended is not None
 
-    def _kill_session(self) -> None:
+    def kill_session(self) -> None:
+        """Kills the process, and all that it has started in its session."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+
+
+def end_all() -> None:
+    """Kills all processes that this one has started and not let go of."""
+    for process in list(_alive):
+        process.kill_session()
 
 
 def _content(file: Any) -> str:

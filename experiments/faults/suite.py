@@ -1,8 +1,11 @@
 """All cases of the fault suite, and how they are run."""
 
 import json
+import os
 import pathlib
+import queue
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 from experiments.faults import (
@@ -40,18 +43,63 @@ CASES: tuple[cases.Case, ...] = tuple(
 )
 
 
+_WORKERS = min(2, os.cpu_count() or 1)
+
+
 def run(
     chosen: Sequence[cases.Case], space: workspace.Workspace
 ) -> Iterator[cases.Row]:
-    """Yields a line per case as it ends; those of one group share a process."""
-    groups = dict.fromkeys(case.group for case in chosen)
-    for group in groups:
-        members = [case for case in chosen if case.group == group]
-        if group:
-            yield from _run_group(members, space)
-        else:
-            for case in members:
-                yield cases.attempt(case, space)
+    """Yields a line per case as it ends; those of one group share a process.
+
+    Two processes run at a time, where there are two cores.
+    """
+    groups = [group for group in dict.fromkeys(c.group for c in chosen) if group]
+    # What takes long first, so that all end at about the same time.
+    jobs: list[Iterator[cases.Row]] = [
+        _run_group([case for case in chosen if case.group == group], space)
+        for group in groups
+    ]
+    alone = [case for case in chosen if not case.group]
+    jobs += [_run_alone(case, space) for case in reversed(alone)]
+    waiting = iter(jobs)
+    found: queue.Queue[cases.Row | BaseException | None] = queue.Queue()
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        try:
+            while not stopped.is_set():
+                with lock:
+                    job = next(waiting, None)
+                if job is None:
+                    break
+                for row in job:
+                    found.put(row)
+        except BaseException as error:
+            found.put(error)
+        found.put(None)
+
+    workers = [threading.Thread(target=work) for _ in range(_WORKERS)]
+    for worker in workers:
+        worker.start()
+    try:
+        running = len(workers)
+        while running:
+            row = found.get()
+            if isinstance(row, BaseException):
+                raise row
+            if row is None:
+                running -= 1
+            else:
+                yield row
+    finally:
+        stopped.set()
+        runs.end_all()
+        for worker in workers:
+            worker.join()
+
+
+def _run_alone(case: cases.Case, space: workspace.Workspace) -> Iterator[cases.Row]:
+    yield cases.attempt(case, space)
 
 
 def _run_group(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from experiments.faults import runs
+from sct_jax import files
 from sct_jax.training import records
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,6 +21,9 @@ STANDS_AT = 30  # the newest checkpoint of `Workspace.interrupted`
 
 Changes = Mapping[str, Any]  # fields of the configuration and their values
 UNCHANGED: Mapping[str, Any] = types.MappingProxyType({})
+# Runs that a fault meets in the middle.
+LONG: Changes = {"num_steps": 400, "checkpoint.every": 20, "eval.every": 100}
+ENDLESS: Changes = {**LONG, "num_steps": 1_000_000, "checkpoint.keep": 5}
 
 _SYLLABLES = ("ka", "to", "mi", "ren", "lu", "\n", "sha", "été", "{7}", " 042 ")
 
@@ -135,17 +139,19 @@ class Workspace:
         """Returns the workdir of a run that nothing interrupted; not to be changed."""
         name = "-".join(["clean", *(f"{k}={v}" for k, v in sorted(changes.items()))])
         folder = self.root / "clean" / name
-        if not folder.exists():
-            partial = self.root / "clean" / f"partial-{name}"
-            partial.parent.mkdir(exist_ok=True)
-            ended = self.train(partial, changes)
-            if ended.code != 0:
-                raise RuntimeError(
-                    f"the tiny model does not train: {ended.text[-500:]}"
-                )
-            (partial / "stdout").write_text(ended.out)
-            partial.rename(folder)
+        folder.parent.mkdir(exist_ok=True)
+        with files.lock(folder.with_name(f"{name}.lock"), wait=True):
+            if not folder.exists():
+                self._train_clean(folder, changes)
         return folder
+
+    def _train_clean(self, folder: pathlib.Path, changes: Changes) -> None:
+        partial = folder.with_name(f"partial-{folder.name}")
+        ended = self.train(partial, changes)
+        if ended.code != 0:
+            raise RuntimeError(f"the tiny model does not train: {ended.text[-500:]}")
+        (partial / "stdout").write_text(ended.out)
+        partial.rename(folder)
 
     def interrupted(
         self,
