@@ -16,7 +16,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-# Rank promotion stays allowed: one identity (R, R) serves any stack of layers.
 STRICT = {"test_linalg", "test_stiefel", "test_spectral", "test_transforms"}
 
 

@@ -201,15 +201,20 @@ def started(tmp_path, *lines):
 
 
 def test_a_process_is_watched_signalled_and_measured(tmp_path):
-    with started(
-        tmp_path, "print('a', flush=True)", "import time; time.sleep(99)"
-    ) as p:
+    mine = b"a" * 300_000_000  # a new process starts as a copy of this one
+    lines = (
+        "held = b'a' * 100_000_000",
+        "print('a', flush=True)",
+        "import time; time.sleep(99)",
+    )
+    with started(tmp_path, *lines) as p:
         assert p.until(lambda: p.out == "a\n", limit=60)
         assert p.signal(signal.SIGKILL)
         end = p.wait(limit=60)
         assert not p.signal(signal.SIGKILL)
     assert (end.code, end.out, end.err) == (-signal.SIGKILL, "a\n", "")
-    assert 1 < end.megabytes < 1000
+    assert 95 < end.megabytes < 130
+    assert len(mine) == 300_000_000
 
 
 def test_a_process_beyond_its_limit_is_killed_with_its_session(tmp_path):

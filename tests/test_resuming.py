@@ -164,6 +164,16 @@ def test_a_change_says_what_was_what_is_and_what_follows():
     assert "learning rate at this step changes from 9.78e-04 to 4.89e-01" in said
 
 
+def test_schedules_count_the_steps_that_were_applied():
+    new = changed(optimizer__peak_learning_rate=0.5)
+    saved = record()
+    (said,) = resuming.describe(saved, BASE, new, skipped=3)[1:]
+    applied = saved["step"] - 3
+    was, now = (float(c.optimizer.learning_rate(100)(applied)) for c in (BASE, new))
+    assert said.endswith(f"from {was:.2e} to {now:.2e}")
+    assert said not in lines(new)
+
+
 def test_another_order_of_the_text_is_told():
     assert any("another order" in line for line in lines(changed(seed=5)))
     (said,) = (x for x in lines(changed(data__seq_len=32)) if "another order" in x)

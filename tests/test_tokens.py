@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from experiments.faults import fuzz_data
+from experiments.faults import fuzz_caches
 from sct_jax import data, errors
 from sct_jax.data import cache, sources, splits, tokenizer, tokens
 
@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     for number in range(40):
         (folder / "corpus" / f"{number}.txt").write_text(words(number))
     config = config_in(folder)
-    return folder, fuzz_data.corpus_bits(prepare(config))
+    return folder, fuzz_caches.corpus_bits(prepare(config))
 
 
 def config_in(folder):
@@ -251,7 +251,7 @@ def assert_rebuilt(config, made, path, word):
     """Checks that a damaged cache gives one line about `path`, and the same tokens."""
     lines = []
     corpus = prepare(config, log=lines.append)
-    assert fuzz_data.corpus_bits(corpus) == made[1]
+    assert fuzz_caches.corpus_bits(corpus) == made[1]
     (line,) = [line for line in lines if "built again" in line]
     assert line.startswith(f"data: {str(path)!r} ")
     assert word in line
@@ -259,7 +259,7 @@ def assert_rebuilt(config, made, path, word):
     # Whole again: the next time is quiet.
     lines = []
     corpus = prepare(config, log=lines.append)
-    assert fuzz_data.corpus_bits(corpus) == made[1]
+    assert fuzz_caches.corpus_bits(corpus) == made[1]
     assert len(lines) == 1
 
 
@@ -349,10 +349,10 @@ def test_metadata_of_another_format_are_made_again(config, made, name):
     folder = folder_of(config)
     FORMATS[name](folder / "metadata.json")
     lines = []
-    assert fuzz_data.corpus_bits(prepare(config, log=lines.append)) == made[1]
+    assert fuzz_caches.corpus_bits(prepare(config, log=lines.append)) == made[1]
     (line,) = [line for line in lines if "built again" in line]
     assert str(folder) in line
-    assert fuzz_data.corpus_bits(prepare(config)) == made[1]
+    assert fuzz_caches.corpus_bits(prepare(config)) == made[1]
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_a_damaged_lookup_costs_one_reading(config, made, monkeypatch, name):
     change, word = LOOKUPS[name]
     change(path)
     lines = []
-    assert fuzz_data.corpus_bits(prepare(config, log=lines.append)) == made[1]
+    assert fuzz_caches.corpus_bits(prepare(config, log=lines.append)) == made[1]
     if word is None or name == "missing":
         assert not [line for line in lines if "read again" in line]
     else:
@@ -468,7 +468,7 @@ def test_a_damaged_lookup_costs_one_reading(config, made, monkeypatch, name):
         assert word in line
     assert not [line for line in lines if "built again" in line]
     forbid_reading(monkeypatch)
-    assert fuzz_data.corpus_bits(prepare(config)) == made[1]
+    assert fuzz_caches.corpus_bits(prepare(config)) == made[1]
 
 
 def test_a_lookup_that_takes_the_place_of_another_is_refused(config, made, tmp_path):
@@ -479,7 +479,7 @@ def test_a_lookup_that_takes_the_place_of_another_is_refused(config, made, tmp_p
     prepare(dataclasses.replace(config, source=str(other / "*.txt")))
     (theirs,) = set(ours.parent.iterdir()) - {ours}
     shutil.copy(theirs, ours)
-    assert fuzz_data.corpus_bits(prepare(config)) == made[1]
+    assert fuzz_caches.corpus_bits(prepare(config)) == made[1]
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
@@ -506,7 +506,7 @@ def stdlib(tmp_path, monkeypatch):
 
 
 def test_damaged_text_of_the_standard_library_is_written_again(stdlib):
-    expected = fuzz_data.corpus_bits(prepare(stdlib))
+    expected = fuzz_caches.corpus_bits(prepare(stdlib))
     folder = pathlib.Path(stdlib.cache_dir)
     (records,) = folder.glob("stdlib_text-*/*/*/*train.array_record*")
     (checksums,) = folder.glob("stdlib_text-*/checksums.json")
@@ -520,7 +520,7 @@ def test_damaged_text_of_the_standard_library_is_written_again(stdlib):
         shutil.rmtree(record.parent)
         shutil.rmtree(folder / "lookup")
         lines = []
-        assert fuzz_data.corpus_bits(prepare(stdlib, log=lines.append)) == expected
+        assert fuzz_caches.corpus_bits(prepare(stdlib, log=lines.append)) == expected
         (line,) = [line for line in lines if "built again" in line]
         assert str(path if path != checksums else path.parent) in line
         assert word in line
@@ -531,8 +531,8 @@ def test_damaged_text_of_the_standard_library_is_written_again(stdlib):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_damage_is_trained_on(config, made, seed):
-    done = fuzz_data.damage_cache(random.Random(seed), config.cache_dir)
-    outcome = fuzz_data.try_cache(lambda log: prepare(config, log=log), made[1])
+    done = fuzz_caches.damage_cache(random.Random(seed), config.cache_dir)
+    outcome = fuzz_caches.try_cache(lambda log: prepare(config, log=log), made[1])
     assert outcome in ("repaired", "unharmed") or ".lock" in done
 
 

@@ -63,7 +63,7 @@ def main(
     _say(console, f"seed {flags.seed}; faults {numbers} of {len(known)}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        space = workspace.Workspace(pathlib.Path(name), flags.seed)
+        space = workspace.Workspace(pathlib.Path(name), flags.seed, quick=flags.quick)
         rows = []
         for row in suite.run(chosen, space):
             rows.append(row)

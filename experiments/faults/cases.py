@@ -109,6 +109,14 @@ class Seen:
             self.that(*part)
         return not failed and self.that(True, fact)
 
+    def raises(self, word: str, refused: Callable[[], Any]) -> bool:
+        """Notes whether a call raises a ValueError whose message has the word."""
+        try:
+            refused()
+        except ValueError as error:
+            return self.that(word in str(error), f"refused by {word}", error)
+        return self.that(False, f"refused by {word}", "accepted")
+
     def refused(self, ended: runs.Ended, *words: str, code: int = 2) -> bool:
         """Notes whether a command ended in one line that has all the words.
 

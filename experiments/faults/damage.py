@@ -305,7 +305,6 @@ CASES = (
         "ignored with a warning, the same end",
         _junk,
         group="checkpoints",
-        quick=True,
     ),
     cases.Case(
         29,
@@ -313,7 +312,6 @@ CASES = (
         "detected; the right one is resumed, the same end",
         _moved_steps,
         group="checkpoints",
-        quick=True,
     ),
     cases.Case(
         34,

@@ -3,33 +3,8 @@
 import json
 import pathlib
 import random
-from typing import Any
 
-# Of every type that JSON has, and what hides in them.
-_VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2**31,
-    2**63,
-    10**400,
-    1.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "../../etc/passwd",
-    "/etc/passwd",
-    "\0",
-    "\ud800",
-    [],
-    [1],
-    {},
-    {"a": 1},
-)
+from experiments.faults import fuzz_json
 
 
 def flip_bit(rng: random.Random, folder: pathlib.Path) -> str:
@@ -80,21 +55,5 @@ def _double(rng: random.Random, text: str) -> str:
 
 def _change_value(rng: random.Random, text: str) -> str:
     record = json.loads(text)
-    node: Any = record
-    while True:
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        key = rng.choice(keys)
-        below = node[key]
-        if not isinstance(below, dict | list) or not below or rng.random() < 0.3:
-            break
-        node = below
-    kind = rng.random()
-    if kind < 0.2:
-        del node[key]
-    elif kind < 0.3 and isinstance(node, dict):
-        node[f"{key}{rng.choice(('x', ' ', '/..'))}"] = node.pop(key)
-    elif kind < 0.5 and isinstance(below, int):
-        node[key] = below + rng.choice((-1, 1, 0.0, 256))
-    else:
-        node[key] = rng.choice(_VALUES)
+    fuzz_json.change_value(rng, record)
     return json.dumps(record, indent=1)

@@ -6,10 +6,11 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from experiments.faults import cases, fuzz_data, runs
+from experiments.faults import cases, fuzz_caches, fuzz_tokenizers, runs
 from sct_jax import data
 
 CONFIGS, CORPORA, TOKENIZERS, CACHES = 1000, 200, 100, 100
+_SECONDS = 60  # for one tokenizer or cache
 
 
 def _configs(context: cases.Context) -> cases.Outcome:
@@ -48,9 +49,11 @@ def _tokenizers(context: cases.Context) -> cases.Outcome:
     ends: collections.Counter[str] = collections.Counter()
     for _ in range(TOKENIZERS):
         seed = rng.randrange(1 << 31)
-        mutated = fuzz_data.mutate_tokenizer(random.Random(seed), whole)
+        mutated = fuzz_tokenizers.mutate_tokenizer(random.Random(seed), whole)
         path.write_text(mutated, encoding="utf-8", errors="surrogatepass")
-        ends[_attempt(seen, seed, lambda: fuzz_data.try_tokenizer(str(path)))] += 1
+        ends[
+            _attempt(seen, seed, lambda: fuzz_tokenizers.try_tokenizer(str(path)))
+        ] += 1
     cases.injected(ends["refused"] and ends["kept"], f"one-sided: {dict(ends)}")
     seen.that(True, ", ".join(f"{count} {end}" for end, count in ends.most_common()))
     return seen.outcome(f"{TOKENIZERS} mutated tokenizers")
@@ -58,16 +61,16 @@ def _tokenizers(context: cases.Context) -> cases.Outcome:
 
 def _caches(context: cases.Context) -> cases.Outcome:
     seen, rng = cases.Seen(), context.rng
-    expected = fuzz_data.corpus_bits(_corpus(context))
+    expected = fuzz_caches.corpus_bits(_corpus(context))
     cache = context.folder / "cache"
     ends: collections.Counter[str] = collections.Counter()
     for _ in range(CACHES):
         seed = rng.randrange(1 << 31)
-        fuzz_data.damage_cache(random.Random(seed), str(cache))
+        fuzz_caches.damage_cache(random.Random(seed), str(cache))
         end = _attempt(
             seen,
             seed,
-            lambda: fuzz_data.try_cache(
+            lambda: fuzz_caches.try_cache(
                 lambda log: _corpus(context, log), expected
             ).split()[0],
         )
@@ -83,7 +86,7 @@ def _caches(context: cases.Context) -> cases.Outcome:
 def _attempt(seen: cases.Seen, seed: int, attempt: Callable[[], str]) -> str:
     """Returns how one case ended; notes anything but what it may do."""
     try:
-        with runs.Deadline(fuzz_data.SECONDS):
+        with runs.Deadline(_SECONDS):
             return attempt()
     except (Exception, runs.TooLate) as error:
         words = " ".join(str(error).split())[:200]

@@ -29,17 +29,19 @@ _ExitCode = exit_codes.ExitCode
 
 def _at_a_step(context: cases.Context) -> cases.Outcome:
     seen, folder = cases.Seen(), context.folder / "run"
-    step = context.rng.randrange(5, 300)
-    with context.space.start(folder, _LONG) as process:
+    step, last = context.rng.randrange(3, 30), workspace.NUM_STEPS
+    with context.space.start(folder) as process:
         process.until(lambda: workspace.last_step(folder) >= step)
         process.signal(signal.SIGKILL)
         ended = process.wait()
     reached = workspace.last_step(folder)
     cases.injected(ended.code == -signal.SIGKILL, f"the run ended first: {ended}")
-    cases.injected(step <= reached < 400, f"killed at step {reached}")
-    seen.finished(context.space.train(folder, _LONG))
-    seen.same_end(folder, context.space.clean(_LONG))
-    return seen.outcome(f"SIGKILL after step {reached} of 400, then the same command")
+    cases.injected(step <= reached < last, f"killed at step {reached}")
+    seen.finished(context.space.train(folder))
+    seen.same_end(folder, context.space.clean())
+    return seen.outcome(
+        f"SIGKILL after step {reached} of {last}, then the same command"
+    )
 
 
 def _in_a_save(context: cases.Context) -> cases.Outcome:
@@ -262,7 +264,6 @@ CASES = (
         "SIGTERM or Ctrl-C while compiling",
         "exit code 143 or 130 within a second",
         _while_compiling,
-        quick=True,
     ),
     cases.Case(
         43,

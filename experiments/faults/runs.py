@@ -30,7 +30,7 @@ class Ended(NamedTuple):
       out: standard output.
       err: standard error.
       seconds: from the start, or from the last signal.
-      megabytes: largest resident memory; 0 for a call.
+      megabytes: largest resident memory; 0 for a call, and where there is no /proc.
     """
 
     code: int | None
@@ -80,7 +80,8 @@ class Process:
         """
         # Unnamed files: a pipe that nobody reads would stop the command.
         self._files = [tempfile.TemporaryFile() for _ in range(2)]
-        self._ended: tuple[int, int] | None = None
+        self._code: int | None = None
+        self._megabytes = 0
         self._since = time.monotonic()
         self._popen = subprocess.Popen(
             command,
@@ -157,19 +158,19 @@ class Process:
         if not in_time:
             self.kill_session()
             self._reap(wait=True)
-        assert self._ended is not None
-        code, megabytes = self._ended
-        return Ended(code if in_time else None, self.out, self.err, seconds, megabytes)
+        code = self._code if in_time else None
+        return Ended(code, self.out, self.err, seconds, self._megabytes)
 
     def _reap(self, *, wait: bool) -> bool:
-        """Whether the process has ended; then its code and memory are known."""
-        if self._ended is None:
-            pid, status, usage = os.wait4(self.pid, 0 if wait else os.WNOHANG)
+        """Whether the process has ended; then its code is known."""
+        if self._code is None:
+            # `ru_maxrss` would do no good: it starts with the size of this process.
+            self._megabytes = max(self._megabytes, _peak_megabytes(self.pid))
+            pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
             if pid:
-                code = os.waitstatus_to_exitcode(status)
-                self._ended = code, usage.ru_maxrss // 1024
-                self._popen.returncode = code
-        return self._ended is not None
+                self._code = os.waitstatus_to_exitcode(status)
+                self._popen.returncode = self._code
+        return self._code is not None
 
     def kill_session(self) -> None:
         """Kills the process, and all that it has started in its session."""
@@ -181,6 +182,15 @@ def end_all() -> None:
     """Kills all processes that this one has started and not let go of."""
     for process in list(_alive):
         process.kill_session()
+
+
+def _peak_megabytes(pid: int) -> int:
+    try:
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return max(peaks, default=0) // 1024
 
 
 def _content(file: Any) -> str:

@@ -155,7 +155,12 @@ import jax
 from sct_jax.training import cli, process
 address, index = sys.argv[1:3]
 jax.distributed.initialize(address, num_processes=2, process_id=int(index))
-process.run(lambda: cli.main(sys.argv[3:]))
+def main():
+    try:
+        return cli.main(sys.argv[3:])
+    finally:
+        jax.distributed.shutdown()  # waits for the other, which needs this one to start
+process.run(main)
 """
 
 

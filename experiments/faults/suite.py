@@ -14,6 +14,7 @@ from experiments.faults import (
     damage,
     disks,
     fuzzing,
+    interfaces,
     killing,
     numerics,
     outputs,
@@ -28,6 +29,7 @@ _MODULES = (
     damage,
     disks,
     fuzzing,
+    interfaces,
     killing,
     numerics,
     outputs,
@@ -53,8 +55,12 @@ def run(
 
     Two processes run at a time, where there are two cores.
     """
-    groups = [group for group in dict.fromkeys(c.group for c in chosen) if group]
-    # What takes long first, so that all end at about the same time.
+    # Numerics need no run of the tiny model, which another group trains meanwhile. What
+    # takes long comes first, so that all end at about the same time.
+    groups = sorted(
+        {case.group for case in chosen if case.group},
+        key=lambda group: (group != "numerics", group),
+    )
     jobs: list[Iterator[cases.Row]] = [
         _run_group([case for case in chosen if case.group == group], space)
         for group in groups

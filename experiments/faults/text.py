@@ -380,7 +380,6 @@ CASES = (
         "detected, built again with a warning, the same end",
         _damaged_cache,
         group="input",
-        quick=True,
     ),
     cases.Case(
         25,

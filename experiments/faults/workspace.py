@@ -46,10 +46,17 @@ class Workspace:
       source: glob of the text.
     """
 
-    def __init__(self, root: pathlib.Path, seed: int):
-        """Opens the folder, and writes the text unless it is there."""
+    def __init__(self, root: pathlib.Path, seed: int, *, quick: bool = False):
+        """Opens the folder, and writes the text unless it is there.
+
+        Args:
+          root: the folder.
+          seed: of the suite.
+          quick: whether programs are compiled in a hurry.
+        """
         self.root = root
         self.seed = seed
+        self._hurry = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if quick else {}
         self.source = str(root / "corpus" / "*.txt")
         self.cache = root / "cache"
         self.temporary = root / "tmp"
@@ -81,6 +88,7 @@ class Workspace:
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self.temporary),
             "XDG_CACHE_HOME": str(self.cache),
+            **self._hurry,
             **changes,
         }
 

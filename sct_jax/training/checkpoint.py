@@ -3,8 +3,10 @@
 A step folder holds the state and a JSON record, see `records`. Orbax writes and reads
 the arrays, by name and with separate layers, so that either layout can open them. All
 else is done here: a save fills `.partial-<step>-<uuid>`, adds the checksums of its
-files, and renames it to `<step>`. Folders that orbax's own CheckpointManager wrote, in
-earlier versions, are read too.
+files, and renames it to `<step>`. The CheckpointManager of orbax could not serve: it
+tells of a failed save at the next one (https://github.com/google/orbax/issues/605),
+leaves threads that a process waits for at its end, and reads paths as patterns. Folders
+that it wrote, in earlier versions, are read too.
 """
 
 import concurrent.futures

@@ -59,10 +59,13 @@ def write(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
       OSError: the folder cannot be read or written.
     """
     sizes = {f"{STATE}/{name}": size for name, size in _sizes(folder / STATE).items()}
-    for name in sizes:
-        with files.open_regular(folder / name) as file:
-            files.sync(file.fileno())
-    sums = _crc32s(folder, sizes)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        # While the disk is at work, the processor is not.
+        found = pool.submit(_crc32s, folder, sizes)
+        for name in sizes:
+            with files.open_regular(folder / name) as file:
+                files.sync(file.fileno())
+        sums = found.result()
     listed = {name: {"bytes": sizes[name], "crc32": sums[name]} for name in sizes}
     sealed = {**record, "format": FORMAT, "files": listed}
     sealed["checksum"] = _checksum(sealed)

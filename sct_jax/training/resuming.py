@@ -76,6 +76,8 @@ def describe(
     record: Mapping[str, Any],
     old: config_lib.ExperimentConfig,
     new: config_lib.ExperimentConfig,
+    *,
+    skipped: int = 0,
 ) -> list[str]:
     """Returns a line for every change that affects results, and for what follows.
 
@@ -83,8 +85,9 @@ def describe(
       record: of the checkpoint.
       old: configuration of the checkpoint.
       new: the run that continues it.
+      skipped: steps so far that were not applied, which schedules do not count.
     """
-    step = record["step"]
+    applied = record["step"] - skipped
     changes = config_lib.changes(old, new)
     changed = {change.field for change in changes}
     lines = [
@@ -104,7 +107,7 @@ def describe(
             f"data: another order from here on, after as many tokens as before: "
             f"sequence {taken:,} of {new.data.seq_len:,} tokens each"
         )
-    was, now = (_learning_rate(config, step) for config in (old, new))
+    was, now = (_learning_rate(config, applied) for config in (old, new))
     if was != now:
         lines.append(
             f"the learning rate at this step changes from {was:.2e} to {now:.2e}"
@@ -112,10 +115,10 @@ def describe(
     return lines
 
 
-def _learning_rate(config: config_lib.ExperimentConfig, step: int) -> float:
+def _learning_rate(config: config_lib.ExperimentConfig, applied: int) -> float:
     # A schedule covers the whole run, so a longer run has another learning rate.
     schedule = config.optimizer.learning_rate(config.num_steps)
-    return float(jnp.asarray(schedule(step)))
+    return float(jnp.asarray(schedule(applied)))
 
 
 def _shapes(

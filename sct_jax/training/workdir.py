@@ -321,7 +321,8 @@ def restore_or_init(
             + "".join(f"\n  {c}" for c in config_lib.text_changes(before, run.config)),
         )
     log(f"resumed at step {step}")
-    for line in resuming.describe(record, before, run.config):
+    skipped = int(state.guard.skipped)
+    for line in resuming.describe(record, before, run.config, skipped=skipped):
         log(line)
     return state, step
 

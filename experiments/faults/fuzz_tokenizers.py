@@ -1,50 +1,17 @@
-"""Mutated tokenizers and damaged caches: refused, repaired, or without effect.
+"""Mutated tokenizers: refused, or they keep all text."""
 
-    python -m experiments.faults.fuzz_data --seed=0 --count=100
-
-Ends with an error at the first case that is accepted and gives other tokens, shows
-anything but a `UserError`, or takes longer than a minute.
-"""
-
-import collections
 import contextlib
-import faulthandler
 import json
-import os
-import pathlib
 import random
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import decoders
 
+from experiments.faults import fuzz_json
 from sct_jax import data, errors
-from sct_jax.training import overrides
 
-SECONDS = 60
-
-_JUNK: tuple[Any, ...] = (
-    None,
-    True,
-    0,
-    -1,
-    1 << 40,
-    1.5,
-    float("nan"),
-    "",
-    "x",
-    "../..",
-    "\ud800",
-    [],
-    [1],
-    {},
-    {"x": 1},
-)
 _BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -104,9 +71,6 @@ _TEXTS = (
 )
 
 
-# --- Tokenizers.
-
-
 def mutate_tokenizer(rng: random.Random, text: str) -> str:
     """Returns a tokenizer.json with one to three changes, made at random."""
     for _ in range(rng.randint(1, 3)):
@@ -140,21 +104,6 @@ def _mutate_text(rng: random.Random, text: str) -> str:
             "",
         )
     )
-
-
-def _change_leaf(rng: random.Random, content: Any) -> None:
-    """Replaces or removes a value at a random place."""
-    while True:
-        keys = list(content) if isinstance(content, dict) else range(len(content))
-        key = rng.choice(keys)
-        inner = content[key]
-        if not inner or not isinstance(inner, dict | list) or rng.random() < 0.2:
-            break
-        content = inner
-    if rng.random() < 0.3:
-        del content[key]
-    else:
-        content[key] = rng.choice(_JUNK)
 
 
 def _drop_tokens(rng: random.Random, content: Any) -> None:
@@ -263,8 +212,8 @@ def _limit(rng: random.Random, content: Any) -> None:
 
 
 _TOKENIZER_CHANGES: tuple[Callable[[random.Random, Any], None], ...] = (
-    _change_leaf,
-    _change_leaf,
+    fuzz_json.change_value,
+    fuzz_json.change_value,
     _drop_tokens,
     _share_an_id,
     _swap_ids,
@@ -319,219 +268,3 @@ def try_tokenizer(path: str) -> str:
         if lengths:
             assert sum(lengths[id_] for id_ in ids) == len(text.encode())
     return outcome
-
-
-# --- Caches.
-
-
-def damage_cache(rng: random.Random, folder: str) -> str:
-    """Damages one file below a cache folder; returns what was done to which."""
-    paths = sorted(
-        path
-        for path in pathlib.Path(folder).rglob("*")
-        if path.is_file() and (path.suffix != ".lock" or rng.random() < 0.1)
-    )
-    path = rng.choice(paths)
-    names = [
-        name
-        for name, (_, is_json) in _DAMAGES.items()
-        if not is_json or path.suffix == ".json"
-    ]
-    name = rng.choice(names)
-    damage, _ = _DAMAGES[name]
-    damage(rng, path, paths)
-    return f"{os.path.relpath(path, folder)}: {name}"
-
-
-def _rewrite(
-    change: Callable[[random.Random, bytes], bytes],
-) -> Callable[[random.Random, pathlib.Path, list[pathlib.Path]], None]:
-    def damage(rng, path, paths):
-        content = change(rng, path.read_bytes())
-        path.unlink()  # a mapped file keeps its content
-        path.write_bytes(content)
-
-    return damage
-
-
-def _flip_bits(rng: random.Random, content: bytes) -> bytes:
-    flipped = bytearray(content)
-    for _ in range(rng.choice((1, 10, 5000))):
-        if flipped:
-            flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
-
-
-def _swap_blocks(rng: random.Random, content: bytes) -> bytes:
-    middle = len(content) // 4 * 2
-    return content[middle:] + content[:middle]
-
-
-def _change_json(rng: random.Random, content: bytes) -> bytes:
-    found = json.loads(content)
-    _change_leaf(rng, found)
-    return json.dumps(found).encode()
-
-
-def _odd_text(rng: random.Random, content: bytes) -> bytes:
-    odd = (
-        b"[]",
-        b"{}",
-        b"null",
-        b"NaN",
-        b"[" * 99999,
-        b"../..",
-        b"/",
-        b".",
-        b'"',
-        b"1",
-    )
-    return rng.choice(odd)
-
-
-def _replace(make: Callable[[pathlib.Path], Any]) -> Callable[..., None]:
-    def damage(rng, path, paths):
-        path.unlink()
-        make(path)
-
-    return damage
-
-
-def _take_the_place(
-    rng: random.Random, path: pathlib.Path, paths: list[pathlib.Path]
-) -> None:
-    other = rng.choice(paths)
-    if other != path:
-        shutil.copyfile(other, path)
-
-
-def _remove_the_folder(
-    rng: random.Random, path: pathlib.Path, paths: list[pathlib.Path]
-) -> None:
-    shutil.rmtree(path.parent)
-
-
-# What is done, and whether to JSON alone.
-_DAMAGES: Mapping[str, tuple[Callable[..., None], bool]] = {
-    "zeros": (_rewrite(lambda rng, content: bytes(len(content))), False),
-    "flipped bits": (_rewrite(_flip_bits), False),
-    "swapped halves": (_rewrite(_swap_blocks), False),
-    "random bytes": (
-        _rewrite(lambda rng, content: rng.randbytes(len(content))),
-        False,
-    ),
-    "cut off": (
-        _rewrite(lambda rng, content: content[: rng.randrange(len(content) + 1)]),
-        False,
-    ),
-    "longer": (_rewrite(lambda rng, content: content + content[:8] + b"\0"), False),
-    "empty": (_rewrite(lambda rng, content: b""), False),
-    "odd text": (_rewrite(_odd_text), True),
-    "changed value": (_rewrite(_change_json), True),
-    "missing": (_replace(lambda path: None), False),
-    "a folder": (_replace(lambda path: path.mkdir()), False),
-    "a pipe": (_replace(os.mkfifo), False),
-    "a link to nothing": (_replace(lambda path: path.symlink_to("nowhere")), False),
-    "a link to itself": (_replace(lambda path: path.symlink_to(path.name)), False),
-    "a link to zeros": (_replace(lambda path: path.symlink_to("/dev/zero")), False),
-    "another file": (_take_the_place, False),
-    "folder missing": (_remove_the_folder, False),
-}
-
-
-def try_cache(
-    prepare: Callable[[Callable[[str], None]], data.Corpus],
-    expected: Mapping[str, Any],
-) -> str:
-    """Returns what a damaged cache was: "repaired", "unharmed" or "refused" and why.
-
-    Args:
-      prepare: returns the corpus, given a function that receives lines.
-      expected: what `corpus_bits` returned before.
-
-    Raises:
-      AssertionError: the corpus has other tokens.
-    """
-    lines: list[str] = []
-    try:
-        corpus = prepare(lines.append)
-    except errors.UserError as error:
-        assert str(error).startswith("data.cache_dir: "), error
-        return f"refused ({error})"
-    assert corpus_bits(corpus) == expected
-    return "repaired" if len(lines) > 1 else "unharmed"
-
-
-def corpus_bits(corpus: data.Corpus) -> dict[str, Any]:
-    """Returns all of a corpus that a run depends on."""
-    return {
-        "train": np.asarray(corpus.train).tobytes(),
-        "validation": np.asarray(corpus.validation).tobytes(),
-        "tokenizer": corpus.tokenizer.hash,
-        "documents": corpus.documents,
-        "bytes": corpus.bytes,
-        "hash": corpus.hash,
-    }
-
-
-def _write_texts(folder: pathlib.Path) -> str:
-    folder.mkdir()
-    for number in range(60):
-        rng = random.Random(number)
-        words = ("ka", "to", "mi", "ren", "\n", "é", "漢", "🙂", "1", "{", " ")
-        text = "".join(rng.choices(words, k=400))
-        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
-    return str(folder / "*.txt")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints how many cases had which outcome; returns the exit code 0."""
-    parser = overrides.FlagParser(__doc__ or "")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case")
-    parser.add_argument("--count", type=int, default=100, help="cases of either kind")
-    flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
-    seeds = range(flags.seed, flags.seed + flags.count)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        config = data.DataConfig(
-            source=_write_texts(folder / "corpus"), cache_dir=str(folder / "cache")
-        )
-
-        def prepare(log: Callable[[str], None]) -> data.Corpus:
-            return data.prepare(config, vocab_size=300, log=log)
-
-        corpus = prepare(lambda line: None)
-        whole = corpus.tokenizer.backend.to_str()
-        expected = corpus_bits(corpus)
-        outcomes: collections.Counter = collections.Counter()
-        path = folder / "tokenizer.json"
-        for seed in seeds:
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
-            mutated = mutate_tokenizer(random.Random(seed), whole)
-            path.write_text(mutated, encoding="utf-8", errors="surrogatepass")
-            try:
-                outcomes["tokenizer", try_tokenizer(str(path))] += 1
-            except BaseException:
-                print(f"tokenizer, seed {seed}")
-                raise
-        for seed in seeds:
-            faulthandler.dump_traceback_later(SECONDS, exit=True)
-            done = damage_cache(random.Random(seed), str(config.cache_dir))
-            try:
-                outcome = try_cache(prepare, expected)
-            except BaseException:
-                print(f"cache, seed {seed}: {done}")
-                raise
-            outcomes["cache", outcome.split()[0]] += 1
-            if outcome.startswith("refused"):  # a lock: the next case starts anew
-                print(f"cache, seed {seed}: {done}: {outcome}")
-                shutil.rmtree(str(config.cache_dir))
-                prepare(lambda line: None)
-        faulthandler.cancel_dump_traceback_later()
-    for (kind, outcome), count in sorted(outcomes.items()):
-        print(f"{kind}: {count} {outcome}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
