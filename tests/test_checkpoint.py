@@ -7,6 +7,7 @@ import pathlib
 import random
 import shutil
 import sys
+import types
 import warnings
 
 import jax
@@ -812,6 +813,15 @@ def test_damage_to_a_checkpoint_of_an_earlier_version_is_found(earlier, damage, 
     assert capfd.readouterr() == ("", "")
 
 
+def coroutine_of(path):
+    """A coroutine whose code is in a file."""
+    found = {}
+    exec(compile("async def read(): pass", path, "exec"), found)
+    coroutine = found["read"]()
+    coroutine.close()
+    return coroutine
+
+
 def test_reads_that_outlive_a_failed_one_say_nothing(earlier, capfd):
     """Orbax closes its event loop under them; the hook of the process reports that."""
     flip_a_bit(earlier / "6")
@@ -821,9 +831,14 @@ def test_reads_that_outlive_a_failed_one_say_nothing(earlier, capfd):
         patch.setattr(sys, "unraisablehook", seen.append)
         checkpoint._orbax(earlier)
         hook = sys.unraisablehook
-        for message in ("Event loop is closed", "another error"):
-            hook(type("Unraisable", (), {"exc_value": RuntimeError(message)}))
-    assert [str(x.exc_value) for x in seen] == ["another error"]
+        for message, object_ in (
+            ("Event loop is closed", None),
+            ("ended late", coroutine_of("orbax/checkpoint/reads.py")),
+            ("another error", coroutine_of("mine.py")),
+            ("a third", None),
+        ):
+            hook(types.SimpleNamespace(exc_value=RuntimeError(message), object=object_))
+    assert [str(x.exc_value) for x in seen] == ["another error", "a third"]
     assert capfd.readouterr() == ("", "")
 
 

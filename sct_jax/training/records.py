@@ -30,7 +30,7 @@ _FILE = "record.json"
 _EARLIER_FILE = "record/metadata"
 _CHUNK = 1 << 20
 _PIECE = 1 << 24
-_THREADS = min(8, os.cpu_count() or 1)
+_MAX_THREADS = 8
 # Errors of the process or its rights, which say nothing about the checkpoint.
 _NO_DAMAGE = (
     errno.EACCES,
@@ -150,10 +150,19 @@ def check_files(folder: pathlib.Path, record: Record, *, content: bool = True) -
         _check(same, f"{name}: its content differs from the record")
 
 
-def in_parallel(function: Callable[[T], Any], items: Iterable[T]) -> dict[T, Any]:
-    """Returns the result for every item, computed on several cores."""
+def in_parallel(
+    function: Callable[[T], Any], items: Iterable[T], *, share: float = 1.0
+) -> dict[T, Any]:
+    """Returns the result for every item, computed on several cores.
+
+    Args:
+      function: releases the lock of the interpreter.
+      items: its arguments.
+      share: of the cores to use, at least one.
+    """
     items = list(items)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    threads = min(_MAX_THREADS, max(1, int(share * (os.cpu_count() or 1))))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         return dict(zip(items, pool.map(function, items), strict=True))
 
 
