@@ -21,11 +21,14 @@ STRICT = {"test_linalg", "test_stiefel", "test_spectral", "test_transforms"}
 
 @pytest.fixture(autouse=True)
 def strict_dtypes(request):
-    """Tests of layers 0-3 never mix dtypes by implicit promotion."""
+    """Tests of layers 0-3 promote neither dtypes nor ranks implicitly."""
     if request.module.__name__ not in STRICT:
         yield
         return
-    with jax.numpy_dtype_promotion("strict"):
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
         yield
 
 

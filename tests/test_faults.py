@@ -281,7 +281,6 @@ def test_a_fault_is_injected_in_a_process_of_its_own(capsys):
     assert "2 pass, 0 fail, 0 skipped; seed 0" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_quick_suite_passes(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "experiments.faults", "--quick", f"--json={file}"]

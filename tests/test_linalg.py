@@ -334,7 +334,8 @@ def test_power_iteration_takes_several_steps_at_once():
 def test_a_nan_ends_no_other_matrix_of_a_jacobi_svd():
     m = np.array([[[1.0, 0.5], [0.2, 2.0]], [[np.nan, 0.0], [0.0, 1.0]]])
     p, s, z = linalg.jacobi_svd(jnp.asarray(m, jnp.float32))
-    whole = np.asarray(p[0] * s[0]) @ np.asarray(z[0]).T
+    p, s, z = (np.asarray(x) for x in (p, s, z))
+    whole = (p[0] * s[0]) @ z[0].T
     np.testing.assert_allclose(whole, m[0], atol=1e-6)
     np.testing.assert_allclose(
         np.sort(np.abs(s[0])), np.linalg.svd(m[0], compute_uv=False)[::-1], rtol=1e-5

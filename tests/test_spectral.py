@@ -625,8 +625,8 @@ def test_composite_update_norm_does_not_see_the_size_of_a_column(size):
     expected = composite_update_norm(old, new)
     column = jnp.asarray([1, size, 1, 1], jnp.float32)
     for scaled in (
-        [w._replace(u=w.u * column, s=w.s / column) for w in (old, new)],
-        [old, new._replace(v=new.v * column, s=new.s / column)],
+        [w._replace(u=w.u * column[None], s=w.s / column) for w in (old, new)],
+        [old, new._replace(v=new.v * column[None], s=new.s / column)],
     ):
         found = composite_update_norm(*scaled)
         np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -182,7 +182,7 @@ class Checkpointer:
         ):
             return
         size = sum(view.nbytes for view in views.values())
-        # What does not compress grows by half a percent.
+        # Beside the arrays: their names, an index of chunks, the record.
         needed = size + size // 100 + 1024 * len(views) + (1 << 20)
         save = _Save(step, record, self._partial(step), needed)
         try:
