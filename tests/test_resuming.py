@@ -76,22 +76,22 @@ def test_what_shapes_the_arrays_stays(field, value):
 
 
 @pytest.mark.parametrize(
-    ("new", "taken", "expected"),
+    ("changes", "taken", "expected"),
     [
-        (BASE, {}, 0),
-        (BASE, {"data_position": 80}, 0),
-        (changed(data__batch_size=16), {}, 80 - 160),
-        (changed(data__batch_size=2), {"data_position": 80}, 80 - 20),
+        ({}, {}, 0),
+        ({}, {"data_position": 80}, 0),
+        ({"data__batch_size": 16}, {}, 80 - 160),
+        ({"data__batch_size": 2}, {"data_position": 80}, 80 - 20),
         # After a change of its own: 5 steps of 8 windows and 5 of 2.
-        (changed(data__batch_size=2), {"data_position": 50}, 50 - 20),
+        ({"data__batch_size": 2}, {"data_position": 50}, 50 - 20),
         # As many tokens, rounded down to a window.
-        (changed(data__seq_len=32), {}, 40 - 80),
-        (changed(data__seq_len=24), {}, 53 - 80),
+        ({"data__seq_len": 32}, {}, 40 - 80),
+        ({"data__seq_len": 24}, {}, 53 - 80),
     ],
     ids=str,
 )
-def test_a_run_continues_where_it_was_in_the_text(new, taken, expected):
-    assert resuming.windows_before(record(**taken), new) == expected
+def test_a_run_continues_where_it_was_in_the_text(changes, taken, expected):
+    assert resuming.windows_before(record(**taken), changed(**changes)) == expected
 
 
 def test_a_new_run_starts_at_the_first_window():
