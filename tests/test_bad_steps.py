@@ -134,7 +134,7 @@ def test_a_torn_step_is_left_out_of_a_second_attempt(
         result, text = train(config, tmp_path / "torn", capsys)
     assert result == loop.Result("finished", 8)
     assert "resumed at step 3" in text
-    assert text.count("going back") == 1
+    assert text.count("from the newest checkpoint again") == 1
     rows = rows_of(tmp_path / "torn")
     assert list(rows) == [1, 2, 4, 6, 8]
     assert (rows[4]["skipped_steps"], rows[8]["skipped_steps"]) == (0, 1)

@@ -853,6 +853,25 @@ def test_nothing_starts_from_scratch_over_an_earlier_version(earlier):
     assert names(earlier) >= {"3", "6"}
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("can't start new thread"), OSError(24, "Too many open files")],
+    ids=repr,
+)
+def test_what_a_process_lacks_is_no_damage(saved, tmp_path, monkeypatch, error):
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    before = names(directory)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_read_arrays", fail)
+    with pytest.raises(errors.UserError, match=r"^workdir: checkpoint 6 is whole but"):
+        restore(directory)
+    assert names(directory) == before
+
+
 def test_steps_and_records_are_read_without_orbax(saved, saved_earlier):
     """It takes a third of a second to import."""
     import subprocess

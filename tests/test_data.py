@@ -829,8 +829,8 @@ def test_a_lost_race_without_locks_ends_well(tmp_path, monkeypatch):
 # --- TFDS.
 
 
-def write_tfds(folder, *parts):
-    """Writes a dataset "small" with 300 examples per split."""
+def write_tfds(folder, *parts, last=None):
+    """Writes a dataset "small" with 300 examples per split, of which one is `last`."""
     import tensorflow_datasets as tfds
 
     class Small(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -849,8 +849,11 @@ def write_tfds(folder, *parts):
             return {part: self._generate_examples(part) for part in parts}
 
         def _generate_examples(self, part):
-            for number in range(300):
-                yield number, {"text": f"{part} {number}", "number": number}
+            texts = [f"{part} {number}" for number in range(300)]
+            if last:
+                texts[-1] = last[part]
+            for number, text in enumerate(texts):
+                yield number, {"text": text, "number": number}
 
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -872,6 +875,14 @@ def test_a_prepared_tfds_dataset_is_read_by_name(config, tfds_dir, monkeypatch):
         assert sorted(found[split]) == sorted(f"{split} {n}" for n in range(300))
     forbid(monkeypatch, sources, "scan")
     assert prepare(config).hash == corpus.hash
+
+
+def test_a_mark_before_a_text_does_not_make_another_of_it(config, tfds_dir):
+    last = {"train": "\ufeffin both", "validation": "in both"}
+    write_tfds(tfds_dir, "train", "validation", last=last)
+    found = split_texts(prepare(dataclasses.replace(config, source="tfds:small")))
+    assert "in both" in found["validation"]
+    assert len(found["train"]) == 299 and "in both" not in found["train"]
 
 
 def test_validation_is_carved_off_train_where_there_is_none(config, tfds_dir):

@@ -297,3 +297,20 @@ def test_a_layerwise_gradient_that_is_not_finite(at, monkeypatch):
         return
     with pytest.raises(layerwise.TornStep, match="step 1"):
         step(state, draw_batch(1), False)
+
+
+def test_a_layerwise_gradient_that_is_not_finite_is_applied_where_it_may(monkeypatch):
+    tx = optimizer_config.Spectron().build(10)
+    guard = guard_lib.Guard(max_skipped=None, spikes="skip")
+    step = layerwise.make_train_step(layerwise.stack_of(APART), tx, guard=guard)
+    original = step._block_grads
+
+    def spoil(*args):
+        grads, dx = original(*args)
+        return grads | {"q": jax.tree.map(lambda g: g * np.nan, grads["q"])}, dx
+
+    monkeypatch.setattr(step, "_block_grads", spoil)
+    state, metrics = step(step.init(jax.random.key(0)), draw_batch(1), False)
+    assert metrics["skipped_steps"] == 0
+    moved = jax.tree.leaves(state.params["layers"][0]["q"])
+    assert not np.isfinite(np.asarray(moved[0])).any()

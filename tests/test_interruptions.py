@@ -16,7 +16,7 @@ import pytest
 import rich.console
 import samples
 
-from sct_jax import data, errors
+from sct_jax import data, errors, files
 from sct_jax.training import (
     checkpoint,
     hardware,
@@ -127,12 +127,13 @@ def signalling(owner, name, number, *, on_call=1):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
+        (files, "lock"),
         (data, "prepare"),
         (workdir_lib, "restore_or_init"),
         (metrics, "open_sinks"),
         (trainer.Trainer, "compile"),
     ],
-    ids=["corpus", "state", "files", "compile"],
+    ids=["claim", "corpus", "state", "files", "compile"],
 )
 def test_a_signal_before_the_first_step_saves_nothing(
     experiment, finished, tmp_path, monkeypatch, owner, name, number

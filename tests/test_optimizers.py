@@ -444,11 +444,11 @@ NAN, INFINITY = float("nan"), float("inf")
 NOT_NUMBERS = ("0.1", True, [0.1], 1j)
 # By kind: the names, a value that is accepted, and values that are not.
 HYPERPARAMETERS = (
-    (("b1", "b2", "momentum"), 0.0, (1.0, 1.5, -0.1)),
+    (("b1", "b2", "momentum"), 0.0, (1.0, 1.5, -0.1, 0.99999999999)),
     (("learning_rate",), 0.0, (-1e-3, 1e300, -1e300)),
     (("eps", "weight_decay", "max_rotation"), 0.0, (-1.0, 1e39)),
     (("singular_value_lr_multiplier", "dense_lr_multiplier"), 0.0, (-1.0, 1e39)),
-    (("max_update_norm", "retraction_tolerance"), 0.1, (0.0, -1.0, 1e39)),
+    (("max_update_norm", "retraction_tolerance"), 0.1, (0.0, -1.0, 1e39, 1e-46)),
     (("base_width",), 64, (0, -64)),
     (("retraction_every",), 2, (0, -1, 2.5)),
 )

@@ -71,6 +71,17 @@ def test_an_error_is_a_bug_with_a_traceback():
     assert lines[-1].startswith("error: KeyError: 5. This is a bug")
 
 
+def test_a_warning_for_the_user_is_one_line():
+    ended = shell(program("lambda: __import__('warnings').warn('look out')"))
+    assert ended.stderr == b"warning: look out\n"
+
+
+def test_a_signal_that_nothing_answered_has_its_code():
+    throw = "lambda: (_ for _ in ()).throw(process.signals.Interrupted(15))"
+    ended = shell(program(throw))
+    assert (ended.returncode, ended.stderr) == (143, b"")
+
+
 def test_a_stream_is_wrapped_once():
     stream = io.StringIO()
     wrapped = streams.forgiving(stream)

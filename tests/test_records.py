@@ -1,5 +1,6 @@
 """The record of a checkpoint: checksums of files that are read in pieces."""
 
+import concurrent.futures
 import os
 import random
 import zlib
@@ -75,3 +76,11 @@ def test_a_file_that_vanishes_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_sizes", then_remove)
     with pytest.raises(records.DamagedError, match=r"^state/a: No such file"):
         records.check_files(folder, record)
+
+
+def test_without_further_threads_all_is_done_in_one(monkeypatch):
+    def refuse(self, *args):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", refuse)
+    assert records.in_parallel(len, ["a", "bc"]) == {"a": 1, "bc": 2}

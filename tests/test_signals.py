@@ -62,6 +62,32 @@ def test_a_program_with_nothing_to_save_ends_at_once(number):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("call", [2, 3])  # of the run's start, and of its end
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_no_signal_is_lost_between_two_handlers(call, when):
+    process = child(
+        *RUN,
+        "original, calls = signal.set_wakeup_fd, []",
+        "def watched(*args, **options):",
+        "  calls.append(1)",
+        f"  hit = len(calls) == {call}",
+        f"  if hit and {when == 'before'}: signal.raise_signal(signal.SIGTERM)",
+        "  found = original(*args, **options)",
+        f"  if hit and {when == 'after'}: signal.raise_signal(signal.SIGTERM)",
+        "  return found",
+        "signal.set_wakeup_fd = watched",
+        "def main():",
+        "  print('ready')",
+        "  with signals.Signals():",
+        "    time.sleep(.5)",
+        "  time.sleep(60)",
+        "process.run(main)",
+    )
+    code, _, err = end(process)
+    assert code == 143
+    assert "Traceback" not in err
+
+
 def test_a_run_has_a_moment_to_clean_up():
     process = child(
         *RUN,

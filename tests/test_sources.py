@@ -229,6 +229,25 @@ def test_folders_that_cannot_be_listed_are_counted(corpus, monkeypatch):
     assert "cannot be listed" in refusal(corpus / "closed" / "*.txt")
 
 
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/a.txt", "*/sub/*.txt"])
+def test_folders_that_cannot_be_searched_are_counted(corpus, monkeypatch, pattern):
+    for name in ("open", "closed"):
+        (corpus / name / "sub").mkdir(parents=True)
+        (corpus / name / "a.txt").write_text(name)
+        (corpus / name / "sub" / "a.txt").write_text(f"below {name}")
+    status_of = os.stat
+
+    def refuse(path, **options):
+        if "/closed/" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return status_of(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    found = patterns.find(str(corpus / pattern))
+    assert found.left_out[patterns.UNLISTED] == [str(corpus / "closed")]
+    assert any("/open/" in path for path in found.files)
+
+
 # --- Patterns.
 
 names = st.sampled_from(["a", "b", "ab", "a.txt", "b.txt", ".hidden", "c[1]", "é.txt"])
@@ -448,6 +467,8 @@ ARRAY = json.dumps([{"text": "a"}, {"text": "b"}], indent=1)
         ('{"text": {"a": 1}}', ["'text' is an object"]),
         ('{"body": "a", "title": "b"}', ["fields: 'body', 'title'"]),
         ('{"text": "a", "text": "b"}', ["has 2 values of 'text'; keep one"]),
+        ('{"te\\u0078t": "a", "te\\u0078t": "b"}', ["has 2 values of 'text'"]),
+        ('{"text": "a", "te\\u0078t": "b"}', ["has 2 values of 'text'"]),
     ],
 )
 def test_unfit_json_is_refused_by_cause_and_place(tmp_path, suffix, content, words):

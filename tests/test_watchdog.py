@@ -83,3 +83,19 @@ def test_the_thread_ends_with_the_run(tmp_path, timeout):
     while threading.active_count() > before:
         time.sleep(0.01)
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_watches_after_the_end(tmp_path):
+    """A thread could still arm the native timer."""
+    before = set(threading.enumerate())
+    with watchdog.Watchdog(0.008, tmp_path) as watch:
+        (thread,) = set(threading.enumerate()) - before
+        watch.pause()
+    assert not thread.is_alive()
+
+
+def test_a_pause_takes_any_time(tmp_path):
+    ended = watching(
+        tmp_path, "watch.kick()", "watch.pause()", "time.sleep(1)", "print('past')"
+    )
+    assert (ended.returncode, ended.stdout) == (0, "past\n")

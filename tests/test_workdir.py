@@ -209,13 +209,28 @@ def test_a_record_that_does_not_know_its_tokenizer_is_no_reason(path, monkeypatc
 
 
 @pytest.mark.parametrize("field", ["rank", "num_layers", "rope_theta", "qk_norm"])
-def test_a_configuration_that_is_not_of_the_checkpoint_is_refused(path, field):
+def test_a_run_is_what_its_checkpoint_says_whatever_config_json_does(path, run, field):
+    """A command may have changed it, and ended before its first save."""
     values = json.loads((path / "config.json").read_text())
     old = values["model"][field]
     values["model"][field] = not old if isinstance(old, bool) else old * 2
     (path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(errors.UserError, match=rf"(?s)config\.json.*model\.{field}: "):
-        workdir.load_run(path)
+    loaded = workdir.load_run(path)
+    assert loaded.config == CONFIG
+    assert_same(loaded.params, state_at(run, 6).params)
+
+
+def test_what_a_killed_process_had_begun_is_removed(path):
+    part = "partial-" + "0f" * 16
+    begun = [f"config.json.{part}", f"metrics.jsonl.{part}"]
+    for name in begun:
+        (path / name).write_text("{")
+    (path / ".probe-123").mkdir()
+    (path / f"mine.{part}").write_text("kept")
+    before = set(os.listdir(path))
+    with workdir.claim(path):
+        pass
+    assert before - set(os.listdir(path)) == {*begun, ".probe-123"}
 
 
 def test_settings_of_the_first_call_may_differ(path):

@@ -44,13 +44,13 @@ def main(
     """
     parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument(
-        "--quick", action="store_true", help="what takes less than a minute in all"
+        "--quick",
+        action="store_true",
+        help="run only the quick faults (under a minute)",
     )
-    parser.add_argument("--only", metavar="N[,M...]", help="these faults alone")
+    parser.add_argument("--only", metavar="N[,M...]", help="run only these faults")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of all that is drawn at random (default 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         chosen = _choose(known, flags.only, quick=flags.quick)
@@ -109,7 +109,7 @@ def _choose(
         errors.check(
             "--only",
             word.strip().isdecimal() and int(word) in numbers,
-            f"{word.strip()!r} is no fault; give numbers from {min(numbers)} to "
+            f"there is no fault {word.strip()!r}; use numbers from {min(numbers)} to "
             f"{max(numbers)}",
         )
         wanted.append(int(word))

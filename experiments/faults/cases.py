@@ -5,7 +5,7 @@ import pathlib
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.faults import runs, workspace
@@ -147,6 +147,16 @@ class Seen:
             ended.code == 0 and "Traceback" not in ended.text,
             "exit code 0",
             f"it is {ended.code}: {ended.err[-300:]}",
+        )
+
+    def resumed(self, ended: runs.Ended, saved: Sequence[int]) -> bool:
+        """Notes whether a command went on from the newest of the saved steps."""
+        if not saved:
+            return True
+        return self.that(
+            f"resumed at step {saved[-1]}\n" in ended.out,
+            "it resumes at the newest checkpoint",
+            f"not at {saved[-1]}: {ended.out[-300:]}",
         )
 
     def same_end(self, folder: pathlib.Path, clean: pathlib.Path) -> bool:

@@ -117,7 +117,10 @@ def _full_then_free(context: cases.Context) -> cases.Outcome:
         cases.injected(
             _succeeds("mount", "-o", "remount,rw", str(disk)), "still read-only"
         )
-        seen.finished(context.space.train(folder, _LONG))
+        saved = workspace.saved_steps(folder)
+        ended = context.space.train(folder, _LONG)
+        seen.finished(ended)
+        seen.resumed(ended, saved)
         seen.same_end(folder, context.space.clean(_LONG))
     return seen.outcome(
         "the disk filled up in a run; then it was read-only; then neither, and the "
@@ -167,9 +170,11 @@ def _one_error(seen: cases.Seen, ended: runs.Ended) -> None:
 
 
 def _gone_midway(context: cases.Context) -> cases.Outcome:
-    seen, space = cases.Seen(), context.space
+    seen, space, done = cases.Seen(), context.space, list[str]()
     for what in ("renamed", "removed"):
-        folder, moved = context.folder / what, context.folder / f"{what}-away"
+        folder = context.folder / f"run-{len(done)}"
+        moved = folder.with_name("away")
+        done.append(what)
         with space.start(folder, _ENDLESS) as process:
             process.until(lambda folder=folder: len(workspace.saved_steps(folder)) >= 2)
             cases.injected(process.is_running(), "the run was over")
@@ -178,10 +183,12 @@ def _gone_midway(context: cases.Context) -> cases.Outcome:
                 while moved.exists():  # the run may add files meanwhile
                     shutil.rmtree(moved, ignore_errors=True)
             ended = process.wait(limit=60)
-        seen.refused(ended, str(folder), what, code=_ExitCode.SAVE_FAILED)
+        words = (str(folder), "was removed, renamed or replaced")
+        seen.refused(ended, *words, code=_ExitCode.SAVE_FAILED)
         seen.that(not folder.exists(), "no second folder of checkpoints")
         if what == "renamed":
             _intact(seen, moved)
+            shutil.rmtree(moved)
     return seen.outcome("the workdir renamed, and removed, in the middle of a run")
 
 

@@ -3,7 +3,8 @@
     python -m experiments.faults.fuzz_corpora --seed=0 --count=200
 
 Ends with an error at the first corpus that shows anything but a `UserError`, takes
-longer than a minute, or whose counts do not add up.
+longer than a minute, whose counts do not add up, or whose tokens are not those of the
+text on the disk.
 """
 
 import collections
@@ -17,6 +18,8 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from sct_jax import data, errors
 from sct_jax.data import patterns, sources, splits
@@ -172,8 +175,8 @@ def check(folder: pathlib.Path, pattern: str, cache_dir: pathlib.Path) -> str:
     """Prepares a corpus, and returns how it ended.
 
     Raises:
-      AssertionError: its counts do not add up, its splits share a document, or a second
-        reading or another place gives another corpus.
+      AssertionError: its tokens are not its text, its counts do not add up, its splits
+        share a document, or a second reading or another place gives another corpus.
     """
     config = data.DataConfig(
         source=os.path.join(folder, pattern),
@@ -194,6 +197,7 @@ def check(folder: pathlib.Path, pattern: str, cache_dir: pathlib.Path) -> str:
         sources.open_source(config.source, text_field="text", cache_dir="", split="")
     )
     _check_counts(config.source, source, summary)
+    _check_texts(config.source, corpus, summary)
     assert (corpus.hash, corpus.bytes) == (summary.hash, sum(summary.bytes.values()))
     again: list[str] = []
     data.prepare(config, vocab_size=VOCAB_SIZE, log=again.append)
@@ -207,6 +211,30 @@ def check(folder: pathlib.Path, pattern: str, cache_dir: pathlib.Path) -> str:
     finally:
         moved.rename(folder)
     return "read"
+
+
+def _check_texts(pattern: str, corpus: data.Corpus, summary: sources.Summary) -> None:
+    """Compares the tokens with the files on the disk, which are read here."""
+    found = patterns.find(pattern)
+    if any(path.lower().endswith(patterns.JSON) for path in found.files):
+        return
+    texts: collections.Counter[str] = collections.Counter()
+    for path in found.files:
+        try:
+            text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError):
+            continue
+        texts[text] += bool(text)
+    mark = corpus.tokenizer.document_mark
+    decoded = []
+    for split in (corpus.train, corpus.validation):
+        parts = np.split(split, np.flatnonzero(split == mark))
+        decoded += [corpus.tokenizer.decode(part[part != mark]) for part in parts]
+    kept = collections.Counter(filter(None, decoded))
+    if summary.cut:
+        assert sum(map(len, decoded)) == sum(len(t) * n for t, n in texts.items())
+    else:
+        assert kept == +texts
 
 
 def _check_counts(

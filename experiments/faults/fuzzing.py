@@ -4,7 +4,7 @@ import collections
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from experiments.faults import cases, fuzz_caches, fuzz_tokenizers, runs
 from sct_jax import data
@@ -14,15 +14,17 @@ _SECONDS = 60  # for one tokenizer or cache
 
 
 def _configs(context: cases.Context) -> cases.Outcome:
-    return _program(context, "fuzz_configs", CONFIGS, "configurations", limit=900)
+    ends = ("accepted", "refused")
+    return _program(context, "fuzz_configs", CONFIGS, "configurations", ends)
 
 
 def _corpora(context: cases.Context) -> cases.Outcome:
-    return _program(context, "fuzz_corpora", CORPORA, "corpora", limit=600)
+    ends = ("read", "refused")
+    return _program(context, "fuzz_corpora", CORPORA, "corpora", ends)
 
 
 def _program(
-    context: cases.Context, name: str, count: int, what: str, *, limit: float
+    context: cases.Context, name: str, count: int, what: str, wanted: Sequence[str]
 ) -> cases.Outcome:
     """Runs a program of this package, which ends at the first case that fails."""
     seen = cases.Seen()
@@ -33,10 +35,11 @@ def _program(
         folder=context.folder,
         environment=context.space.environment(),
     ) as process:
-        ended = process.wait(limit=limit)
+        ended = process.wait(limit=900)
     seen.finished(ended)
     ends = [" ".join(line.split()) for line in ended.out.splitlines()]
-    cases.injected(ends or ended.code, "nothing was tried")
+    for word in wanted:
+        cases.injected(ended.code or word in ended.out, f"none was {word}")
     seen.that(ends, f"no traceback, no hang ({len(ends)} kinds of outcome)")
     return seen.outcome(f"{count:,} {what}, from seed {seed}")
 

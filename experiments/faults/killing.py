@@ -37,7 +37,10 @@ def _at_a_step(context: cases.Context) -> cases.Outcome:
     reached = workspace.last_step(folder)
     cases.injected(ended.code == -signal.SIGKILL, f"the run ended first: {ended}")
     cases.injected(step <= reached < last, f"killed at step {reached}")
-    seen.finished(context.space.train(folder))
+    saved = workspace.saved_steps(folder)
+    ended = context.space.train(folder)
+    seen.finished(ended)
+    seen.resumed(ended, saved)
     seen.same_end(folder, context.space.clean())
     return seen.outcome(
         f"SIGKILL after step {reached} of {last}, then the same command"
@@ -61,8 +64,10 @@ def _in_a_save(context: cases.Context) -> cases.Outcome:
         if halves or ended.code != -signal.SIGKILL:
             break
     cases.injected(halves, "no half save was left")
-    reached = workspace.last_step(folder)
-    seen.finished(context.space.train(folder, _LONG))
+    reached, saved = workspace.last_step(folder), workspace.saved_steps(folder)
+    ended = context.space.train(folder, _LONG)
+    seen.finished(ended)
+    seen.resumed(ended, saved)
     seen.that(not workspace.half_saves(folder), "the half save is removed")
     seen.same_end(folder, context.space.clean(_LONG))
     return seen.outcome(
@@ -116,7 +121,10 @@ def _in_every_phase(context: cases.Context) -> cases.Outcome:
             in_save = bool(workspace.half_saves(folder))
             interrupted("save" if in_save else "step after a save", process.wait())
 
-    seen.finished(space.train(folder, _LONG))
+    saved = workspace.saved_steps(folder)
+    ended = space.train(folder, _LONG)
+    seen.finished(ended)
+    seen.resumed(ended, saved)
     same = workspace.final_state(folder) == workspace.final_state(space.clean(_LONG))
     seen.that(same, "end bitwise equal to the uninterrupted run")
     steps = [row["step"] for row in workspace.rows(folder) if "train/loss" in row]
@@ -138,7 +146,7 @@ def _interrupt_compile(context: cases.Context, seen: cases.Seen, number: int) ->
         ended = process.wait()
     cases.injected("compiled in" not in ended.out, "the compilation was over")
     seen.equal("exit code", ended.code, exit_codes.of_signal(number))
-    seen.that(ended.seconds < 1.5, "over within a second", f"{ended.seconds:.1f} s")
+    seen.that(ended.seconds < 1.5, "over within 1.5 s", f"{ended.seconds:.1f} s")
     seen.that("Traceback" not in ended.text, "no traceback", ended.err[-300:])
     seen.that(not workspace.saved_steps(folder), "no checkpoint of an unborn state")
     return f"compilation after {wait:.1f} s"
@@ -192,6 +200,7 @@ def _soak(context: cases.Context) -> cases.Outcome:
     seen, folder = cases.Seen(), context.folder / "run"
     targets = sorted(context.rng.sample(range(5, SOAK_STEPS - 100), SOAK_KILLS))
     reached = []
+    saved: list[int] = []
     for target in targets:
         with context.space.start(folder, _SOAK) as process:
             process.until(lambda target=target: workspace.last_step(folder) >= target)
@@ -199,8 +208,12 @@ def _soak(context: cases.Context) -> cases.Outcome:
             ended = process.wait()
         reached.append(workspace.last_step(folder))
         cases.injected(ended.code == -signal.SIGKILL, f"the run ended first: {ended}")
+        seen.resumed(ended, saved)
+        saved = workspace.saved_steps(folder)
     cases.injected(reached[-1] < SOAK_STEPS, f"killed at steps {reached}")
-    seen.finished(context.space.train(folder, _SOAK))
+    ended = context.space.train(folder, _SOAK)
+    seen.finished(ended)
+    seen.resumed(ended, saved)
     seen.same_end(folder, context.space.clean(_SOAK))
     steps = [row["step"] for row in workspace.rows(folder) if "train/loss" in row]
     lost = SOAK_STEPS - len(set(steps))
@@ -262,7 +275,7 @@ CASES = (
     cases.Case(
         42,
         "SIGTERM or Ctrl-C while compiling",
-        "exit code 143 or 130 within a second",
+        "exit code 143 or 130 within 1.5 s",
         _while_compiling,
     ),
     cases.Case(

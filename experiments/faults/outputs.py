@@ -50,7 +50,9 @@ def _not_read(context: cases.Context) -> cases.Outcome:
     logged, saved = workspace.last_step(folder), workspace.saved_steps(folder)
     cases.injected(logged < 400, "the run was over")
     seen.that(saved and saved[-1] == logged, "the last step is saved", saved[-1:])
-    seen.finished(space.train(folder, _LONG))
+    ended = space.train(folder, _LONG)
+    seen.finished(ended)
+    seen.resumed(ended, saved)
     seen.same_end(folder, space.clean(_LONG))
     return seen.outcome(
         f"`| head -{_LINES}`; standard output on /dev/full; a terminal closed at step "
@@ -101,6 +103,17 @@ def _encodings(context: cases.Context) -> cases.Outcome:
         folder = pathlib.Path(os.fsdecode(base + b"/" + name))
         ended = space.train(folder, environment={"PYTHONIOENCODING": encoding})
         seen.finished(ended)
+        seen.that(
+            f"finished: {workspace.NUM_STEPS} steps" in ended.out,
+            "all lines are printed",
+            ended.out[-300:],
+        )
+        if encoding == "ascii":
+            seen.that(
+                ended.out.isascii() and "\\" in ended.out,
+                "what is not ASCII is escaped",
+                ended.out[-300:],
+            )
         seen.same_end(folder, clean)
     sample = (clean / "stdout").read_text()
     cases.injected(not sample.isascii(), "all that is printed is ASCII")
@@ -143,7 +156,8 @@ def _codes(context: cases.Context) -> cases.Outcome:
         folder.rename(context.folder / "elsewhere")
         ended = process.wait(limit=60)
     seen.equal("code of a failed save", ended.code, _ExitCode.SAVE_FAILED)
-    seen.equal("codes", len({code.value for code in _ExitCode}), len(_ExitCode))
+    names = _ExitCode.__members__  # two names of one value are one member
+    seen.equal("different codes", len(set(names.values())), len(names))
     return seen.outcome(
         "a KeyError in the program; a learning rate of 1e30; no workdir"
     )

@@ -195,7 +195,7 @@ def _pipe(context: cases.Context) -> cases.Outcome:
 
 def _emoji(context: cases.Context) -> cases.Outcome:
     seen, seconds = cases.Seen(), {}
-    for size in (100_000, 300_000):
+    for size in (100_000, 1_000_000):
         folder = context.folder / str(size)
         folder.mkdir()
         (folder / "emoji.txt").write_text("🙂" * (size // 4))
@@ -205,9 +205,9 @@ def _emoji(context: cases.Context) -> cases.Outcome:
         seconds[size] = time.monotonic() - began
     small, large = seconds.values()
     told = f"{small:.2f} and {large:.2f} s"
-    seen.that(large < 6 * small + 1, f"linear time ({told})", told)
-    seen.that(large < 8, "300 kB in seconds", told)
-    return seen.outcome("100 and 300 kB of unbroken emoji")
+    seen.that(large < 20 * small + 1, f"linear time ({told})", told)
+    seen.that(large < 20, "1 MB in seconds", told)
+    return seen.outcome("100 kB and 1 MB of unbroken emoji")
 
 
 # --- Tokenizers.
@@ -423,7 +423,7 @@ CASES = (
     ),
     cases.Case(
         52,
-        "300 kB of unbroken emoji",
+        "1 MB of unbroken emoji",
         "prepared in linear time",
         _emoji,
         group="input",

@@ -96,7 +96,9 @@ def text_of(line: Line, field: str, *, repeats: bool) -> bytes:
             f"data.text_field: {field!r} is {_KINDS[type(value)]}, not text, at "
             f"{line}; remove the line, or name another field"
         )
-    if not repeats and text.count(_written(field)) > 1:
+    # A key may be written with escapes.
+    written = text.count(_written(field))
+    if not repeats and (written != 1 or "\\u" in text):
         names = [name for name, _ in _PAIRS_DECODER.decode(text)]
         errors.check(
             "data.text_field",

@@ -82,7 +82,7 @@ def find(pattern: str, *, each_once: bool = True) -> Found:
     regular: dict[str, os.stat_result | None] = {}
     for path in sorted(set(matches)):
         status = _status(path)
-        if status is not None and stat.S_ISDIR(status.st_mode):
+        if _is_folder(status):
             folders.append(path)
         elif status is not None and not stat.S_ISREG(status.st_mode):
             special.append(path)
@@ -173,15 +173,15 @@ def _expand(
         return
     for folder in folders:
         found = [os.path.join(folder, name) for name in _names(folder, part, unlisted)]
-        yield from _expand(
-            filter(os.path.isdir, found) if rest else found, rest, unlisted
-        )
+        if rest:
+            found = [path for path in found if _is_folder(_look(path, unlisted))]
+        yield from _expand(found, rest, unlisted)
 
 
 def _names(folder: str, part: str, unlisted: list[str]) -> list[str]:
     """Returns the names in a folder that match a part of a pattern."""
     if not glob.has_magic(part):
-        return [part] if os.path.lexists(os.path.join(folder, part)) else []
+        return [part] if _look(os.path.join(folder, part), unlisted, link=True) else []
     names = [entry.name for entry in _entries(folder, unlisted)]
     if not part.startswith("."):
         names = [name for name in names if not name.startswith(".")]
@@ -198,7 +198,7 @@ def _tree(folders: Iterable[str], unlisted: list[str]) -> list[str]:
     waiting, links = sorted(folders), list[str]()
     while waiting or links:
         folder = heapq.heappop(waiting or links)
-        status = _status(folder)
+        status = _look(folder, unlisted)
         if status is None or (key := (status.st_dev, status.st_ino)) in seen:
             continue
         seen.add(key)
@@ -207,11 +207,29 @@ def _tree(folders: Iterable[str], unlisted: list[str]) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink():
-                if os.path.isdir(entry.path):
+                if _is_folder(_look(entry.path, unlisted)):
                     heapq.heappush(links, entry.path)
             elif entry.is_dir():
                 heapq.heappush(waiting, entry.path)
     return found
+
+
+def _look(
+    path: str, unlisted: list[str], *, link: bool = False
+) -> os.stat_result | None:
+    """The status of a path, or of the link there; notes a folder that hides it."""
+    try:
+        return os.stat(path, follow_symlinks=not link)
+    except PermissionError:
+        if (folder := os.path.dirname(path)) not in unlisted:
+            unlisted.append(folder)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _is_folder(status: os.stat_result | None) -> bool:
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def _entries(folder: str, unlisted: list[str]) -> list[os.DirEntry[str]]:

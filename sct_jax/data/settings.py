@@ -26,12 +26,13 @@ class DataConfig:
         "stdlib" has two values. "pieces" holds out pieces of about 8 KB, at most two
         per file. "files" holds out whole files; nearly half of that validation text is
         one file of English prose.
-        All other sources have two more. "documents" holds out documents by a hash of
-        their text, so equal ones stay together; where these are less than 2 % or more
-        than 8 % of the bytes, it holds out others, and cuts one if it must. A TFDS
-        dataset keeps its validation split, or the last 4 % of its examples, without the
-        training documents that are in it too. "paths" holds out documents by a hash of
-        their name, and is what runs use that began when there was no other way.
+        All other sources have two values of their own. "documents" holds out documents
+        by a hash of their text, so equal ones stay together; where these are less than
+        2 % or more than 8 % of the bytes, it holds out others, and cuts one if it must.
+        A TFDS dataset keeps its validation split, or the last 4 % of its examples,
+        without the training documents that are in it too. "paths" holds out documents
+        by a hash of their name, and is kept for runs that began before "documents"
+        existed.
     """
 
     source: str = "stdlib"

@@ -478,6 +478,7 @@ def _open_tfds(name: str, *, text_field: str, by_path: bool) -> Source:
                     f"data.text_field: {text_field!r} of {name!r} is "
                     f"{type(text).__name__}, not text; name a field of text"
                 )
+            text = text.removeprefix(codecs.BOM_UTF8)
             yield text_files.Document(f"{part}[{number}]", text)
 
     def read(split: str) -> Iterator[text_files.Document]:

@@ -119,7 +119,8 @@ def cut_pieces(text: str, split: str) -> Iterator[str]:
 
     A hash of each piece decides, so repeated text (licenses, copied files) lands in one
     split. About 4 % of the pieces are held out, at most `MAX_HELD_OUT_PIECES` per
-    document: those with the smallest hashes.
+    document: those with the smallest hashes. A document with more candidates trains on
+    the others, whatever split their text is in elsewhere.
     """
     pieces = _pieces(text.encode())
     hashes = [content_hash(piece) for piece in pieces]

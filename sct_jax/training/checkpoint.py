@@ -24,7 +24,7 @@ import threading
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -422,7 +422,7 @@ class Checkpointer:
         arrays_lib.check_shapes(stored, saved, step)
         folder = self._base / str(step)
         records.check_files(folder, record)
-        with records.as_damage(folder, records.STATE):
+        with records.as_damage(folder, records.STATE), _not_damage(record):
             restored = _read_arrays(folder / records.STATE, stored)
         for name, leaf in arrays_lib.describe(restored).items():
             if leaf != saved[name]:
@@ -538,6 +538,24 @@ def _without_orbax(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     filtered.ignores_orbax = True  # type: ignore[attr-defined]
     return filtered
+
+
+@contextlib.contextmanager
+def _not_damage(record: Record) -> Iterator[None]:
+    """Turns any error into that of a process, if all files are known to be right."""
+    try:
+        yield
+    except (errors.UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if "files" not in record:
+            raise
+        reason = _reason(error)
+        _release(error)
+        raise errors.UserError(
+            f"workdir: checkpoint {record['step']} is whole but cannot be read: "
+            f"{reason}; mend that, and the same command resumes"
+        ) from None
 
 
 def _in_thread(function: Callable[[], Any]) -> Any:

@@ -2,18 +2,6 @@
 
 python -m experiments.pretrain --config=configs/smollm_r128.py:tiny
 sct-train --config=my_config.py --config.seed=1
-
-Exit codes:
-    0  finished, now or earlier
-    1  an unexpected error, with a traceback: please report it
-    2  a flag, a field or a file must change; one line names it
-    3  the loss diverged; the last finite checkpoint is kept
-    4  a file of the run could not be written; older ones are kept
-    5  nothing happened for --stall-timeout; stacks-*.txt says where
-    6  memory ran out; one line names what to lower
-  129  SIGHUP: saved, where there was a state to save
-  130  SIGINT: likewise
-  143  SIGTERM: likewise
 """
 
 import errno
@@ -44,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     with overrides.notes_on_renames():
         experiment, workdir, flags = overrides.parse_experiment(
-            arguments, __doc__ or ""
+            arguments, f"{__doc__}\n{exit_codes.table()}\n"
         )
     try:
         result = loop.train(
@@ -70,7 +58,9 @@ def _failed(error: Exception, workdir: pathlib.Path) -> ExitCode:
         process.say(f"error: {error}; {kept}")
         return ExitCode.SAVE_FAILED
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        process.say(f"error: cannot write: {error}; {kept}")
+        process.say(
+            f"error: cannot write: {error}; free space or raise the limit; {kept}"
+        )
         return ExitCode.SAVE_FAILED
     if _is_out_of_memory(error):
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
@@ -84,7 +74,14 @@ def _failed(error: Exception, workdir: pathlib.Path) -> ExitCode:
 
 
 # Of a disk or file system, not of a program.
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+_STORAGE = (
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.ESTALE,
+)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -62,7 +62,7 @@ class ExperimentConfig:
     """Everything that determines a run.
 
     Attributes:
-      num_steps: total number of optimizer updates.
+      num_steps: total number of steps, skipped ones included.
       seed: of the parameters and of the data order.
       step: how a step is computed. "fused" compiles forward, backward and update into
         one program. "layerwise" updates each layer during the backward pass, for the

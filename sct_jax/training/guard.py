@@ -55,7 +55,8 @@ class GuardState(NamedTuple):
 
     Attributes:
       skipped: number of steps that were not applied.
-      skipped_in_a_row: number of steps up to this one with a value that is not finite.
+      skipped_in_a_row: length of the unbroken series of steps that are not finite
+        and ends here; 0 after a finite one, unless the run was given up.
       spikes: number of spikes.
       count: number of steps with finite values.
       loss: trend of the loss.

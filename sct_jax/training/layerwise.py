@@ -377,7 +377,8 @@ class LayerwiseStep:
 
         squared_norm = optax.tree.norm(grads, squared=True)
         if self._guard.rejects:
-            accepted &= jnp.isfinite(squared_norm)
+            if self._guard.max_skipped is not None:
+                accepted &= jnp.isfinite(squared_norm)
             new, opt_state = jax.lax.cond(accepted, update, lambda: (params, before))
         else:
             new, opt_state = update()

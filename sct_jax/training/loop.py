@@ -35,7 +35,7 @@ class Result(NamedTuple):
 
     Attributes:
       status: how; "finished" may refer to an earlier call.
-      step: number of applied updates.
+      step: number of steps, skipped ones included.
       signal: number of the signal that interrupted the run.
     """
 
@@ -56,8 +56,9 @@ def train(
     """Trains to the end, or until a signal arrives or the loss diverges.
 
     Resumes from the newest whole checkpoint of the workdir. SIGINT, SIGTERM and SIGHUP
-    save the state and return; a second signal ends the process at once. A loss that is
-    not finite ends the run and is never saved.
+    save the state and return; a second signal ends the process at once. A step whose
+    loss or gradient is not finite is skipped, and `optimizer.skip_nonfinite` of them in
+    a row end the run. Parameters that are not finite are never saved.
 
     Args:
       config: the run.
@@ -99,23 +100,21 @@ def train(
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
     hardware.check_memory(run.abstract_state, run.mesh.devices.flat)
-    with signals.Signals() as interrupts, workdir.claim(path) as claimed:
+    with signals.Signals() as interrupts:
         try:
-            same_text = True
-            if earlier := workdir.committed_config(path):
-                resuming.check_same_run(
-                    earlier, config, str(path), allowed=allow_change
-                )
-                same_text = not config_lib.text_changes(earlier, config)
-            workdir.write_json(path / "summary.json", summary)
-            # Text that moved is read, to see whether it is the same.
-            if same_text and workdir.is_finished(path, run):
-                return _finished_before(config, path, say)
-            return _train(
-                _Call(
-                    run, path, claimed, output, interrupts, allow_change, stall_timeout
-                )
-            )
+            with workdir.claim(path) as claimed:
+                earlier, same_text = workdir.committed_config(path), True
+                if earlier:
+                    resuming.check_same_run(
+                        earlier, config, str(path), allowed=allow_change
+                    )
+                    same_text = not config_lib.text_changes(earlier, config)
+                workdir.write_json(path / "summary.json", summary)
+                # Text that moved is read, to see whether it is the same.
+                if same_text and workdir.is_finished(path, run):
+                    return _finished_before(config, path, say)
+                options = (allow_change, stall_timeout)
+                return _train(_Call(run, path, claimed, output, interrupts, *options))
         except (signals.Interrupted, Exception):
             if interrupts.raised is None:
                 raise
@@ -154,7 +153,10 @@ def _train(call: _Call) -> Result:
             break
         except layerwise.TornStep as error:
             torn.add(error.step)
-            say(f"warning: {error}; going back to the last checkpoint to leave it out")
+            say(
+                f"warning: {error}; starting from the newest checkpoint again, to skip "
+                "that step"
+            )
     if state is None:
         return _finished_before(config, call.path, say)
     interrupts.stop_deferring()
@@ -352,5 +354,7 @@ class _Loop(NamedTuple):
             return state
         self.sinks.write(metrics.rank_row(step, change))
         self.progress.print(console.describe_ranks(step, before, change))
+        self.watch.pause()
         self._compile(state)
+        self.watch.kick()
         return state

@@ -424,7 +424,8 @@ def parse_experiment(
         "--stall_timeout",
         type=float,
         metavar="SECONDS",
-        help="end the process if no step, evaluation or save ends for so long",
+        help="end the process if no step, evaluation or save ends for so long; more "
+        "than a compilation takes",
     )
     flags, pairs = parser.parse(argv)
     try:

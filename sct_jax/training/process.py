@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     but an ordinary end, the threads of libraries cannot keep the process alive.
     """
     streams.forgive_all()
+    warnings.showwarning = _show_warning
     with signals.Program():
         code = _exit_code(main)
         if code:
@@ -32,9 +34,22 @@ def _exit_code(main: Callable[[], int]) -> int:
             say(end.code)
             return exit_codes.ExitCode.INTERNAL_ERROR
         return end.code or 0
+    except signals.Interrupted as interrupt:
+        return exit_codes.of_signal(interrupt.number)
     except BaseException as error:
         report_bug(error, "nothing was trained")
         return exit_codes.ExitCode.INTERNAL_ERROR
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A line without the place in the code, for warnings that are meant for users."""
+    if issubclass(category, UserWarning):
+        say(f"warning: {message}")
+    else:
+        _show_other_warning(message, category, filename, lineno, file, line)
+
+
+_show_other_warning = warnings.showwarning
 
 
 def report_bug(error: BaseException, kept: str) -> None:

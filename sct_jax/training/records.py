@@ -106,7 +106,7 @@ def read(folder: pathlib.Path, step: int) -> Record:
     errors.check(
         "workdir",
         record.get("format", 0) <= FORMAT,
-        f"a later version of sct_jax wrote checkpoint {step}; use that one",
+        f"a later version of sct_jax wrote checkpoint {step}; upgrade sct_jax",
     )
     return record
 
@@ -162,8 +162,11 @@ def in_parallel(
     """
     items = list(items)
     threads = min(_MAX_THREADS, max(1, int(share * (os.cpu_count() or 1))))
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return dict(zip(items, pool.map(function, items), strict=True))
+    try:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            return dict(zip(items, pool.map(function, items), strict=True))
+    except RuntimeError:  # no further thread can be started
+        return {item: function(item) for item in items}
 
 
 def _sizes(folder: pathlib.Path) -> dict[str, int]:

@@ -68,9 +68,7 @@ class Signals:
         os.set_blocking(self._wakeup, False)
         watch = threading.Thread(target=self._watch, args=(arrivals,), daemon=True)
         watch.start()
-        self._previous_wakeup = signal.set_wakeup_fd(
-            self._wakeup, warn_on_full_buffer=False
-        )
+        # Handlers first: until the thread knows them, an outer one reads the signals.
         for number in HANDLED:
             handler = signal.getsignal(number)
             if handler in (signal.SIG_IGN, None):
@@ -80,14 +78,17 @@ class Signals:
                 self._in_program = outer._in_program
             self._previous[number] = handler
             signal.signal(number, self._receive)
+        self._previous_wakeup = signal.set_wakeup_fd(
+            self._wakeup, warn_on_full_buffer=False
+        )
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._wakeup is None:
             return
+        signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_wakeup)
         os.close(self._wakeup)  # ends the thread
         self._wakeup = None
 

@@ -76,7 +76,7 @@ def make_train_step(
       config: shape of the model.
       tx: the update rule.
       num_microbatches: divides the batch size.
-      linear_at: number of applied updates -> function that multiplies by every matrix
+      linear_at: number of steps so far -> function that multiplies by every matrix
         of the layers and the head, for methods that change the forward pass.
       diagnose: (old parameters, new parameters) -> dict of scalars to report.
       guard: decides which steps are applied.

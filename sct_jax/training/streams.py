@@ -10,8 +10,9 @@ from typing import Any
 
 
 class ForgivingStream:
-    """A text stream that drops what cannot be written, and escapes what cannot be said.
+    """A text stream that drops what cannot be written.
 
+    It escapes what its encoding cannot represent.
     Everything else is that of the stream it wraps.
     """
 

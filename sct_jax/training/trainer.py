@@ -54,7 +54,7 @@ class Trainer:
           tx: replaces the chain of the configuration.
           linear: multiplies by every matrix of the layers and the head;
             `spectral.linear` if None.
-          linear_at: from the number of applied updates to the `linear` of a training
+          linear_at: from the number of steps so far to the `linear` of a training
             step, for a forward pass that changes during training.
           init_params: from a key to the parameters; `model.init` if None.
           diagnose: from old and new parameters to scalars, see `step`.
@@ -202,7 +202,7 @@ class Trainer:
 
         Args:
           state: the current state.
-          step: number of applied updates, which seeds new columns.
+          step: number of steps, which seeds new columns.
         """
         change = rank.next_change(
             state.params,

@@ -19,7 +19,7 @@ class Watchdog:
 
     A thread of Python cannot act while native code holds the interpreter's lock. Once
     twice the timeout has passed, a native thread writes the stacks to standard error
-    and exits with code 1, the one code it has.
+    and exits with code 1, as `faulthandler` knows no other.
     """
 
     def __init__(self, timeout: float | None, folder: pathlib.Path):
@@ -36,17 +36,23 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._timeout is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._timeout is not None:
             self._closed.set()
+            self._thread.join()  # before the thread can arm the native timer again
             faulthandler.cancel_dump_traceback_later()
 
     def kick(self) -> None:
         """Starts the time anew."""
         self._kicked = time.monotonic()
+
+    def pause(self) -> None:
+        """Lets the next `kick` start the time: what comes before it may take any."""
+        self._kicked = None
 
     def is_stalled(self) -> bool:
         """Returns whether the last `kick` is as long ago as the timeout."""
@@ -58,6 +64,7 @@ class Watchdog:
         assert self._timeout is not None
         while not self._closed.wait(self._timeout / 8):
             if self._kicked is None:
+                faulthandler.cancel_dump_traceback_later()
                 continue
             if self.is_stalled():
                 self._end(self._timeout)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,7 @@ from sct_jax.training import state as state_lib
 
 _FILES = (".lock", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json")
 _FOLDERS = ("checkpoints", "tensorboard")
+_LEFTOVER = re.compile(r".+\.(json|jsonl)\.partial-[0-9a-f]{32}|\.probe-[0-9]+")
 # Of a name that a run writes below its folder, with room to spare.
 _LONGEST_NAME = 200
 
@@ -35,35 +37,24 @@ class LoadedRun(NamedTuple):
 def load_run(path: str | os.PathLike[str]) -> LoadedRun:
     """Returns configuration, parameters and tokenizer of a run.
 
-    Parameters come from the newest whole checkpoint and go to the first device. Nothing
-    in the workdir changes, so the run may be in progress.
+    Configuration and parameters come from the newest whole checkpoint; the parameters
+    go to the first device. Nothing in the workdir changes, so the run may be in
+    progress.
 
     Raises:
-      UserError: where the workdir holds no run with a checkpoint, or its config.json or
-        tokenizer.json is not the one of that checkpoint.
+      UserError: where the workdir holds no run with a checkpoint, or its tokenizer.json
+        is not the one of that checkpoint.
     """
     path = pathlib.Path(paths.expand("workdir", path))
-    first, mesh = read_config(path), sharding.MeshConfig().build(1)
+    read_config(path)  # says it where there is no run
+    mesh = sharding.MeshConfig().build(1)
 
-    # config.json keeps the settings of the first call; the run may be longer by now.
+    # Not that of config.json: a command may have changed it since the last save.
     def config_of(record: checkpoint.Record) -> config_lib.ExperimentConfig:
         return as_config(record["config"], f"checkpoint {record['step']}")
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
-        config = config_of(record)
-        found = [
-            f"{change.field}: {change.before!r} there, {change.after!r} in the "
-            f"checkpoint"
-            for change in config_lib.changes(first, config)
-            if change.field.startswith("model.")
-        ]
-        errors.check(
-            "workdir",
-            not found,
-            f"{path / 'config.json'} is not of the run in checkpoint {record['step']}; "
-            "put the right one back:\n  " + "\n  ".join(found),
-        )
-        return trainer.Trainer(config, mesh).abstract_at(record)
+        return trainer.Trainer(config_of(record), mesh).abstract_at(record)
 
     with reading(path) as checkpoints:
         restored = checkpoints.restore(abstract_at, mesh)
@@ -174,7 +165,17 @@ def claim(path: pathlib.Path) -> Iterator[files.HeldFolder]:
                 "sure that no other process trains there",
                 stacklevel=3,
             )
+        else:
+            _remove_leftovers(path)
         yield held
+
+
+def _remove_leftovers(path: pathlib.Path) -> None:
+    """Removes what a killed process had begun to write."""
+    for name in os.listdir(path):
+        if _LEFTOVER.fullmatch(name):
+            with contextlib.suppress(OSError):
+                files.remove(path / name)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

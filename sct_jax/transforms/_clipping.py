@@ -36,7 +36,7 @@ def clip_by_composite_spectral_norm(
     The bound holds for the applied update, including the retraction R. c is 1 where the
     full update satisfies it. Place it before `retract_to_stiefel` with the same method.
 
-    Requires factors orthonormal to 1e-5 and a retraction on every step. Ensures the
+    Requires factors orthonormal to 3e-5 and a retraction on every step. Ensures the
     bound to 1 % plus float32 rounding (16 eps max|s| sqrt(R)), for any update. A c at
     which u + c du or v + c dv is too close to rank-deficient for float32 is not taken,
     since rounding decides there what R returns. Updates with a NaN, an infinity or an

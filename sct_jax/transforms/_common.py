@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from sct_jax import sharding, spectral
+from sct_jax import errors, sharding, spectral
 
 ScalarOrSchedule = float | jax.Array | optax.Schedule
 
@@ -84,8 +84,8 @@ def check_number(
 ) -> None:
     """Raises ValueError unless a hyperparameter is a number within its bounds.
 
-    The number must be finite in float32.
-    None, schedules and tracers pass: their numbers are not known yet.
+    It has to meet them once rounded to float32 too, and be finite there. None,
+    schedules and tracers pass: their numbers are not known yet.
 
     Args:
       name: of the hyperparameter, for the message.
@@ -112,7 +112,11 @@ def check_number(
         and jnp.issubdtype(number.dtype, jnp.number)
         and not jnp.issubdtype(number.dtype, jnp.complexfloating)
         and abs(number) <= float(jnp.finfo(jnp.float32).max)
-        and all(holds(number, bound) for _, bound, holds in bounds)
+        and all(
+            holds(rounded, bound)
+            for rounded in (number, errors.to_float32(float(number)))
+            for _, bound, holds in bounds
+        )
         and not (integer and number % 1)
     )
     if not valid:
