@@ -268,7 +268,7 @@ def test_ranks_change_within_a_trial(experiment, corpus):
     changes = (
         methods.optimizer(optimizer_config.Tsvd),
         methods.adaptive_rank(
-            energy=0.6, every=5, warmup_steps=0, floor=2, multiple=2, headroom=0.0
+            energy=0.45, every=5, warmup_steps=0, floor=2, multiple=2, headroom=0.0
         ),
     )
     row = train.run(make(experiment, *changes), corpus)

@@ -375,7 +375,8 @@ class LayerwiseStep:
             updates, opt_state = self._tx.update(grads, before, params)
             return optax.apply_updates(params, updates), opt_state
 
-        squared_norm = optax.tree.norm(grads, squared=True)
+        # Of no gradients, the norm is an integer.
+        squared_norm = jnp.float32(optax.tree.norm(grads, squared=True))
         if self._guard.rejects:
             if self._guard.max_skipped is not None:
                 accepted &= jnp.isfinite(squared_norm)
