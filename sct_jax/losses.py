@@ -1,10 +1,17 @@
 """Training losses, in nats per token."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real, Scalar
+
+Head = Callable[[Any, Array], Array]  # parameters, x (..., D) -> logits (..., V)
+
+TOKENS_PER_CHUNK = 1024
 
 
 def next_token_cross_entropy(
@@ -38,12 +45,139 @@ def next_token_cross_entropy(
     References:
       Chowdhery et al., PaLM, arXiv 2204.02311, 2022, section 5 (z-loss)
     """
+    _check_z_loss(z_loss)
+    weights = _weights(targets, mask)
+    return _summed_nats(logits, targets, weights, z_loss) / _total(weights)
+
+
+def head_cross_entropy(
+    head: Head,
+    params: Any,
+    x: Float[Array, "B L D"],
+    targets: Int[Array, "B L"],
+    *,
+    mask: Real[Array, "B L"] | Bool[Array, "B L"] | None = None,
+    z_loss: float = 0.0,
+    tokens_per_chunk: int = TOKENS_PER_CHUNK,
+) -> Scalar:
+    """Returns `next_token_cross_entropy(head(params, x), targets)` without its logits.
+
+    The logits exist for `tokens_per_chunk` tokens at a time. Under differentiation each
+    chunk's gradient is computed beside its loss, so nothing is computed twice, and what
+    is kept for the backward pass is the gradient of `params` and of `x`.
+
+    Only the loss is differentiable, once, and only in `params` and `x`: derivatives do
+    not reach what `head` closes over.
+
+    Args:
+      head: (params, x) -> logits (..., V), independent for every position.
+      params: all parameters of the head.
+      x: what the head reads.
+      targets: as in `next_token_cross_entropy`.
+      mask: likewise.
+      z_loss: likewise.
+      tokens_per_chunk: rounded up to a whole number of positions of every sequence.
+
+    Raises:
+      ValueError: for a z_loss that is negative or not finite, or a size below 1.
+    """
+    _check_z_loss(z_loss)
+    if tokens_per_chunk < 1:
+        raise ValueError(f"tokens_per_chunk must be at least 1, got {tokens_per_chunk}")
+    batch, length = targets.shape
+    size = min(length, -(-tokens_per_chunk // batch))
+    weights = _weights(targets, mask)
+    chunks = [_in_chunks(array, size) for array in (x, targets, weights)]
+    return _chunked_nats(head, z_loss, params, *chunks) / _total(weights)
+
+
+def _in_chunks(x: Array, size: int) -> Array:
+    """(B, L, ...) as (N, B, size, ...), with zeros at the end."""
+    missing = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_nats(
+    head: Head,
+    z_loss: float,
+    params: Any,
+    x: Float[Array, "N B C D"],
+    targets: Int[Array, "N B C"],
+    weights: Float[Array, "N B C"],
+) -> Scalar:
+    """The weighted sum of the loss over all chunks."""
+
+    def add(total, chunk):
+        x, targets, weights = chunk
+        return total + _summed_nats(head(params, x), targets, weights, z_loss), None
+
+    return jax.lax.scan(add, jnp.zeros([]), (x, targets, weights))[0]
+
+
+def _chunked_nats_fwd(head, z_loss, params, x, targets, weights):
+    def add(carry, chunk):
+        total, d_params = carry
+        x, targets, weights = chunk
+
+        def nats(params, x):
+            return _summed_nats(head(params, x), targets, weights, z_loss)
+
+        value, (of_params, of_x) = jax.value_and_grad(nats, (0, 1))(params, x)
+        d_params = jax.tree.map(jnp.add, d_params, of_params)
+        return (total + value, d_params), of_x
+
+    zeros = jax.tree.map(_zeros_to_add_to, params)
+    (total, d_params), d_x = jax.lax.scan(
+        add, (jnp.zeros([]), zeros), (x, targets, weights)
+    )
+    d_params = jax.tree.map(lambda g, p: g.astype(p.dtype), d_params, params)
+    return total, (d_params, d_x)
+
+
+def _zeros_to_add_to(x: Array) -> Array:
+    """Zeros like x, in float32 at least."""
+    return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _chunked_nats_bwd(head, z_loss, gradients, d_total):
+    del head, z_loss
+    scale = lambda g: (g * d_total).astype(g.dtype)
+    d_params, d_x = jax.tree.map(scale, gradients)
+    return d_params, d_x, None, None
+
+
+_chunked_nats.defvjp(_chunked_nats_fwd, _chunked_nats_bwd)
+
+
+def _check_z_loss(z_loss: float) -> None:
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be finite and at least 0, got {z_loss}")
+
+
+def _weights(targets: Int[Array, "*B L"], mask: Array | None) -> Float[Array, "*B L"]:
+    """The weight of each position, 0 where it does not count."""
     counts = targets >= 0
-    if mask is not None:
-        mask = mask.astype(jnp.float32)
-        counts &= mask != 0
+    if mask is None:
+        return counts.astype(jnp.float32)
+    mask = mask.astype(jnp.float32)
+    return jnp.where(counts, jnp.where(mask < 0, jnp.nan, mask), 0)
+
+
+def _total(weights: Float[Array, "*B L"]) -> Scalar:
+    """What the weighted sum is divided by."""
+    total = jnp.sum(weights)
+    return jnp.where(total == 0, 1, total)
+
+
+def _summed_nats(
+    logits: Float[Array, "*B L V"],
+    targets: Int[Array, "*B L"],
+    weights: Float[Array, "*B L"],
+    z_loss: float,
+) -> Scalar:
+    counts = weights != 0
     logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(_without_gradient_elsewhere(logits, counts), axis=-1)
     known = jnp.where(counts, targets, 0)
@@ -51,13 +185,7 @@ def next_token_cross_entropy(
     nats = (log_z - chosen) * jnp.where(known < logits.shape[-1], 1, jnp.nan)
     if z_loss:
         nats = nats + z_loss * jnp.square(log_z)
-    nats = jnp.where(counts, nats, 0)
-    if mask is None:
-        number = jnp.sum(counts, dtype=jnp.int32).astype(jnp.float32)
-        return jnp.sum(nats) / jnp.maximum(number, 1)
-    weights = jnp.where(counts, jnp.where(mask < 0, jnp.nan, mask), 0)
-    total = jnp.sum(weights)
-    return jnp.sum(nats * weights) / jnp.where(total == 0, 1, total)
+    return jnp.sum(jnp.where(counts, nats, 0) * weights)
 
 
 @jax.custom_jvp

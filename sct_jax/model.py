@@ -11,14 +11,14 @@ or a tuple of blocks. Any matrix may be a factor tuple. Tied models have no "hea
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Scalar
 
-from sct_jax import errors, spectral
+from sct_jax import attention, errors, losses, spectral
 
 Params = dict[str, Any]
 Linear = Callable[[Array, spectral.Weight], Array]  # x (..., I), W to x @ W (..., O)
@@ -100,6 +100,9 @@ class ModelConfig:
       scan_layers: True scans over stacked layers; False unrolls a tuple of layers.
       remat: what the backward pass recomputes: "none", "dots" (all but the results of
         matrix products) or "full" (each block from its input).
+      attention: what computes attention: "xla" (all scores of a sequence at once),
+        "chunked" (blocks of them, so memory grows with the length and not with its
+        square) or "auto", which takes the first for short sequences.
     """
 
     d_model: int = 576
@@ -121,6 +124,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     scan_layers: bool = True
     remat: str = "none"
+    attention: str = "auto"
 
     @property
     def head_dim(self) -> int:
@@ -194,6 +198,7 @@ class ModelConfig:
         errors.check_bounds("model.", self, "norm_eps", above=0)
         errors.check_choice("model.factors", self.factors, FACTORS)
         errors.check_choice("model.remat", self.remat, REMAT)
+        errors.check_choice("model.attention", self.attention, attention.CHOICES)
         errors.check_choice(
             "model.compute_dtype", self.compute_dtype, ("float32", "bfloat16")
         )
@@ -422,21 +427,81 @@ def forward(
       linear: multiplies by every matrix of the layers, and by the head. The embedding
         lookup does not use it.
     """
+    x_BLD = hidden(params, tokens_BL, config, segment_ids=segment_ids, linear=linear)
+    return logits(params, x_BLD, config, linear=linear)
+
+
+def loss(
+    params: Params,
+    batch: Mapping[str, Int[Array, "B L"]],
+    config: ModelConfig,
+    *,
+    linear: Linear = spectral.linear,
+) -> Scalar:
+    """Returns the mean next-token loss of a batch, in nats per token.
+
+    The same as `losses.next_token_cross_entropy` of `forward`, but the logits of all
+    tokens never exist together.
+
+    Args:
+      params: parameters from `init`, in either layout.
+      batch: `inputs`, `targets` and, where documents are packed, `segment_ids`.
+      config: architecture of the model.
+      linear: as in `forward`. Derivatives do not reach what it closes over in the head.
+    """
+    x_BLD = hidden(
+        params,
+        batch["inputs"],
+        config,
+        segment_ids=batch.get("segment_ids"),
+        linear=linear,
+    )
+    return head_loss(params, x_BLD, batch["targets"], config, linear=linear)
+
+
+def head_loss(
+    params: Params,
+    x_BLD: Float[Array, "B L D"],
+    targets_BL: Int[Array, "B L"],
+    config: ModelConfig,
+    *,
+    linear: Linear = spectral.linear,
+) -> Scalar:
+    """Returns the mean loss, in nats per token, from the result of `hidden`."""
+    ends = {name: params[name] for name in head_keys(config)}
+    head = lambda ends, x: logits(ends, x, config, linear=linear)
+    return losses.head_cross_entropy(head, ends, x_BLD, targets_BL)
+
+
+def head_keys(config: ModelConfig) -> tuple[str, str]:
+    """Returns the keys of the parameters that `logits` reads."""
+    return "final_norm", "embedding" if config.tie_embeddings else "head"
+
+
+def hidden(
+    params: Params,
+    tokens_BL: Int[Array, "B L"],
+    config: ModelConfig,
+    *,
+    segment_ids: Int[Array, "B L"] | None = None,
+    linear: Linear = spectral.linear,
+) -> Float[Array, "B L D"]:
+    """Returns the residual stream after the last layer; arguments as in `forward`."""
     x_BLD = embed(params, tokens_BL, config)
-    rope, mask = positions(tokens_BL, config, segment_ids)
+    rope = rotary_table(tokens_BL.shape[1], config)
     apply = _rematerialised(
         functools.partial(block, config=config, linear=linear), config.remat
     )
     if isinstance(params[LAYERS], tuple):
         for layer in params[LAYERS]:
-            x_BLD = apply(layer, x_BLD, rope, mask)
+            x_BLD = apply(layer, x_BLD, rope, segment_ids)
     else:
         x_BLD, _ = jax.lax.scan(
-            lambda x, layer: (apply(layer, x, rope, mask), None),
+            lambda x, layer: (apply(layer, x, rope, segment_ids), None),
             x_BLD,
             params[LAYERS],
         )
-    return logits(params, x_BLD, config, linear=linear)
+    return x_BLD
 
 
 def embed(
@@ -445,18 +510,6 @@ def embed(
     """Returns the residual stream before the first layer, in the compute dtype."""
     x_BLD = spectral.lookup(tokens_BL, params["embedding"])
     return x_BLD.astype(jnp.dtype(config.compute_dtype))
-
-
-def positions(
-    tokens_BL: Int[Array, "B L"],
-    config: ModelConfig,
-    segment_ids: Int[Array, "B L"] | None = None,
-) -> tuple[
-    tuple[Float[Array, "L K2"], Float[Array, "L K2"]], Bool[Array, "B 1 L M"] | None
-]:
-    """Returns the rotary table, and the mask of document boundaries, for all layers."""
-    mask = None if segment_ids is None else _same_segment(segment_ids)
-    return rotary_table(tokens_BL.shape[1], config), mask
 
 
 def logits(
@@ -481,7 +534,7 @@ def block(
     params: Params,
     x_BLD: Float[Array, "B L D"],
     rope: tuple[Float[Array, "L K2"], Float[Array, "L K2"]],
-    mask: Bool[Array, "B 1 L M"] | None,
+    segment_ids: Int[Array, "B L"] | None,
     *,
     config: ModelConfig,
     linear: Linear = spectral.linear,
@@ -499,8 +552,12 @@ def block(
     if config.qk_norm:
         q_BLHK = rms_norm(q_BLHK, params["q_norm"], config.norm_eps)
         k_BMGK = rms_norm(k_BMGK, params["k_norm"], config.norm_eps)
-    attended_BLHK = jax.nn.dot_product_attention(
-        rotate(q_BLHK, rope), rotate(k_BMGK, rope), v_BMGK, mask=mask, is_causal=True
+    attended_BLHK = attention.attend(
+        rotate(q_BLHK, rope),
+        rotate(k_BMGK, rope),
+        v_BMGK,
+        segment_ids=segment_ids,
+        implementation=config.attention,
     )
     x_BLD = x_BLD + linear(
         attended_BLHK.reshape(batch, length, config.d_model), params["o"]
@@ -544,10 +601,6 @@ def rotate(
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x_BLHK.dtype)
-
-
-def _same_segment(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B 1 L M"]:
-    return (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
 
 
 def _rematerialised(apply, remat: str):

@@ -194,3 +194,67 @@ def test_no_axis_is_added_by_itself():
     logits, targets, mask = example((2, 5))
     with jax.numpy_rank_promotion("raise"):
         jax.eval_shape(jax.grad(loss), logits, targets, mask=mask)
+
+
+# --- From the hidden state, by chunks.
+
+
+def head(params, x):
+    return (x @ params["w"] + params["b"]).astype(jnp.float32)
+
+
+def hidden_example(shape=(3, 10), width=5, vocab_size=11):
+    rng = np.random.default_rng(3)
+    normal = lambda *size: jnp.asarray(rng.normal(size=size), jnp.float32)
+    params = {"w": normal(width, vocab_size), "b": normal(vocab_size)}
+    targets = rng.integers(-3, vocab_size, size=shape).astype(np.int32)
+    mask = rng.integers(0, 3, size=shape).astype(np.float32)
+    return params, normal(*shape, width), jnp.asarray(targets), jnp.asarray(mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [1, 6, 7, 12, 30, 1000])
+def test_chunks_give_the_loss_and_gradient_of_all_logits(masked, z_loss, tokens):
+    params, x, targets, mask = hidden_example()
+    options = {"mask": mask if masked else None, "z_loss": z_loss}
+
+    def plain(params, x):
+        return losses.next_token_cross_entropy(head(params, x), targets, **options)
+
+    def chunked(params, x):
+        return losses.head_cross_entropy(
+            head, params, x, targets, tokens_per_chunk=tokens, **options
+        )
+
+    wanted, expected = jax.value_and_grad(plain, (0, 1))(params, x)
+    found, got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(params, x)
+    np.testing.assert_allclose(found, wanted, rtol=16 * EPS)
+    np.testing.assert_allclose(chunked(params, x), wanted, rtol=16 * EPS)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=32 * EPS)
+
+
+def test_chunks_ignore_nan_where_nothing_counts():
+    params, x, targets, _ = hidden_example()
+    x = jnp.where((targets < 0)[..., None], jnp.nan, x)
+    loss_of = lambda p, x: losses.head_cross_entropy(head, p, x, targets)
+    value, grads = jax.value_and_grad(loss_of, (0, 1))(params, x)
+    assert np.isfinite(value)
+    assert not np.isnan(np.asarray(grads[1])[targets < 0]).any()
+
+
+def test_a_chunk_keeps_the_dtypes():
+    params, x, targets, _ = hidden_example()
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    loss_of = lambda p, x: losses.head_cross_entropy(head, p, x, targets)
+    grads = jax.grad(loss_of, (0, 1))(low, x)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, (low, x))
+    assert {g.dtype for g in jax.tree.leaves(grads[0])} == {jnp.dtype(jnp.bfloat16)}
+    assert grads[1].dtype == x.dtype
+
+
+def test_sizes_of_chunks_without_a_meaning_are_refused():
+    params, x, targets, _ = hidden_example()
+    with pytest.raises(ValueError, match="tokens_per_chunk must be"):
+        losses.head_cross_entropy(head, params, x, targets, tokens_per_chunk=0)

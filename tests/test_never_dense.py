@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -165,3 +166,16 @@ def test_the_walk_looks_into_scans_and_conditions():
         return jax.lax.scan(body, jnp.ones(56), None, length=3)[0]
 
     assert (40, 56) in shapes(jax.make_jaxpr(fn)(jnp.ones(40)))
+
+
+@pytest.mark.parametrize("name", ["scanned", "unrolled", "tied"])
+def test_nor_are_all_logits_or_all_scores_there_at_once(name):
+    config, length = dataclasses.replace(CONFIGS[name], vocab_size=20_011), 4096
+    ids = jnp.zeros((2, length), jnp.int32)
+    tokens = {"inputs": ids, "targets": ids, "segment_ids": ids}
+    fn = jax.value_and_grad(lambda p: step_lib.loss_fn(p, tokens, config))
+    jaxpr = jax.make_jaxpr(fn)(abstract_params(config))
+    found = shapes(jaxpr)
+    assert not {shape for shape in found if shape.count(length) > 1}
+    logits = ids.size * config.vocab_size
+    assert max(math.prod(shape) for shape in found) < logits / 4

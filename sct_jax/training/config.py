@@ -191,6 +191,7 @@ RESUMABLE = (
     *TEXT,
     "eval.num_batches",
     "step",
+    "model.attention",
     "model.remat",
     "data.num_microbatches",
     "mesh.data",

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from sct_jax import errors, losses, model, sharding, spectral
+from sct_jax import errors, model, sharding, spectral
 from sct_jax.training import guard as guard_lib
 from sct_jax.training import optimizer_config
 from sct_jax.training import state as state_lib
@@ -63,12 +63,12 @@ def stack_of(config: model.ModelConfig) -> Stack:
     """Returns the pieces of the transformer in `model`."""
 
     def block(layer, x, batch, linear):
-        rope, mask = model.positions(batch["inputs"], config, batch.get("segment_ids"))
-        return model.block(layer, x, rope, mask, config=config, linear=linear)
+        rope = model.rotary_table(x.shape[1], config)
+        segments = batch.get("segment_ids")
+        return model.block(layer, x, rope, segments, config=config, linear=linear)
 
     def head_loss(ends, x, batch, linear):
-        logits = model.logits(ends, x, config, linear=linear)
-        return losses.next_token_cross_entropy(logits, batch["targets"])
+        return model.head_loss(ends, x, batch["targets"], config, linear=linear)
 
     return Stack(
         num_layers=config.num_layers,
@@ -82,10 +82,7 @@ def stack_of(config: model.ModelConfig) -> Stack:
         block=block,
         head_loss=head_loss,
         embed_keys=("embedding",),
-        head_keys=(
-            "final_norm",
-            "embedding" if config.tie_embeddings else "head",
-        ),
+        head_keys=model.head_keys(config),
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from sct_jax import losses, model, spectral
+from sct_jax import model, spectral
 from sct_jax.training import guard as guard_lib
 from sct_jax.training import state as state_lib
 
@@ -29,14 +29,7 @@ def loss_fn(
     linear: model.Linear = spectral.linear,
 ) -> Float[Array, ""]:
     """Returns the mean next-token loss of a batch, in nats per token."""
-    logits = model.forward(
-        params,
-        batch["inputs"],
-        config,
-        segment_ids=batch.get("segment_ids"),
-        linear=linear,
-    )
-    return losses.next_token_cross_entropy(logits, batch["targets"])
+    return model.loss(params, batch, config, linear=linear)
 
 
 def diagnose(old: Any, new: Any) -> Metrics:
