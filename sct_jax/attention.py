@@ -1,23 +1,35 @@
 """Causal attention with grouped queries and documents, in blocks or as XLA's own.
 
-Axes: B batch, L query and key length, H heads, G kv heads, K head_dim; in blocks N
-number of blocks, Q the queries of one block for the H / G heads of a group, M keys.
+Axes: B batch, L query and key length, H heads, G kv heads, R query heads of a group,
+K head_dim; of one block Q queries and M keys; N number of blocks.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("xla", "chunked")
 CHOICES = ("auto", *IMPLEMENTATIONS)
 
-# Scores of one block pair stay in a core's cache; larger blocks waste more of the
-# diagonal, smaller ones more time between products.
+ROW = 128
+"""Queries of a row: they see all keys up to the last of them at once."""
+
+MAX_ROWS = 4
+"""More rows than these are computed in a loop, by pairs of blocks."""
+
 BLOCK = 256
+"""Queries and keys of a pair."""
+
+SAVED = "attention"
+"""Name of what the backward pass reads, for policies of rematerialisation."""
 
 _MASKED = -1e30  # finite: a row may be masked as a whole in one block
+
+Groups = Float[Array, "B G R L K"]
+Keys = Float[Array, "B G L K"]
 
 
 def attend(
@@ -36,15 +48,12 @@ def attend(
       v_BLGK: values.
       segment_ids: document of each position. Attention does not cross documents.
       implementation: "xla" computes all L x L scores of a head at once. "chunked" does
-        so for a pair of blocks at a time, forward and backward, and skips the pairs
-        above the diagonal: memory grows with L, not with L^2. "auto" takes "xla" if
-        there is one block.
+        so for a block at a time, forward and backward, and skips what is above the
+        diagonal: memory grows with L, not with L^2. "auto" takes "chunked".
 
     Raises:
       ValueError: for an unknown implementation.
     """
-    if implementation == "auto":
-        implementation = "xla" if q_BLHK.shape[1] <= BLOCK else "chunked"
     if implementation == "xla":
         mask = None
         if segment_ids is not None:
@@ -52,63 +61,145 @@ def attend(
         return jax.nn.dot_product_attention(
             q_BLHK, k_BLGK, v_BLGK, mask=mask, is_causal=True
         )
-    if implementation != "chunked":
+    if implementation not in ("auto", "chunked"):
         raise ValueError(f"attention must be one of {CHOICES}, got {implementation!r}")
-    return _chunked(q_BLHK, k_BLGK, v_BLGK, segment_ids)
-
-
-def _chunked(q, k, v, segment_ids):
-    batch, length, heads, size = q.shape
-    groups = k.shape[2]
-    block = min(BLOCK, length)
-    missing = -length % block
-    if segment_ids is None:
-        segment_ids = jnp.zeros((batch, length), jnp.int32)
-    # Keys beyond the end are after every query, so causality masks them.
-    q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
-    segments = jnp.pad(segment_ids, ((0, 0), (0, missing)))
-    number = q.shape[1] // block
-    q = q.reshape(batch, number, block, groups, -1, size)
-    q = q.transpose(1, 0, 3, 4, 2, 5).reshape(number, batch, groups, -1, size)
-    k, v = (
-        x.reshape(batch, number, block, groups, size).transpose(1, 0, 3, 2, 4)
-        for x in (k, v)
+    batch, length, _, size = q_BLHK.shape
+    q = q_BLHK.reshape(batch, length, k_BLGK.shape[2], -1, size)
+    by_blocks = _by_rows if length <= ROW * MAX_ROWS else _by_pairs
+    out = by_blocks(
+        q.transpose(0, 2, 3, 1, 4),
+        k_BLGK.transpose(0, 2, 1, 3),
+        v_BLGK.transpose(0, 2, 1, 3),
+        segment_ids,
     )
-    segments = segments.reshape(-1, number, block).swapaxes(0, 1)
-    out = _attend_blocks(q, k, v, segments)
-    out = out.reshape(number, batch, groups, heads // groups, block, size)
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, size)
-    return out[:, :length]
+    return out.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
+
+
+# --- By rows: queries of one block, and all keys that they see.
 
 
 @jax.custom_vjp
-def _attend_blocks(
-    q: Float[Array, "N B G Q K"],
+def _by_rows(
+    q: Groups, k: Keys, v: Keys, segments: Int[Array, "B L"] | None
+) -> Groups:
+    return _rows_forward(q, k, v, segments)[0]
+
+
+def _rows(length: int) -> list[tuple[int, int]]:
+    return [(i, min(i + ROW, length)) for i in range(0, length, ROW)]
+
+
+def _rows_forward(q, k, v, segments):
+    """The result, and the logarithm of each query's sum of exponentials."""
+    outs, log_zs = [], []
+    for start, stop in _rows(q.shape[3]):
+        scores = _row_scores(q, k, segments, start, stop)
+        peak = jnp.max(scores, axis=-1, keepdims=True)
+        p = jnp.exp(scores - peak)
+        weight = jnp.sum(p, axis=-1, keepdims=True)
+        total = _times("bgrqm,bgmk->bgrqk", p.astype(v.dtype), v[:, :, :stop])
+        outs.append((total / weight).astype(q.dtype))
+        log_zs.append(peak + jnp.log(weight))
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(log_zs, axis=3)
+
+
+def _rows_fwd(q, k, v, segments):
+    out, log_z = checkpoint_name(_rows_forward(q, k, v, segments), SAVED)
+    return out, (q, k, v, segments, out, log_z)
+
+
+def _rows_bwd(residuals, d_out):
+    q, k, v, segments, out, log_z = residuals
+    shared = _shared(d_out, out)
+    dqs, dk, dv = [], jnp.zeros([]), jnp.zeros([])
+    for start, stop in _rows(q.shape[3]):
+        row = lambda x, start=start, stop=stop: x[:, :, :, start:stop]
+        missing = ((0, 0), (0, 0), (0, q.shape[3] - stop), (0, 0))
+        scores = _row_scores(q, k, segments, start, stop)
+        of_q, of_k, of_v = _gradients(
+            scores - row(log_z),
+            row(q),
+            k[:, :, :stop],
+            v[:, :, :stop],
+            row(d_out),
+            row(shared),
+        )
+        dqs.append(of_q.astype(q.dtype))
+        dk, dv = dk + jnp.pad(of_k, missing), dv + jnp.pad(of_v, missing)
+    return jnp.concatenate(dqs, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_by_rows.defvjp(_rows_fwd, _rows_bwd)
+
+
+def _row_scores(q, k, segments, start, stop) -> Float[Array, "B G R Q M"]:
+    seen = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+    if segments is not None:
+        queries, keys = segments[:, start:stop], segments[:, :stop]
+        seen = (seen & (queries[:, :, None] == keys[:, None, :]))[:, None, None]
+    return _scores(q[:, :, :, start:stop], k[:, :, :stop], seen)
+
+
+# --- By pairs: blocks of queries and keys in loops, for long sequences.
+
+
+def _by_pairs(
+    q: Groups, k: Keys, v: Keys, segments: Int[Array, "B L"] | None
+) -> Groups:
+    batch, *_, length, _ = q.shape
+    missing = -length % BLOCK
+    if segments is None:
+        segments = jnp.zeros((batch, length), jnp.int32)
+    # Keys beyond the end are after every query, so causality masks them.
+    q, k, v = (
+        _in_blocks(jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, missing), (0, 0)]), -2)
+        for x in (q, k, v)
+    )
+    segments = _in_blocks(jnp.pad(segments, ((0, 0), (0, missing))), -1)
+    out = jnp.moveaxis(_attend_pairs(q, k, v, segments), 0, -3)
+    return out.reshape(*out.shape[:-3], -1, out.shape[-1])[..., :length, :]
+
+
+def _in_blocks(x: Array, axis: int) -> Array:
+    """Moves the number of blocks of an axis to the front."""
+    axis += x.ndim
+    x = x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+@jax.custom_vjp
+def _attend_pairs(
+    q: Float[Array, "N B G R Q K"],
     k: Float[Array, "N B G M K"],
     v: Float[Array, "N B G M K"],
     segments: Int[Array, "N B M"],
-) -> Float[Array, "N B G Q K"]:
-    return _forward(q, k, v, segments)[0]
+) -> Float[Array, "N B G R Q K"]:
+    return _pairs_forward(q, k, v, segments)[0]
 
 
-def _forward(q, k, v, segments):
-    """The result, and the logarithm of each row's sum of exponentials."""
-    rows = (*q.shape[1:4], 1)
+def _pairs_forward(q, k, v, segments):
+    """The result, and the logarithm of each query's sum of exponentials.
+
+    References:
+      Milakov, Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867,
+      2018, algorithm 3
+    """
 
     def attend_one(i):
         def add(j, carry):
             total, peak, weight = carry
-            scores = _scores(q[i], k[j], segments, i, j)
+            scores = _pair_scores(q, k, segments, i, j)
             new = jnp.maximum(peak, jnp.max(scores, axis=-1, keepdims=True))
             p = jnp.exp(scores - new)
             shrink = jnp.exp(peak - new)
             weight = weight * shrink + jnp.sum(p, axis=-1, keepdims=True)
-            return total * shrink + _times(p.astype(v.dtype), v[j]), new, weight
+            more = _times("bgrqm,bgmk->bgrqk", p.astype(v.dtype), v[j])
+            return total * shrink + more, new, weight
 
         start = (
             jnp.zeros(q.shape[1:], jnp.float32),
-            jnp.full(rows, _MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
+            jnp.full((*q.shape[1:-1], 1), _MASKED, jnp.float32),
+            jnp.zeros((*q.shape[1:-1], 1), jnp.float32),
         )
         total, peak, weight = jax.lax.fori_loop(0, i + 1, add, start)
         return (total / weight).astype(q.dtype), peak + jnp.log(weight)
@@ -116,29 +207,23 @@ def _forward(q, k, v, segments):
     return jax.lax.map(attend_one, jnp.arange(q.shape[0]))
 
 
-def _forward_fwd(q, k, v, segments):
-    out, log_z = _forward(q, k, v, segments)
+def _pairs_fwd(q, k, v, segments):
+    out, log_z = checkpoint_name(_pairs_forward(q, k, v, segments), SAVED)
     return out, (q, k, v, segments, out, log_z)
 
 
-def _backward(residuals, d_out):
+def _pairs_bwd(residuals, d_out):
     q, k, v, segments, out, log_z = residuals
-    number = q.shape[0]
-    scale = 1 / math.sqrt(q.shape[-1])
-    # Of each row: the gradient of its scores, on average.
-    shared = jnp.sum(
-        d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
-    )
+    number, shared = q.shape[0], _shared(d_out, out)
 
     def add_keys(dq, j):
         def add(i, carry):
             dq, dk, dv = carry
-            p = jnp.exp(_scores(q[i], k[j], segments, i, j) - log_z[i])
-            dv = dv + _times(p.astype(v.dtype), d_out[i], transpose=True)
-            dp = _times(d_out[i], v[j].swapaxes(-1, -2))
-            ds = (p * (dp - shared[i]) * scale).astype(q.dtype)
-            dk = dk + _times(ds, q[i], transpose=True)
-            return dq.at[i].add(_times(ds, k[j])), dk, dv
+            scores = _pair_scores(q, k, segments, i, j)
+            of_q, of_k, of_v = _gradients(
+                scores - log_z[i], q[i], k[j], v[j], d_out[i], shared[i]
+            )
+            return dq.at[i].add(of_q), dk + of_k, dv + of_v
 
         zeros = jnp.zeros(k.shape[1:], jnp.float32)
         dq, dk, dv = jax.lax.fori_loop(j, number, add, (dq, zeros, zeros))
@@ -150,34 +235,56 @@ def _backward(residuals, d_out):
     return dq.astype(q.dtype), dk, dv, None
 
 
-_attend_blocks.defvjp(_forward_fwd, _backward)
+_attend_pairs.defvjp(_pairs_fwd, _pairs_bwd)
+
+
+def _pair_scores(q, k, segments, i, j) -> Float[Array, "B G R Q M"]:
+    places = jnp.arange(BLOCK)
+    seen = (i > j) | (places[:, None] >= places)
+    seen = seen & (segments[i][:, :, None] == segments[j][:, None, :])
+    return _scores(q[i], k[j], seen[:, None, None])
+
+
+# --- Of one block.
 
 
 def _scores(
-    q: Float[Array, "B G Q K"],
+    q: Float[Array, "B G R Q K"],
     k: Float[Array, "B G M K"],
-    segments: Int[Array, "N B M"],
-    i: Int[Array, ""],
-    j: Int[Array, ""],
-) -> Float[Array, "B G Q M"]:
-    """Scaled scores of query block i and key block j, in float32."""
-    scores = _times(q, k.swapaxes(-1, -2)) / math.sqrt(q.shape[-1])
-    block = k.shape[-2]
-    places = jnp.arange(block)
-    before = (i > j) | (places[:, None] >= places)
-    seen = before & (segments[i][:, :, None] == segments[j][:, None, :])
-    repeats = q.shape[-2] // block  # the query heads of a group
-    seen = jnp.tile(seen, (1, repeats, 1))[:, None]
+    seen: Bool[Array, "#B #G #R Q M"] | Bool[Array, "Q M"],
+) -> Float[Array, "B G R Q M"]:
+    """Scaled scores in float32."""
+    scores = _times("bgrqk,bgmk->bgrqm", q, k) / math.sqrt(q.shape[-1])
     return jnp.where(seen, scores, _MASKED)
 
 
-def _times(x: Array, y: Array, *, transpose: bool = False) -> Array:
-    """X @ y, or x.T @ y, accumulated in float32."""
-    contract = (x.ndim - 2 if transpose else x.ndim - 1, y.ndim - 2)
-    batch = tuple(range(x.ndim - 2))
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), (batch, batch)),
-        preferred_element_type=jnp.float32,
+def _gradients(
+    log_p: Float[Array, "B G R Q M"],
+    q: Float[Array, "B G R Q K"],
+    k: Float[Array, "B G M K"],
+    v: Float[Array, "B G M K"],
+    d_out: Float[Array, "B G R Q K"],
+    shared: Float[Array, "B G R Q 1"],
+) -> tuple[
+    Float[Array, "B G R Q K"], Float[Array, "B G M K"], Float[Array, "B G M K"]
+]:
+    """What a block adds to the gradients of q, k and v, in float32."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    p = jnp.exp(log_p)
+    dp = _times("bgrqk,bgmk->bgrqm", d_out, v)
+    ds = (p * (dp - shared)).astype(q.dtype)
+    return (
+        scale * _times("bgrqm,bgmk->bgrqk", ds, k),
+        scale * _times("bgrqm,bgrqk->bgmk", ds, q),
+        _times("bgrqm,bgrqk->bgmk", p.astype(v.dtype), d_out),
     )
+
+
+def _shared(d_out: Array, out: Array) -> Array:
+    """Of each query: the gradient of its scores, on average."""
+    product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    return jnp.sum(product, axis=-1, keepdims=True)
+
+
+def _times(axes: str, x: Array, y: Array) -> Float[Array, "..."]:
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)

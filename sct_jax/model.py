@@ -607,6 +607,10 @@ def _rematerialised(apply, remat: str):
     if remat == "full":
         return jax.checkpoint(apply)
     if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(attention.SAVED),
+        )
         return jax.checkpoint(apply, policy=policy)
     return apply
