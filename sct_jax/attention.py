@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from sct_jax import remat
+
 IMPLEMENTATIONS = ("xla", "chunked")
 CHOICES = ("auto", *IMPLEMENTATIONS)
 
@@ -26,7 +28,7 @@ BLOCK = 256
 SAVED = "attention"
 """Name of what the backward pass reads, for policies of rematerialisation."""
 
-_MASKED = -1e30  # finite: a row may be masked as a whole in one block
+_MASKED = -1e30  # finite: a block may mask a row as a whole
 
 Groups = Float[Array, "B G R L K"]
 Keys = Float[Array, "B G L K"]
@@ -79,9 +81,7 @@ def attend(
 
 
 @jax.custom_vjp
-def _by_rows(
-    q: Groups, k: Keys, v: Keys, segments: Int[Array, "B L"] | None
-) -> Groups:
+def _by_rows(q: Groups, k: Keys, v: Keys, segments: Int[Array, "B L"] | None) -> Groups:
     return _rows_forward(q, k, v, segments)[0]
 
 
@@ -111,7 +111,7 @@ def _rows_fwd(q, k, v, segments):
 def _rows_bwd(residuals, d_out):
     q, k, v, segments, out, log_z = residuals
     shared = _shared(d_out, out)
-    dqs, dk, dv = [], jnp.zeros([]), jnp.zeros([])
+    dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, stop in _rows(q.shape[3]):
         row = lambda x, start=start, stop=stop: x[:, :, :, start:stop]
         missing = ((0, 0), (0, 0), (0, q.shape[3] - stop), (0, 0))
@@ -133,10 +133,10 @@ _by_rows.defvjp(_rows_fwd, _rows_bwd)
 
 
 def _row_scores(q, k, segments, start, stop) -> Float[Array, "B G R Q M"]:
-    seen = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+    seen = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None]
     if segments is not None:
         queries, keys = segments[:, start:stop], segments[:, :stop]
-        seen = (seen & (queries[:, :, None] == keys[:, None, :]))[:, None, None]
+        seen = seen & (queries[:, :, None] == keys[:, None, :])
     return _scores(q[:, :, :, start:stop], k[:, :, :stop], seen)
 
 
@@ -193,7 +193,7 @@ def _pairs_forward(q, k, v, segments):
             p = jnp.exp(scores - new)
             shrink = jnp.exp(peak - new)
             weight = weight * shrink + jnp.sum(p, axis=-1, keepdims=True)
-            more = _times("bgrqm,bgmk->bgrqk", p.astype(v.dtype), v[j])
+            more = _times("bgrqm,bgmk->bgrqk", p.astype(v.dtype), _at(v, j))
             return total * shrink + more, new, weight
 
         start = (
@@ -214,14 +214,20 @@ def _pairs_fwd(q, k, v, segments):
 
 def _pairs_bwd(residuals, d_out):
     q, k, v, segments, out, log_z = residuals
-    number, shared = q.shape[0], _shared(d_out, out)
+    number = q.shape[0]
 
     def add_keys(dq, j):
         def add(i, carry):
             dq, dk, dv = carry
             scores = _pair_scores(q, k, segments, i, j)
+            d_out_i = _at(d_out, i)
             of_q, of_k, of_v = _gradients(
-                scores - log_z[i], q[i], k[j], v[j], d_out[i], shared[i]
+                scores - log_z[i],
+                _at(q, i),
+                _at(k, j),
+                _at(v, j),
+                d_out_i,
+                _shared(d_out_i, _at(out, i)),
             )
             return dq.at[i].add(of_q), dk + of_k, dv + of_v
 
@@ -240,9 +246,14 @@ _attend_pairs.defvjp(_pairs_fwd, _pairs_bwd)
 
 def _pair_scores(q, k, segments, i, j) -> Float[Array, "B G R Q M"]:
     places = jnp.arange(BLOCK)
-    seen = (i > j) | (places[:, None] >= places)
-    seen = seen & (segments[i][:, :, None] == segments[j][:, None, :])
-    return _scores(q[i], k[j], seen[:, None, None])
+    seen = (i > j) | (places[:, None] >= places[None])
+    seen = seen[None] & (segments[i][:, :, None] == segments[j][:, None, :])
+    return _scores(_at(q, i), _at(k, j), seen)
+
+
+def _at(x: Array, i: Int[Array, ""]) -> Array:
+    """x[i], without a float32 copy of x on CPU."""
+    return remat.unpack(remat.pack(x)[i], x.dtype)
 
 
 # --- Of one block.
@@ -251,11 +262,11 @@ def _pair_scores(q, k, segments, i, j) -> Float[Array, "B G R Q M"]:
 def _scores(
     q: Float[Array, "B G R Q K"],
     k: Float[Array, "B G M K"],
-    seen: Bool[Array, "#B #G #R Q M"] | Bool[Array, "Q M"],
+    seen: Bool[Array, "#B Q M"],
 ) -> Float[Array, "B G R Q M"]:
     """Scaled scores in float32."""
     scores = _times("bgrqk,bgmk->bgrqm", q, k) / math.sqrt(q.shape[-1])
-    return jnp.where(seen, scores, _MASKED)
+    return jnp.where(seen[:, None, None], scores, _MASKED)
 
 
 def _gradients(
@@ -265,9 +276,7 @@ def _gradients(
     v: Float[Array, "B G M K"],
     d_out: Float[Array, "B G R Q K"],
     shared: Float[Array, "B G R Q 1"],
-) -> tuple[
-    Float[Array, "B G R Q K"], Float[Array, "B G M K"], Float[Array, "B G M K"]
-]:
+) -> tuple[Float[Array, "B G R Q K"], Float[Array, "B G M K"], Float[Array, "B G M K"]]:
     """What a block adds to the gradients of q, k and v, in float32."""
     scale = 1 / math.sqrt(q.shape[-1])
     p = jnp.exp(log_p)

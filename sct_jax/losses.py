@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real, Scalar
 
+from sct_jax import remat
+
 Head = Callable[[Any, Array], Array]  # parameters, x (..., D) -> logits (..., V)
 
 TOKENS_PER_CHUNK = 1024
@@ -87,15 +89,9 @@ def head_cross_entropy(
     batch, length = targets.shape
     size = min(length, -(-tokens_per_chunk // batch))
     weights = _weights(targets, mask)
-    chunks = [_in_chunks(array, size) for array in (x, targets, weights)]
-    return _chunked_nats(head, z_loss, params, *chunks) / _total(weights)
-
-
-def _in_chunks(x: Array, size: int) -> Array:
-    """(B, L, ...) as (N, B, size, ...), with zeros at the end."""
-    missing = -x.shape[1] % size
-    x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+    chunks = [remat.in_chunks(array, size) for array in (x, targets, weights)]
+    nats: Array = _chunked_nats(head, z_loss, params, *chunks)  # pyright: ignore
+    return nats / _total(weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Scalar
 
-from sct_jax import attention, errors, losses, spectral
+from sct_jax import attention, errors, losses, remat, spectral
 
 Params = dict[str, Any]
 Linear = Callable[[Array, spectral.Weight], Array]  # x (..., I), W to x @ W (..., O)
@@ -31,6 +31,9 @@ MATRICES = (*BLOCK_MATRICES, "embedding", "head")
 MLP = ("gate", "up", "down")
 FACTORS = ("spectral", "low_rank")
 REMAT = ("none", "dots", "full")
+
+MLP_TOKENS = 2048
+"""Tokens whose (..., F) activations exist at once under remat "full"."""
 
 MAX_SIZES = {
     "d_model": 2**20,
@@ -99,7 +102,8 @@ class ModelConfig:
       compute_dtype: dtype of activations, and of parameters in matrix products.
       scan_layers: True scans over stacked layers; False unrolls a tuple of layers.
       remat: what the backward pass recomputes: "none", "dots" (all but the results of
-        matrix products) or "full" (each block from its input).
+        matrix products and attention) or "full" (each block from its input, and in it
+        the SwiGLU of some tokens at a time).
       attention: what computes attention: "xla" (all scores of a sequence at once),
         "chunked" (blocks of them, so memory grows with the length and not with its
         square) or "auto", which takes the first for short sequences.
@@ -489,19 +493,16 @@ def hidden(
     """Returns the residual stream after the last layer; arguments as in `forward`."""
     x_BLD = embed(params, tokens_BL, config)
     rope = rotary_table(tokens_BL.shape[1], config)
-    apply = _rematerialised(
-        functools.partial(block, config=config, linear=linear), config.remat
-    )
-    if isinstance(params[LAYERS], tuple):
-        for layer in params[LAYERS]:
+    plain = functools.partial(block, config=config, linear=linear)
+    layers, apply = params[LAYERS], _rematerialised(plain, config.remat)
+    if isinstance(layers, tuple):
+        for layer in layers:
             x_BLD = apply(layer, x_BLD, rope, segment_ids)
-    else:
-        x_BLD, _ = jax.lax.scan(
-            lambda x, layer: (apply(layer, x, rope, segment_ids), None),
-            x_BLD,
-            params[LAYERS],
-        )
-    return x_BLD
+        return x_BLD
+    if config.remat == "full":
+        return remat.scan_layers(plain, layers, x_BLD, rope, segment_ids)
+    step = lambda x, layer: (apply(layer, x, rope, segment_ids), None)
+    return jax.lax.scan(step, x_BLD, layers)[0]
 
 
 def embed(
@@ -562,10 +563,17 @@ def block(
     x_BLD = x_BLD + linear(
         attended_BLHK.reshape(batch, length, config.d_model), params["o"]
     )
-    h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
-    gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
-    up_BLF = linear(h_BLD, params["up"])
-    return x_BLD + linear(gate_BLF * up_BLF, params["down"])
+
+    def mlp(params, x_BLD):
+        h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
+        gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
+        up_BLF = linear(h_BLD, params["up"])
+        return x_BLD + linear(gate_BLF * up_BLF, params["down"])
+
+    if config.remat != "full":
+        return mlp(params, x_BLD)
+    matrices = {name: params[name] for name in ("mlp_norm", *MLP)}
+    return remat.by_chunks(mlp, matrices, x_BLD, tokens_per_chunk=MLP_TOKENS)
 
 
 def rms_norm(

@@ -1,0 +1,145 @@
+"""Computing again what is too large to keep.
+
+`jax.checkpoint` recomputes too, but what it keeps of a loop is stacked in the dtype of
+the activations. XLA's CPU compiler turns slices of a bfloat16 array in a loop into
+slices of a float32 copy of all of it. The loops here stack bits.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Block = Callable[..., Array]  # parameters of one layer, x, *args -> x
+
+
+def scan_layers(
+    block: Block, layers: Any, x: Float[Array, "..."], *args: Any
+) -> Float[Array, "..."]:
+    """Applies a stack of layers; the backward pass keeps the input of each alone.
+
+    Reverse-mode differentiable in `layers` and `x`. Derivatives reach neither `args`
+    nor what `block` closes over.
+
+    Args:
+      block: (parameters of a layer, x, *args) -> x of the same shape and dtype.
+      layers: parameters, stacked along the first axis of every leaf.
+      x: input of the first layer.
+      *args: arrays or None, the same for every layer.
+    """
+    return _scan_layers(block, layers, x, args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_layers(block, layers, x, args):
+    apply = lambda x, layer: (block(layer, x, *args), None)
+    return jax.lax.scan(apply, x, layers)[0]
+
+
+def _scan_fwd(block, layers, x, args):
+    apply = lambda x, layer: (block(layer, x, *args), pack(x))
+    out, inputs = jax.lax.scan(apply, x, layers)
+    return out, (layers, inputs, args)
+
+
+def _scan_bwd(block, residuals, d_out):
+    layers, inputs, args = residuals
+
+    def pull_back(d_x, given):
+        layer, packed = given
+        x = unpack(packed, d_x.dtype)
+        d_layer, d_x = jax.vjp(lambda layer, x: block(layer, x, *args), layer, x)[1](
+            d_x
+        )
+        return d_x, d_layer
+
+    d_x, d_layers = jax.lax.scan(pull_back, d_out, (layers, inputs), reverse=True)
+    return d_layers, d_x, jax.tree.map(_no_gradient, args)
+
+
+_scan_layers.defvjp(_scan_fwd, _scan_bwd)
+
+
+def by_chunks(
+    fn: Callable[[Any, Array], Array],
+    params: Any,
+    x: Float[Array, "B L D"],
+    *,
+    tokens_per_chunk: int,
+) -> Float[Array, "B L D"]:
+    """Returns fn(params, x) of a function of each position, computed piece by piece.
+
+    The backward pass keeps `x` alone, and computes each piece again. Reverse-mode
+    differentiable in `params` and `x`, not in what `fn` closes over.
+
+    Args:
+      fn: (params, x (B, C, D)) -> (B, C, D), independent for every position.
+      params: all parameters of the function.
+      x: its input.
+      tokens_per_chunk: rounded up to a whole number of positions of every sequence.
+    """
+    batch, length, _ = x.shape
+    size = -(-tokens_per_chunk // batch)
+    if size >= length:
+        return fn(params, x)
+    chunks: Array = _by_chunks(fn, params, in_chunks(x, size))  # pyright: ignore
+    return chunks.swapaxes(0, 1).reshape(batch, -1, x.shape[-1])[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_chunks(
+    fn: Callable[[Any, Array], Array], params: Any, x: Float[Array, "N B C D"]
+) -> Float[Array, "N B C D"]:
+    apply = lambda packed: pack(fn(params, unpack(packed, x.dtype)))
+    return unpack(jax.lax.map(apply, pack(x)), x.dtype)
+
+
+def _by_chunks_fwd(fn, params, x):
+    return _by_chunks(fn, params, x), (params, pack(x))
+
+
+def _by_chunks_bwd(fn, residuals, d_out):
+    params, inputs = residuals
+
+    def pull_back(total, given):
+        x, d_out_of_chunk = (unpack(packed, d_out.dtype) for packed in given)
+        d_params, d_x = jax.vjp(fn, params, x)[1](d_out_of_chunk)
+        return jax.tree.map(jnp.add, total, d_params), pack(d_x)
+
+    d_params, d_x = jax.lax.scan(
+        pull_back, jax.tree.map(jnp.zeros_like, params), (inputs, pack(d_out))
+    )
+    return d_params, unpack(d_x, d_out.dtype)
+
+
+_by_chunks.defvjp(_by_chunks_fwd, _by_chunks_bwd)
+
+
+def in_chunks(x: Array, size: int) -> Array:
+    """Returns (B, L, ...) as (N, B, size, ...), with zeros at the end."""
+    missing = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def pack(x: Array) -> Array:
+    """Returns the bits of a bfloat16 array as integers; other arrays as they are."""
+    if x.dtype != jnp.bfloat16:
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def unpack(packed: Array, dtype: jax.typing.DTypeLike) -> Array:
+    """Returns the array of this dtype that `pack` was given."""
+    if packed.dtype == dtype:
+        return packed
+    return jax.lax.bitcast_convert_type(packed, dtype)
+
+
+def _no_gradient(x: Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return None

@@ -1,0 +1,104 @@
+"""Recomputing gives the values and gradients of keeping everything, in less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sct_jax import remat
+
+EPS = np.finfo(np.float32).eps
+
+
+def layers(num_layers=3, width=5):
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "w": jax.random.normal(keys[0], (num_layers, width, width)) / 2,
+        "b": jax.random.normal(keys[1], (num_layers, width)),
+    }
+
+
+def block(layer, x, shift, ids):
+    h = jnp.tanh(x @ layer["w"].astype(x.dtype) + layer["b"].astype(x.dtype) + shift)
+    return x + h if ids is None else x + h * ids[:, None].astype(x.dtype)
+
+
+def x_of(dtype, rows=4, width=5):
+    return jax.random.normal(jax.random.key(1), (rows, width)).astype(dtype)
+
+
+@pytest.mark.parametrize("ids", [None, np.arange(4)], ids=["no ids", "ids"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_have_the_value_and_gradient_of_a_scan(dtype, ids):
+    shift = jnp.full((5,), 0.5, dtype)
+    ids = None if ids is None else jnp.asarray(ids)
+
+    def plain(params, x):
+        step = lambda x, layer: (block(layer, x, shift, ids), None)
+        out = jax.lax.scan(step, x, params)[0]
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    def lean(params, x):
+        out = remat.scan_layers(block, params, x, shift, ids)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    arguments = layers(), x_of(dtype)
+    wanted = jax.jit(jax.value_and_grad(plain, (0, 1)))(*arguments)
+    found = jax.jit(jax.value_and_grad(lean, (0, 1)))(*arguments)
+    rtol = 32 * EPS if dtype == jnp.float32 else 0.02
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+    np.testing.assert_allclose(lean(*arguments), wanted[0], rtol=rtol)
+
+
+def test_layers_keep_their_inputs_alone():
+    params, x = layers(7), x_of(jnp.bfloat16, rows=11)
+    shift = jnp.zeros((5,), jnp.bfloat16)
+    pull_back = jax.eval_shape(
+        lambda *a: jax.vjp(
+            lambda p, x: remat.scan_layers(block, p, x, shift, None), *a
+        )[1],
+        params,
+        x,
+    )
+    kept = [leaf.shape for leaf in jax.tree.leaves(pull_back) if leaf.ndim == 3]
+    assert sorted(kept) == [(7, 5, 5), (7, 11, 5)]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 7, 20, 33, 100])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_chunks_have_the_value_and_gradient_of_the_whole(dtype, tokens):
+    params = {"up": jnp.ones((5, 9)) / 3, "down": jnp.ones((9, 5)) / 3}
+    x = x_of(dtype, rows=33).reshape(3, 11, 5)
+
+    def fn(params, x):
+        w = {name: p.astype(x.dtype) for name, p in params.items()}
+        return x + jnp.tanh(x @ w["up"]) @ w["down"]
+
+    def total(out):
+        weight = jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)
+        return jnp.mean(out.astype(jnp.float32) * weight)
+
+    plain = lambda params, x: total(fn(params, x))
+    lean = lambda params, x: total(
+        remat.by_chunks(fn, params, x, tokens_per_chunk=tokens)
+    )
+    wanted = jax.jit(jax.value_and_grad(plain, (0, 1)))(params, x)
+    found = jax.jit(jax.value_and_grad(lean, (0, 1)))(params, x)
+    rtol = 32 * EPS if dtype == jnp.float32 else 0.02
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+def test_packing_changes_no_bit(dtype):
+    x = jnp.asarray([0.0, -0.0, 1.5, -3e4, jnp.inf]).astype(dtype)
+    again = remat.unpack(remat.pack(x), dtype)
+    assert again.dtype == dtype
+    np.testing.assert_array_equal(
+        np.asarray(again).view(np.uint8), np.asarray(x).view(np.uint8)
+    )
