@@ -24,3 +24,15 @@ def expand(field: str, path: str | os.PathLike[str]) -> str:
         f"'./{written}'",
     )
     return expanded
+
+
+def user_cache(field: str = "XDG_CACHE_HOME") -> str:
+    """Returns the absolute path of our folder in the user's cache.
+
+    That is `sct_jax` below XDG_CACHE_HOME, or below ~/.cache. The folder may not exist.
+
+    Raises:
+      UserError: see `expand`.
+    """
+    user = expand(field, os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return os.path.join(os.path.abspath(user), "sct_jax")

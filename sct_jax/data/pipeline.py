@@ -168,9 +168,7 @@ def _look_up(
 def _cache_dir(config: settings.DataConfig) -> str:
     if config.cache_dir is not None:
         return os.path.abspath(paths.expand("data.cache_dir", config.cache_dir))
-    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    user = paths.expand("data.cache_dir", user)
-    return os.path.join(os.path.abspath(user), "sct_jax")
+    return paths.user_cache("data.cache_dir")
 
 
 def _open(

@@ -17,7 +17,14 @@ if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
 import jax
 
 from sct_jax import errors
-from sct_jax.training import checkpoint, exit_codes, loop, overrides, process
+from sct_jax.training import (
+    checkpoint,
+    compilation,
+    exit_codes,
+    loop,
+    overrides,
+    process,
+)
 from sct_jax.training import workdir as workdir_lib
 
 ExitCode = exit_codes.ExitCode
@@ -35,13 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments, f"{__doc__}\n{exit_codes.table()}\n"
         )
     try:
-        result = loop.train(
-            experiment,
-            workdir,
-            dry_run=flags.dry_run,
-            allow_change=flags.allow_change,
-            stall_timeout=flags.stall_timeout,
-        )
+        with compilation.cached(process.say):
+            result = loop.train(
+                experiment,
+                workdir,
+                dry_run=flags.dry_run,
+                compile_step=flags.compile,
+                allow_change=flags.allow_change,
+                stall_timeout=flags.stall_timeout,
+                profile=flags.profile,
+            )
     except errors.UserError as error:
         overrides.fail(str(error))
     except Exception as error:

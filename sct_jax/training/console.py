@@ -89,6 +89,28 @@ def start_table(
     return table
 
 
+def compiled_table(
+    compiled: Mapping[str, int], estimate: Mapping[str, int]
+) -> rich.table.Table:
+    """Returns a table of bytes per device: the compiler's beside the estimate.
+
+    Args:
+      compiled: from `Trainer.compiled_memory`.
+      estimate: bytes by the same names, as far as they are known.
+    """
+    table = rich.table.Table(title="bytes per device", title_justify="left")
+    for column in ("", "compiler", "estimate"):
+        table.add_column(column)
+    for name, size in compiled.items():
+        known = estimate.get(name)
+        table.add_row(
+            name.removesuffix("_bytes"),
+            f"{size:,} ({_human(size)})",
+            "" if known is None else f"{known:,} ({_human(known)})",
+        )
+    return table
+
+
 def _human(size: int) -> str:
     units = ("B", "KB", "MB", "GB", "TB")
     power = min(int(math.log(max(size, 1), 1000)), len(units) - 1)
@@ -190,7 +212,10 @@ def describe_divergence(
 
 
 class Progress:
-    """A live bar on a terminal, plain lines elsewhere: loss, rate, tokens/s, ETA."""
+    """A live bar on a terminal, plain lines elsewhere: loss, rate, tokens/s, ETA.
+
+    Adds the model FLOPs utilisation (MFU) where rows have it.
+    """
 
     def __init__(
         self, console: rich.console.Console, *, start_step: int, num_steps: int
@@ -229,6 +254,8 @@ class Progress:
             f"loss {row['train/loss']:.4f}  lr {row['learning_rate']:.2e}  "
             f"{row['tokens_per_second']:,.0f} tokens/s"
         )
+        if "mfu" in row:
+            text += f"  MFU {row['mfu']:.1%}"
         step = int(row["step"])
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)

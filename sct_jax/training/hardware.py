@@ -11,6 +11,33 @@ import numpy as np
 from sct_jax import errors
 from sct_jax.training import state as state_lib
 
+# FLOP/s of dense bfloat16 products with float32 sums, by `device_kind` of a JAX device
+# that is a whole chip. JAX shows TPU v2, v3 and v7x by core, so these are left out.
+# Where NVIDIA states the figure with sparsity, this is half of it.
+PEAK_FLOPS = {
+    "NVIDIA A100-PCIE-40GB": 312e12,  # NVIDIA A100 datasheet
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,  # NVIDIA H100 architecture whitepaper, SXM5
+    "NVIDIA H100 PCIe": 756e12,  # the same
+    "NVIDIA H100 NVL": 835.5e12,  # NVIDIA H100 datasheet: 1,671 with sparsity
+    "NVIDIA H200": 989.5e12,  # NVIDIA H200 datasheet, SXM: 1,979 with sparsity
+    "NVIDIA H200 NVL": 835.5e12,  # the same: 1,671 with sparsity
+    "NVIDIA B200": 2250e12,  # NVIDIA HGX B200: 36,000 with sparsity, of eight
+    "NVIDIA L4": 121e12,  # NVIDIA L4 datasheet: 242 with sparsity
+    "NVIDIA L40S": 362.05e12,  # NVIDIA L40S datasheet
+    "NVIDIA GeForce RTX 3090": 71e12,  # NVIDIA GA102 architecture whitepaper
+    "NVIDIA GeForce RTX 4090": 165.2e12,  # NVIDIA Ada architecture whitepaper
+    "TPU v4": 275e12,  # cloud.google.com/tpu/docs/v4
+    "TPU v5 lite": 197e12,  # cloud.google.com/tpu/docs/v5e
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # cloud.google.com/tpu/docs/v5p
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,  # cloud.google.com/tpu/docs/v6e
+    "TPU v6e": 918e12,
+}
+
 _MEMORY = pathlib.Path("/proc/meminfo")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
 
@@ -39,7 +66,7 @@ def check_memory(state: state_lib.TrainState, devices: Iterable[Any]) -> None:
       devices: all that the state is divided over.
     """
     local = [d for d in devices if d.process_index == jax.process_index()]
-    needed = sum(map(_shard_bytes, jax.tree.leaves(state)))
+    needed = bytes_per_device(state)
     where, available = f"{local[0].device_kind} has", _device_bytes(local)
     if local[0].platform == "cpu":  # all of them share the memory of the host
         needed, where, available = len(local) * needed, "this host has", host_bytes()
@@ -52,6 +79,22 @@ def check_memory(state: state_lib.TrainState, devices: Iterable[Any]) -> None:
         if available is not None
         else "",
     )
+
+
+def peak_flops(devices: Iterable[Any]) -> float | None:
+    """Returns the sum of `PEAK_FLOPS` over devices; None if one is not known.
+
+    The figure for bfloat16 whatever the run computes in, as is usual: one number that
+    compares all runs on a device.
+    """
+    peaks = [PEAK_FLOPS.get(device.device_kind) for device in devices]
+    known = [peak for peak in peaks if peak is not None]
+    return sum(known) if len(known) == len(peaks) else None
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of one device's shards of arrays with shardings."""
+    return sum(map(_shard_bytes, jax.tree.leaves(tree)))
 
 
 def host_bytes() -> int | None:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from sct_jax.training import (
     hardware,
     layerwise,
     metrics,
+    profiling,
     resuming,
     sampling,
     signals,
@@ -49,8 +50,10 @@ def train(
     path: str | os.PathLike[str],
     *,
     dry_run: bool = False,
+    compile_step: bool = False,
     allow_change: Collection[str] = (),
     stall_timeout: float | None = None,
+    profile: tuple[int, int] | None = None,
     output: rich.console.Console | None = None,
 ) -> Result:
     """Trains to the end, or until a signal arrives or the loss diverges.
@@ -66,18 +69,27 @@ def train(
         and tokenizer.json.
       dry_run: only print the start table and write summary.json. Allocates nothing and
         needs no corpus.
+      compile_step: with `dry_run`, also compile the step for the mesh, print the
+        compiler's memory per device, and add it to summary.json as "compiled".
       allow_change: fields in which the run may differ from the one that it resumes.
       stall_timeout: seconds without a step, evaluation or save after which the process
         ends; None waits for ever. See `watchdog.Watchdog`.
+      profile: first and last step of a profiler trace, both included and counted from
+        1, which goes to the folder `profile` of the workdir. See `profiling.Profile`.
       output: where to print; standard output if None.
 
     Raises:
       UserError: naming what the user has to change, before the step is compiled.
+      ValueError: for `compile_step` without `dry_run`.
     """
+    if compile_step and not dry_run:
+        raise ValueError("compile_step: set dry_run too, as a run compiles in any case")
     output = output or console.standard_output()
     say = functools.partial(console.say, output)
     path = pathlib.Path(paths.expand("workdir", path))
     config.validate()
+    if profile is not None:
+        profiling.check_range(profile, num_steps=config.num_steps)
     hardware.check_backend()
     errors.check(
         "mesh",
@@ -93,6 +105,8 @@ def train(
     console.print_start(output, config, summary, run.mesh)
     config = run.config
     if dry_run:
+        if compile_step:
+            summary |= _compile_only(run, summary, output)
         earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config, allowed=allow_change):
             say(f"note: {path} holds another run, so its summary.json is kept")
@@ -111,10 +125,11 @@ def train(
                     same_text = not config_lib.text_changes(earlier, config)
                 workdir.write_json(path / "summary.json", summary)
                 # Text that moved is read, to see whether it is the same.
+                options = (allow_change, stall_timeout, profile)
+                call = _Call(run, path, claimed, output, interrupts, *options)
                 if same_text and workdir.is_finished(path, run):
-                    return _finished_before(config, path, say)
-                options = (allow_change, stall_timeout)
-                return _train(_Call(run, path, claimed, output, interrupts, *options))
+                    return _finished_before(call)
+                return _train(call)
         except (signals.Interrupted, Exception):
             if interrupts.raised is None:
                 raise
@@ -122,6 +137,44 @@ def train(
             kept = f"step {done} is saved" if done else "nothing to save"
             say(f"interrupted before a new step; {kept}")
             return Result("interrupted", done, interrupts.raised)
+
+
+def _compile_only(
+    run: trainer.Trainer, summary: Mapping[str, Any], output: rich.console.Console
+) -> dict[str, Any]:
+    """What summary.json gets from compiling the step for an abstract state."""
+    say = functools.partial(console.say, output)
+    if run.config.step == "layerwise":
+        stack = layerwise.stack_of(run.config.model)
+        sizes = accounting.layerwise_bytes(stack, run.tx, run.abstract_batch())
+        say(
+            'note: step = "layerwise" is compiled in parts during its first step, so '
+            "--compile compiles nothing and adds nothing to summary.json; on one "
+            f"device the arrays of a step take {sizes['total']:,} bytes by formula"
+        )
+        return {}
+    seconds = run.compile(run.abstract_state)
+    say(f"compiled in {seconds:.1f} s")
+    compiled = run.compiled_memory(run.abstract_state)
+    if compiled is None:
+        say(
+            "note: this backend does not tell the memory of a compiled program, so "
+            "summary.json has none"
+        )
+        return {}
+    arguments = (run.abstract_state, run.abstract_batch())
+    estimate = {
+        "argument_bytes": hardware.bytes_per_device(arguments),
+        # Gradients are what every step holds beside its arguments.
+        "temporary_bytes": hardware.bytes_per_device(run.abstract_state.params),
+    }
+    estimate["total_bytes"] = sum(estimate.values())
+    output.print(console.compiled_table(compiled, estimate))
+    say(
+        "The estimate counts the state and a batch as arguments, and the gradients "
+        "alone as temporaries."
+    )
+    return {"compiled": compiled}
 
 
 class _Call(NamedTuple):
@@ -134,6 +187,7 @@ class _Call(NamedTuple):
     interrupts: signals.Signals
     allow_change: Collection[str]
     stall_timeout: float | None
+    profile: tuple[int, int] | None
 
     def say(self, text: str) -> None:
         console.say(self.output, text)
@@ -158,7 +212,7 @@ def _train(call: _Call) -> Result:
                 "that step"
             )
     if state is None:
-        return _finished_before(config, call.path, say)
+        return _finished_before(call)
     interrupts.stop_deferring()
     if interrupts.received and result.status == "finished":
         say(
@@ -208,16 +262,23 @@ def _attempt(
         progress = closing(
             console.Progress(call.output, start_step=start, num_steps=config.num_steps)
         )
+        # Closed before `progress`, which its lines go through.
+        profile = stack.enter_context(
+            profiling.Profile(call.profile, path / "profile", say=progress.print)
+        )
+        profile.resume(start)
         watch = stack.enter_context(watchdog.Watchdog(call.stall_timeout, path))
-        loop = _Loop(run, checkpoints, sinks, progress, text, identity, watch, before)
+        loop = _Loop(
+            run, checkpoints, sinks, progress, profile, text, identity, watch, before
+        )
         return loop.steps(state, start, batches, call.interrupts, torn=torn)
 
 
-def _finished_before(
-    config: config_lib.ExperimentConfig, path: pathlib.Path, say: Callable[[str], None]
-) -> Result:
-    say(f"finished: {config.num_steps} steps are done, see {path}")
-    return Result("finished", config.num_steps)
+def _finished_before(call: _Call) -> Result:
+    num_steps = call.run.config.num_steps
+    profiling.Profile(call.profile, call.path, say=call.say).resume(num_steps)
+    call.say(f"finished: {num_steps} steps are done, see {call.path}")
+    return Result("finished", num_steps)
 
 
 class _Loop(NamedTuple):
@@ -227,6 +288,7 @@ class _Loop(NamedTuple):
     checkpoints: checkpoint.Checkpointer
     sinks: metrics.Sinks
     progress: console.Progress
+    profile: profiling.Profile
     text: evaluation.HeldOut
     identity: dict[str, str]
     watch: watchdog.Watchdog
@@ -253,6 +315,7 @@ class _Loop(NamedTuple):
             start_step=start_step,
             tokens_before=self.windows_before * config.data.seq_len,
             skipped=int(state.guard.skipped),
+            peak_tokens_per_second=self._peak_tokens_per_second(),
         )
         self._compile(state)
         if config.step == "fused":  # "layerwise" compiles in its first step
@@ -263,9 +326,11 @@ class _Loop(NamedTuple):
         for step in range(start_step + 1, config.num_steps + 1):
             last = step == config.num_steps
             logged = last or step == 1 or step % config.log_every == 0
-            state, values = self.run.step(
-                state, next(batches), diagnose=logged, reject=step in torn
-            )
+            with self.profile.step(step, state):
+                state, values = self.run.step(
+                    state, next(batches), diagnose=logged, reject=step in torn
+                )
+            self.profile.after(step, state, values)
             interrupts.defer()
             self.watch.kick()
             self.checkpoints.poll()
@@ -320,6 +385,16 @@ class _Loop(NamedTuple):
     def _compile(self, state: state_lib.TrainState) -> None:
         if seconds := self.run.compile(state):
             self.progress.print(f"compiled in {seconds:.1f} s")
+
+    def _peak_tokens_per_second(self) -> float | None:
+        """What all FLOPs of the devices would train, at the ranks of the start."""
+        peak = hardware.peak_flops(self.run.mesh.devices.flat)
+        if peak is None:
+            return None
+        config = self.run.config
+        return peak / accounting.flops_per_token(
+            config.model, seq_len=config.data.seq_len
+        )
 
     def _flush(self, log: metrics.StepLog) -> bool:
         """Writes the row that is due; False where it shows that the run diverged."""

@@ -216,12 +216,27 @@ class StepLog:
         start_step: int,
         tokens_before: int = 0,
         skipped: int = 0,
+        peak_tokens_per_second: float | None = None,
     ):
+        """Starts the clock.
+
+        Args:
+          sink: receives the rows.
+          learning_rate: by number of updates.
+          tokens_per_step: of a batch.
+          start_step: number of steps so far.
+          tokens_before: tokens so far, beyond those of `start_step` such batches.
+          skipped: number of steps that were not applied so far.
+          peak_tokens_per_second: of devices that do nothing but the model's FLOPs, at
+            their peak. Rows say what share of it they reach as `mfu`; None leaves that
+            out.
+        """
         self.skipped = skipped
+        self._peak = peak_tokens_per_second
         self._sink = sink
         self._learning_rate = learning_rate
         self._tokens_per_step = tokens_per_step
-        self._tokens_before = tokens_before  # beyond step x tokens_per_step
+        self._tokens_before = tokens_before
         self._held: tuple[int, Mapping[str, Any]] | None = None
         self._step = start_step
         self._time = time.monotonic()
@@ -238,7 +253,7 @@ class StepLog:
         """Writes the held row and returns it; None if there is none.
 
         Adds the learning rate of the step, the tokens so far, and tokens per second
-        since the last row.
+        since the last row, also as the share `mfu` of the peak.
         """
         if self._held is None:
             return None
@@ -249,13 +264,15 @@ class StepLog:
         now = time.monotonic()
         tokens = self._tokens_per_step * (step - self._step)
         updates = max(step - self.skipped, 1)
+        rate = tokens / max(now - self._time, 1e-9)
         row = {
             "step": step,
             "train/loss": values.pop("loss"),
             "train/loss_max": values.pop("loss_max"),
             "learning_rate": float(jnp.asarray(self._learning_rate(updates - 1))),
             "tokens": self._tokens_per_step * step + self._tokens_before,
-            "tokens_per_second": tokens / max(now - self._time, 1e-9),
+            "tokens_per_second": rate,
+            **({} if self._peak is None else {"mfu": rate / self._peak}),
             **values,
         }
         self._step, self._time = step, now

@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from sct_jax import errors, paths
 from sct_jax.training import config as config_lib
-from sct_jax.training import hardware, optimizer_config
+from sct_jax.training import hardware, optimizer_config, profiling
 
 T = TypeVar("T")
 
@@ -414,6 +414,12 @@ def parse_experiment(
         help="print the start table, write summary.json, and stop",
     )
     parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="with --dry_run: compile the step too, for the devices at hand, and add "
+        "the compiler's memory per device; needs no memory for the model",
+    )
+    parser.add_argument(
         "--allow_change",
         action="append",
         default=[],
@@ -427,12 +433,20 @@ def parse_experiment(
         help="end the process if no step, evaluation or save ends for so long; more "
         "than a compilation takes",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="START:STOP",
+        help="write a profiler trace of the steps START to STOP, both included and "
+        "counted from 1, to the folder profile of the workdir",
+    )
     flags, pairs = parser.parse(argv)
     try:
         flags.allow_change = _fields(",".join(flags.allow_change))
         _check_flags(flags)
         hardware.check_backend()
         experiment = load(flags.config, pairs)
+        if flags.profile is not None:
+            profiling.check_range(flags.profile, num_steps=experiment.num_steps)
         workdir = flags.workdir
         if workdir is None:
             workdir = default_workdir(flags.config)
@@ -450,6 +464,19 @@ def _check_flags(flags: argparse.Namespace) -> None:
         seconds is None or 0 < seconds <= _MAX_TIMEOUT,
         f"{seconds} must be > 0 and <= {_MAX_TIMEOUT} seconds",
     )
+    errors.check(
+        "--compile",
+        flags.dry_run or not flags.compile,
+        "a run compiles in any case; add --dry_run to compile without training, or "
+        "leave --compile out",
+    )
+    if flags.profile is not None:
+        errors.check(
+            "--profile",
+            not flags.dry_run,
+            "--dry_run takes no steps to trace; leave one of the two out",
+        )
+        flags.profile = profiling.parse_range(flags.profile)
 
 
 def _fields(text: str) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class Trainer:
         abstract = state_lib.abstract(config.model, self.tx, init_params=init_params)
         self.abstract_state = self._with_shardings(abstract)
         self._rank_budget = rank.num_parameters(abstract.params)
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._jitted_step: Any = None
         if config.step == "fused":
             step = step_lib.make_train_step(
@@ -138,6 +138,15 @@ class Trainer:
         """Returns a batch on the devices, its rows sharded over `data` and `fsdp`."""
         return jax.device_put(batch, NamedSharding(self.mesh, sharding.BATCH))
 
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes, dtypes and shardings of a batch."""
+        shape = (self.config.data.batch_size, self.config.data.seq_len)
+        rows = NamedSharding(self.mesh, sharding.BATCH)
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+            for name in ("inputs", "targets", "segment_ids")
+        }
+
     # --- Training.
 
     def compile(self, state: state_lib.TrainState) -> float:
@@ -149,18 +158,34 @@ class Trainer:
         key = _shapes(state)
         if self._jitted_step is None or key in self._compiled:
             return 0.0
-        shape = (self.config.data.batch_size, self.config.data.seq_len)
-        rows = NamedSharding(self.mesh, sharding.BATCH)
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-            for name in ("inputs", "targets", "segment_ids")
-        }
         began = time.monotonic()
         lowered = self._jitted_step.lower(
-            self._with_shardings(state), batch, jnp.array(True)
+            self._with_shardings(state), self.abstract_batch(), jnp.array(True)
         )
         self._compiled[key] = lowered.compile()
         return time.monotonic() - began
+
+    def compiled_memory(self, state: state_lib.TrainState) -> dict[str, int] | None:
+        """Returns the bytes per device of the step that `compile` made for a state.
+
+        None if the backend does not tell, or `step` is "layerwise", which is no single
+        program. The total is an upper bound: outputs reuse the memory of the donated
+        state, whose bytes count once.
+
+        Args:
+          state: abstract or not, of shapes that were compiled.
+        """
+        if self._jitted_step is None:
+            return None
+        found = self._compiled[_shapes(state)].memory_analysis()
+        if found is None:
+            return None
+        sizes = {
+            "argument_bytes": found.argument_size_in_bytes,
+            "output_bytes": found.output_size_in_bytes - found.alias_size_in_bytes,
+            "temporary_bytes": found.temp_size_in_bytes,
+        }
+        return sizes | {"total_bytes": sum(sizes.values())}
 
     def step(
         self,
