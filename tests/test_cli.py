@@ -155,6 +155,7 @@ def passed(monkeypatch, tmp_path, *flags):
 def test_allowed_changes_and_the_timeout_reach_the_run(monkeypatch, tmp_path):
     given = passed(monkeypatch, tmp_path)
     assert given["allow_change"] == () and given["stall_timeout"] is None
+    assert given["profile"] is None and given["compile_step"] is False
     given = passed(
         monkeypatch,
         tmp_path,
@@ -169,6 +170,13 @@ def test_allowed_changes_and_the_timeout_reach_the_run(monkeypatch, tmp_path):
         "optimizer.dense_lr_multiplier",
     )
     assert given["stall_timeout"] == 90
+
+
+def test_a_profile_and_a_compilation_reach_the_run(monkeypatch, tmp_path):
+    given = passed(monkeypatch, tmp_path, "--profile=5:650")
+    assert given["profile"] == (5, 650) and not given["dry_run"]
+    given = passed(monkeypatch, tmp_path, "--dry-run", "--compile")
+    assert given["compile_step"] is given["dry_run"] is True
 
 
 def test_a_home_folder_is_found(monkeypatch, tmp_path):
@@ -187,13 +195,21 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
         ("--stall-timeout=0", ["--stall_timeout", "0"]),
         ("--stall-timeout=nan", ["--stall_timeout", "nan"]),
         ("--stall-timeout=soon", ["--stall_timeout", "soon"]),
+        ("--profile=5", ["--profile: '5'", "START:STOP", "10:12"]),
+        ("--profile=", ["--profile: ''", "START:STOP"]),
+        ("--profile=a:b", ["--profile: 'a:b'", "START:STOP"]),
+        ("--profile=7:3", ["--profile: 7:3", "before it starts", "3:7"]),
+        ("--profile=0:2", ["--profile: 0:2", "START >= 1"]),
+        ("--profile=651:660", ["--profile: 651:660", "START <= num_steps = 650"]),
+        ("--profile=5:7 --dry_run", ["--profile: --dry_run", "leave one"]),
+        ("--compile", ["--compile: ", "add --dry_run"]),
         ("--workdir=", ["--workdir"]),
         ("--workdir=~nobody-of-this-name/x", ["--workdir", "home"]),
     ],
 )
 def test_bad_flags_are_named(monkeypatch, tmp_path, capsys, flag, parts):
     with pytest.raises(SystemExit) as caught:
-        passed(monkeypatch, tmp_path, flag)
+        passed(monkeypatch, tmp_path, *flag.split(" "))
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and all(part in said for part in parts)

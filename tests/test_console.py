@@ -110,6 +110,36 @@ def test_progress_off_a_terminal_prints_plain_lines():
     assert "\x1b" not in text and "\r" not in text
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_the_utilisation_where_it_is_known(terminal):
+    texts = []
+    for row in (shown(2), shown(2) | {"mfu": 0.4126}):
+        out = console(terminal=terminal)
+        progress = console_lib.Progress(out, start_step=0, num_steps=2)
+        progress.show(row)
+        progress.close()
+        texts.append(out.file.getvalue())
+    assert "MFU" not in texts[0]
+    assert "12,346 tokens/s  MFU 41.3%" in texts[1]
+
+
+def test_the_compilers_bytes_stand_beside_the_estimate():
+    out = rich.console.Console(file=io.StringIO(), width=80, color_system=None)
+    out.print(
+        console_lib.compiled_table(
+            {"argument_bytes": 20_223_809, "output_bytes": 772},
+            {"argument_bytes": 20_000_000},
+        )
+    )
+    argument, output = (
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in out.file.getvalue().splitlines()
+        if "bytes" not in line and "│" in line
+    )
+    assert argument == ["argument", "20,223,809 (20.2 MB)", "20,000,000 (20 MB)"]
+    assert output == ["output", "772 (772 B)", ""]
+
+
 def test_progress_on_a_terminal_is_a_bar():
     out = console(terminal=True)
     progress = console_lib.Progress(out, start_step=0, num_steps=30)

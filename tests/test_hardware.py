@@ -1,4 +1,5 @@
 import math
+import types
 
 import jax
 import pytest
@@ -79,6 +80,29 @@ def test_an_accelerator_has_memory_of_its_own(monkeypatch, limit, fits):
         return
     with pytest.raises(errors.UserError, match="H9000"):
         hardware.check_memory(state, [Device(size)])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "peak"),
+    [
+        (["NVIDIA H100 80GB HBM3"], 989.4e12),
+        (["NVIDIA A100-SXM4-40GB"] * 8, 8 * 312e12),
+        (["NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"], 2 * 312e12),
+        (["TPU v5 lite"] * 4, 4 * 197e12),
+        (["TPU v3"] * 8, None),  # devices are cores
+        (["TPU7x"], None),
+        (["cpu"], None),
+        (["NVIDIA L4", "H9000"], None),
+    ],
+    ids=str,
+)
+def test_the_peak_is_that_of_all_devices(kinds, peak):
+    devices = [types.SimpleNamespace(device_kind=kind) for kind in kinds]
+    assert hardware.peak_flops(devices) == peak
+
+
+def test_this_cpu_has_no_known_peak():
+    assert hardware.peak_flops(jax.devices()) is None
 
 
 def test_the_memory_of_this_host_is_known_and_bounds_nothing_real():

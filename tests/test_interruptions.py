@@ -189,6 +189,20 @@ def test_a_signal_saves_once_and_loses_no_step(
     assert_same_run(path, finished)
 
 
+def test_a_signal_ends_a_trace(experiment, tmp_path):
+    path, number = tmp_path / "run", signal.SIGTERM
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*signalling(trainer.Trainer, "step", number, on_call=3))
+        result, text = train(experiment, path, profile=(2, 6))
+    assert result == loop.Result("interrupted", 3, number)
+    assert f"profile: steps 2 to 3 are in {path / 'profile'}" in text
+    assert len(list(path.glob("profile/**/*.xplane.pb"))) == 1
+    result, text = train(experiment, path, profile=(2, 3))
+    assert result.status == "finished" and "--profile=2:3 traces nothing" in text
+    assert "profile: steps" not in text
+    assert "--profile=2:3 traces nothing" in train(experiment, path, profile=(2, 3))[1]
+
+
 def test_a_library_that_makes_an_error_of_a_signal(experiment, tmp_path, monkeypatch):
     def prepare(*args, **kwargs):
         try:
@@ -366,14 +380,14 @@ def test_another_shape_is_refused_even_on_request(experiment, workdir):
     "name",
     [
         *(".lock", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json"),
-        *("checkpoints", "tensorboard"),
+        *("checkpoints", "profile", "tensorboard"),
     ],
 )
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_what_has_a_name_of_the_run_is_refused(experiment, tmp_path, name, dry_run):
     path = tmp_path / "run"
     path.mkdir()
-    if name in ("checkpoints", "tensorboard"):
+    if name in ("checkpoints", "profile", "tensorboard"):
         (path / name).write_text("")
     else:
         (path / name).mkdir()

@@ -19,6 +19,8 @@ from sct_jax import data, errors, model, rank, sharding
 from sct_jax.training import (
     accounting,
     checkpoint,
+    hardware,
+    layerwise,
     loop,
     metrics,
     optimizer_config,
@@ -753,7 +755,106 @@ def test_a_workdir_that_cannot_be_written_is_refused(experiment, tmp_path):
         assert refusal(experiment, workdir).startswith("workdir: ")
 
 
+# --- Profile, utilisation.
+
+
+def test_a_profile_is_written_and_changes_no_result(experiment, finished, tmp_path):
+    path = tmp_path / "run"
+    status, text = train(experiment, path, profile=(2, 3))
+    assert status == "finished"
+    assert f"profile: steps 2 to 3 are in {path / 'profile'}" in text
+    assert len(list((path / "profile").rglob("*.xplane.pb"))) == 1
+    assert_same_run(path, finished[0])
+    assert not (finished[0] / "profile").exists()
+
+
+def test_a_run_that_diverges_ends_its_trace(experiment, tmp_path, monkeypatch):
+    lose = lambda state, values: (state, values | {"loss": values["loss"] * np.nan})
+    monkeypatch.setattr(trainer.Trainer, "step", spoilt(2, lose))
+    config = applying_every_step(experiment)
+    status, text = train(config, tmp_path, profile=(2, 8))
+    assert status == "diverged"
+    assert "profile: steps 2 to 3 are in " in text
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_a_range_without_a_step_is_refused(experiment, tmp_path):
+    with pytest.raises(errors.UserError, match=r"^--profile: 9:12 .* num_steps = 8"):
+        train(experiment, tmp_path / "run", profile=(9, 12))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_have_the_utilisation_of_known_devices(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "peak_flops", lambda devices: len(list(devices)) * 7)
+    _, text = train(experiment, tmp_path)
+    assert "  MFU " in text
+    flops = accounting.flops_per_token(experiment.model, seq_len=LENGTH)
+    logged = [row for row in rows(tmp_path) if "train/loss" in row]
+    assert logged
+    for row in logged:
+        expected = row["tokens_per_second"] * flops / 7
+        assert row["mfu"] == pytest.approx(expected, rel=1e-12)
+
+
 # --- Dry run, generation.
+
+
+def test_a_dry_run_compiles_without_parameters(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "init", lambda *_: pytest.fail("allocates"))
+    status, text = train(experiment, tmp_path, dry_run=True, compile_step=True)
+    assert status == "dry_run"
+    assert "compiled in " in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    sizes = summary["compiled"]
+    assert sizes.keys() == {
+        "argument_bytes",
+        "output_bytes",
+        "temporary_bytes",
+        "total_bytes",
+    }
+    # Parameters, optimizer state, three arrays of tokens, and counters.
+    state = summary["bytes"]["parameters"] + summary["bytes"]["optimizer"]
+    assert 0 <= sizes["argument_bytes"] - state - 3 * 4 * BATCH * LENGTH < 1000
+    assert 0 <= sizes["output_bytes"] < 1000  # the state is donated
+    assert sizes["temporary_bytes"] > summary["bytes"]["gradients"]
+    for size in sizes.values():
+        assert f"{size:,} (" in text
+    assert f"{summary['bytes']['gradients']:,} (" in text.split("bytes per device")[1]
+
+
+def test_a_dry_run_compiles_only_on_request(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "compile", lambda *_: pytest.fail("compiles"))
+    train(experiment, tmp_path, dry_run=True)
+    assert "compiled" not in json.loads((tmp_path / "summary.json").read_text())
+    with pytest.raises(ValueError, match="dry_run"):
+        train(experiment, tmp_path, compile_step=True)
+
+
+def test_a_backend_without_figures_is_noted(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda self: None)
+    _, text = train(experiment, tmp_path, dry_run=True, compile_step=True)
+    assert "note: this backend does not tell" in text
+    assert "compiled" not in json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_the_layerwise_step_is_no_program_to_compile(experiment, tmp_path):
+    config = dataclasses.replace(
+        experiment,
+        step="layerwise",
+        model=dataclasses.replace(experiment.model, scan_layers=False),
+        optimizer=dataclasses.replace(experiment.optimizer, grad_clip=None),
+    )
+    status, text = train(config, tmp_path, dry_run=True, compile_step=True)
+    assert status == "dry_run"
+    batch = {
+        name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+        for name in ("inputs", "targets", "segment_ids")
+    }
+    total = accounting.layerwise_bytes(
+        layerwise.stack_of(config.model), config.build_optimizer(), batch
+    )["total"]
+    assert "is compiled in parts" in text and f"{total:,} bytes by formula" in text
+    assert "compiled" not in json.loads((tmp_path / "summary.json").read_text())
 
 
 def test_a_dry_run_needs_no_corpus_and_writes_the_summary(experiment, tmp_path):

@@ -251,3 +251,22 @@ def test_a_row_is_written_once_the_next_step_runs_and_times_steps_alone(monkeypa
     # The learning rate of the update that the row is about.
     assert [row["learning_rate"] for row in rows] == [0.5**10, 0.5**12]
     assert rows[1]["train/loss"] == 13 and rows[1]["grad_norm"] == 1
+    assert "mfu" not in rows[0]
+
+
+def test_a_known_peak_gives_the_utilisation(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    fake = types.SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr(metrics, "time", fake)
+    rows = Rows()
+    log = metrics.StepLog(
+        rows,
+        learning_rate=lambda count: 0.1,
+        tokens_per_step=64,
+        start_step=0,
+        peak_tokens_per_second=128.0,
+    )
+    values = {"loss": 1, "loss_max": 1, "skipped_steps": 0}
+    log.hold(1, {k: np.float32(v) for k, v in values.items()})
+    clock.now += 2.0
+    assert log.flush()["mfu"] == 32 / 128

@@ -247,7 +247,7 @@ def last_step(workdir: pathlib.Path) -> int:
 def timeless_rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the logged rows without their speed."""
     return [
-        {key: value for key, value in row.items() if key != "tokens_per_second"}
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu")}
         for row in rows(workdir)
     ]
 

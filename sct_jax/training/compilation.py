@@ -106,7 +106,7 @@ def _settings(folder: pathlib.Path) -> Iterator[None]:
 def _repaired(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
     """Removes entries that JAX cannot read or write.
 
-    Says so once for each program that cannot be read, and once if any cannot be written.
+    Says so once for each program that cannot be read, and once for all writes.
     """
     said: set[str] = set()
 
