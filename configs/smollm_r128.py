@@ -52,7 +52,6 @@ def _smollm(
             spectral=model.MLP,
             rope_theta=rope_theta,
             compute_dtype="bfloat16",
-            remat="full",
         ),
         data=data.DataConfig(batch_size=16, seq_len=2048),
         optimizer=optimizer_config.Sct(

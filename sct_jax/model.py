@@ -31,6 +31,7 @@ MATRICES = (*BLOCK_MATRICES, "embedding", "head")
 MLP = ("gate", "up", "down")
 FACTORS = ("spectral", "low_rank")
 REMAT = ("none", "dots", "full")
+"""What the backward pass recomputes: from nothing to all, from most to least memory."""
 
 MLP_TOKENS = 2048
 """Tokens whose (..., F) activations exist at once under remat "full"."""
@@ -102,8 +103,10 @@ class ModelConfig:
       compute_dtype: dtype of activations, and of parameters in matrix products.
       scan_layers: True scans over stacked layers; False unrolls a tuple of layers.
       remat: what the backward pass recomputes: "none", "dots" (all but the results of
-        matrix products and attention) or "full" (each block from its input, and in it
-        the SwiGLU of some tokens at a time).
+        matrix products and attention), "full" (each block from its input, and in it the
+        SwiGLU of some tokens at a time) or "auto", with which a run takes the first of
+        these that fits into the memory of its devices. The functions of this module
+        take "auto" for "none".
       attention: what computes attention: "xla" (all scores of a sequence at once),
         "chunked" (blocks of them, so memory grows with the length and not with its
         square) or "auto", which takes the first for short sequences.
@@ -127,7 +130,7 @@ class ModelConfig:
     rescale_init: bool = False
     compute_dtype: str = "float32"
     scan_layers: bool = True
-    remat: str = "none"
+    remat: str = "auto"
     attention: str = "auto"
 
     @property
@@ -201,7 +204,7 @@ class ModelConfig:
         errors.check_bounds("model.", self, "rope_theta", least=1)
         errors.check_bounds("model.", self, "norm_eps", above=0)
         errors.check_choice("model.factors", self.factors, FACTORS)
-        errors.check_choice("model.remat", self.remat, REMAT)
+        errors.check_choice("model.remat", self.remat, ("auto", *REMAT))
         errors.check_choice("model.attention", self.attention, attention.CHOICES)
         errors.check_choice(
             "model.compute_dtype", self.compute_dtype, ("float32", "bfloat16")

@@ -261,6 +261,7 @@ def test_from_dict_refuses_a_field_of_another_version():
         ("mesh.fsdp", "4"),
         ("data.num_microbatches", "2"),
         ("model.remat", "dots"),
+        ("model.remat", "none"),
         ("model.scan_layers", "false"),
         ("step", "layerwise"),
     ],

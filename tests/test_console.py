@@ -57,6 +57,7 @@ SUMMARY = {
         "parameters": 2_391_191_552,
         "gradients": 2_391_191_552,
         "optimizer": 4_782_383_112,
+        "activations": 1_000_000,
         "total": 9_564_766_216,
     },
 }
@@ -72,6 +73,7 @@ def test_the_start_table_has_the_figures(width):
             mesh={"data": 2, "fsdp": 4, "tensor": 1},
             tokens_per_step=1000,
             num_steps=50,
+            choices={"rematerialisation": "dots (auto: needs 3.1 GB of 24 GB)"},
         )
     )
     text = out.file.getvalue()
@@ -86,6 +88,8 @@ def test_the_start_table_has_the_figures(width):
         "50,000",
         "8 x cpu",
         "data 2, fsdp 4, tensor 1",
+        "1,000,000 (1 MB)",
+        "dots (auto: needs",
     ):
         assert figure in text, figure
 

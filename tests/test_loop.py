@@ -308,7 +308,18 @@ def test_files_of_a_run(experiment, finished):
     assert config_lib.from_dict(written) == experiment
     summary = json.loads((workdir / "summary.json").read_text())
     tx = experiment.optimizer.build(experiment.num_steps)
-    assert summary == accounting.summary(experiment.model, tx, seq_len=LENGTH)
+    counted = accounting.summary(experiment.model, tx, seq_len=LENGTH)
+    assert summary | {"bytes": 0} == counted | {"bytes": 0}
+    activations = accounting.activation_bytes(
+        experiment.model,
+        tx,
+        rows=experiment.data.batch_size,
+        seq_len=LENGTH,
+        num_microbatches=experiment.data.num_microbatches,
+    )
+    total = counted["bytes"]["total"] + activations
+    expected = counted["bytes"] | {"activations": activations, "total": total}
+    assert summary["bytes"] == expected
     kept = {p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
     assert kept == {"3", "6", "8"}
     assert {path.name for path in workdir.iterdir()} <= {

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from sct_jax import rank
 from sct_jax.training import config as config_lib
-from sct_jax.training import metrics, optimizer_config, streams
+from sct_jax.training import memory, metrics, optimizer_config, streams
 
 
 def standard_output() -> rich.console.Console:
@@ -33,6 +34,8 @@ def print_start(
     config: config_lib.ExperimentConfig,
     summary: Mapping[str, Any],
     mesh: Mesh,
+    *,
+    choices: Mapping[str, str],
 ) -> None:
     """Prints the start table and a note for each setting without effect.
 
@@ -41,6 +44,7 @@ def print_start(
       config: the run.
       summary: from `accounting.summary`.
       mesh: the devices.
+      choices: further rows of the table, from `memory.Plan`.
     """
     devices = jax.devices()
     console.print(
@@ -50,6 +54,7 @@ def print_start(
             mesh=mesh.shape,
             tokens_per_step=config.data.tokens_per_step,
             num_steps=config.num_steps,
+            choices=choices,
         )
     )
     for note in (*config.model.clamped_ratios(), *config.unused_fields()):
@@ -63,6 +68,7 @@ def start_table(
     mesh: Mapping[str, int],
     tokens_per_step: int,
     num_steps: int,
+    choices: Mapping[str, str] = MappingProxyType({}),
 ) -> rich.table.Table:
     """Returns the table printed before a run, from `accounting.summary`."""
     stored = summary["parameters"]
@@ -74,15 +80,15 @@ def start_table(
         "parameters (dense equivalent)": f"{dense:,}",
         "compression": f"{dense / stored:.2f}x",
         **{
-            f"bytes, {name}": f"{size:,} ({_human(size)})"
+            f"bytes, {name}": f"{size:,} ({memory.human(size)})"
             for name, size in sizes.items()
         },
-        "bytes, activations": "not counted",
         "FLOPs per token": f"{summary['flops_per_token']:,}",
         "tokens per step": f"{tokens_per_step:,}",
         "tokens in total": f"{tokens_per_step * num_steps:,}",
         "devices": devices,
         "mesh": ", ".join(f"{name} {size}" for name, size in mesh.items()),
+        **choices,
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -105,16 +111,10 @@ def compiled_table(
         known = estimate.get(name)
         table.add_row(
             name.removesuffix("_bytes"),
-            f"{size:,} ({_human(size)})",
-            "" if known is None else f"{known:,} ({_human(known)})",
+            f"{size:,} ({memory.human(size)})",
+            "" if known is None else f"{known:,} ({memory.human(known)})",
         )
     return table
-
-
-def _human(size: int) -> str:
-    units = ("B", "KB", "MB", "GB", "TB")
-    power = min(int(math.log(max(size, 1), 1000)), len(units) - 1)
-    return f"{size / 1000**power:.3g} {units[power]}"
 
 
 def describe_ranks(step: int, before: Mapping[str, int], change: rank.Change) -> str:

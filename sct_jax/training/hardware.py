@@ -66,7 +66,7 @@ def check_memory(state: state_lib.TrainState, devices: Iterable[Any]) -> None:
       devices: all that the state is divided over.
     """
     local = [d for d in devices if d.process_index == jax.process_index()]
-    needed = bytes_per_device(state)
+    needed = shard_bytes(state)
     where, available = f"{local[0].device_kind} has", _device_bytes(local)
     if local[0].platform == "cpu":  # all of them share the memory of the host
         needed, where, available = len(local) * needed, "this host has", host_bytes()
@@ -92,9 +92,19 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
     return sum(known) if len(known) == len(peaks) else None
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes of one device's shards of arrays with shardings."""
-    return sum(map(_shard_bytes, jax.tree.leaves(tree)))
+def memory_bytes(devices: Iterable[Any]) -> int | None:
+    """Returns the memory of each device of this process; None if it is unknown.
+
+    That of the smallest one on accelerators. On CPU all devices share that of the host.
+
+    Args:
+      devices: of a mesh.
+    """
+    local = [d for d in devices if d.process_index == jax.process_index()]
+    if local[0].platform != "cpu":
+        return _device_bytes(local)
+    available = host_bytes()
+    return None if available is None else available // len(local)
 
 
 def host_bytes() -> int | None:
@@ -111,6 +121,14 @@ def host_bytes() -> int | None:
     return min(limits)
 
 
+def shard_bytes(tree: Any) -> int:
+    """Returns the bytes that each device holds of a tree with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def _read_limit(name: str) -> int | None:
     """A limit of the control group at the root of this container; None for none."""
     try:
@@ -118,11 +136,6 @@ def _read_limit(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
-
-
-def _shard_bytes(leaf: Any) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
 def _device_bytes(devices: Sequence[Any]) -> int | None:

@@ -18,6 +18,7 @@ from sct_jax.training import (
     evaluation,
     hardware,
     layerwise,
+    memory,
     metrics,
     profiling,
     resuming,
@@ -99,14 +100,19 @@ def train(
     )
     run = trainer.Trainer(workdir.resolve(config, path), config.mesh.build())
     workdir.make(path)
+    plan = run.plan()
     summary = accounting.summary(
-        config.model, run.tx, seq_len=config.data.seq_len, state=run.abstract_state
+        config.model,
+        run.tx,
+        seq_len=config.data.seq_len,
+        state=run.abstract_state,
+        sizes=plan.sizes,
     )
-    console.print_start(output, config, summary, run.mesh)
+    console.print_start(output, config, summary, run.mesh, choices=plan.choices)
     config = run.config
     if dry_run:
         if compile_step:
-            summary |= _compile_only(run, summary, output)
+            summary |= _compile_only(run, plan, output)
         earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config, allowed=allow_change):
             say(f"note: {path} holds another run, so its summary.json is kept")
@@ -114,6 +120,8 @@ def train(
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
     hardware.check_memory(run.abstract_state, run.mesh.devices.flat)
+    if note := memory.check(plan, run.mesh, run.abstract_state):
+        say(f"note: {note}")
     with signals.Signals() as interrupts:
         try:
             with workdir.claim(path) as claimed:
@@ -140,17 +148,14 @@ def train(
 
 
 def _compile_only(
-    run: trainer.Trainer, summary: Mapping[str, Any], output: rich.console.Console
+    run: trainer.Trainer, plan: memory.Plan, output: rich.console.Console
 ) -> dict[str, Any]:
     """What summary.json gets from compiling the step for an abstract state."""
     say = functools.partial(console.say, output)
     if run.config.step == "layerwise":
-        stack = layerwise.stack_of(run.config.model)
-        sizes = accounting.layerwise_bytes(stack, run.tx, run.abstract_batch())
         say(
             'note: step = "layerwise" is compiled in parts during its first step, so '
-            "--compile compiles nothing and adds nothing to summary.json; on one "
-            f"device the arrays of a step take {sizes['total']:,} bytes by formula"
+            "--compile compiles nothing and adds nothing to summary.json"
         )
         return {}
     seconds = run.compile(run.abstract_state)
@@ -162,18 +167,14 @@ def _compile_only(
             "summary.json has none"
         )
         return {}
-    arguments = (run.abstract_state, run.abstract_batch())
     estimate = {
-        "argument_bytes": hardware.bytes_per_device(arguments),
-        # Gradients are what every step holds beside its arguments.
-        "temporary_bytes": hardware.bytes_per_device(run.abstract_state.params),
+        "argument_bytes": hardware.shard_bytes(
+            (run.abstract_state, run.abstract_batch())
+        ),
+        "temporary_bytes": plan.needed["gradients"] + plan.needed["activations"],
     }
     estimate["total_bytes"] = sum(estimate.values())
     output.print(console.compiled_table(compiled, estimate))
-    say(
-        "The estimate counts the state and a batch as arguments, and the gradients "
-        "alone as temporaries."
-    )
     return {"compiled": compiled}
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from sct_jax import data, errors, model, rank, sharding, spectral
 from sct_jax.training import config as config_lib
-from sct_jax.training import evaluation, layerwise, metrics
+from sct_jax.training import evaluation, hardware, layerwise, memory, metrics
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
 
@@ -29,7 +29,7 @@ class Trainer:
     """Initialises, trains and evaluates the model of one configuration on one mesh.
 
     Attributes:
-      config: the run.
+      config: the run, as it was given; what it leaves to "auto" stays so.
       mesh: the devices.
       tx: the chain that updates the parameters.
       abstract_state: shapes, dtypes and shardings of the state before the first step.
@@ -84,6 +84,15 @@ class Trainer:
         )
         abstract = state_lib.abstract(config.model, self.tx, init_params=init_params)
         self.abstract_state = self._with_shardings(abstract)
+        self._resolved, self._reasons = memory.resolve(
+            config,
+            mesh,
+            self.abstract_state,
+            available=hardware.memory_bytes(mesh.devices.flat),
+            tx=tx,
+        )
+        self._custom_tx = tx
+        config = self._resolved
         self._rank_budget = rank.num_parameters(abstract.params)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._jitted_step: Any = None
@@ -114,6 +123,16 @@ class Trainer:
                 num_microbatches=config.data.num_microbatches,
                 linear=linear,
             )
+        )
+
+    def plan(self) -> memory.Plan:
+        """Returns what the run needs of each device's memory, and what was chosen."""
+        return memory.plan(
+            self._resolved,
+            self.mesh,
+            self.abstract_state,
+            tx=self._custom_tx,
+            reasons=self._reasons,
         )
 
     # --- State.
