@@ -140,6 +140,7 @@ def dot_flops(jaxpr) -> int:
 @each_config
 def test_flops_are_the_traced_products(config):
     seq_len, batch = 24, 2
+    config = dataclasses.replace(config, attention="xla")  # recomputes nothing
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), config))
 

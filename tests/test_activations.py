@@ -47,7 +47,7 @@ def relative_error(*, rows, seq_len, num_microbatches=1, spectral="mlp", **field
 QUICK = [
     {"rows": 4, "seq_len": 512, "num_layers": 3, "attention": "xla"},
     {"rows": 4, "seq_len": 512, "attention": "chunked", "remat": "full"},
-    {"rows": 8, "seq_len": 256, "num_microbatches": 2, "remat": "dots"},
+    {"rows": 8, "seq_len": 512, "num_microbatches": 2, "remat": "dots"},
     {"rows": 4, "seq_len": 512, "compute_dtype": "bfloat16", "spectral": "dense"},
 ]
 ALL = [
@@ -95,6 +95,5 @@ def test_separate_layers_cost_the_same_each():
         tx = config_lib.ExperimentConfig().build_optimizer()
         return accounting.activation_bytes(config, tx, rows=4, seq_len=256)
 
-    two, three, four, six = map(counted, (2, 3, 4, 6))
+    two, three, four = map(counted, (2, 3, 4))
     assert four - two == pytest.approx(2 * (four - three), rel=0.1)
-    assert six == four + (four - two)
