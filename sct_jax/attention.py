@@ -1,5 +1,8 @@
 """Causal attention with grouped queries and documents, in blocks or as XLA's own.
 
+`attend` computes it, and `select` says which implementation a device should use. Those
+of this module serve everywhere; `attention_kernels` has the kernels of accelerators.
+
 Axes: B batch, L query and key length, H heads, G kv heads, R query heads of a group,
 K head_dim; of one block Q queries and M keys; N number of blocks.
 """
@@ -11,10 +14,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from sct_jax import remat
+from sct_jax import attention_kernels, errors, remat
 
 IMPLEMENTATIONS = ("xla", "chunked")
-CHOICES = ("auto", *IMPLEMENTATIONS)
+CHOICES = ("auto", *IMPLEMENTATIONS, *attention_kernels.KERNELS)
 
 ROW = 128
 """Queries of a row: they see all keys up to the last of them at once."""
@@ -51,11 +54,17 @@ def attend(
       segment_ids: document of each position. Attention does not cross documents.
       implementation: "xla" computes all L x L scores of a head at once. "chunked" does
         so for a block at a time, forward and backward, and skips what is above the
-        diagonal: memory grows with L, not with L^2. "auto" takes "chunked".
+        diagonal: memory grows with L, not with L^2. "auto" takes "chunked". "cudnn",
+        "triton" and "splash" are the kernels of `attention_kernels`; `select` knows
+        where they serve.
 
     Raises:
-      ValueError: for an unknown implementation.
+      ValueError: for an unknown implementation, and for "cudnn" with `segment_ids`.
     """
+    if implementation in attention_kernels.KERNELS:
+        return attention_kernels.attend(
+            implementation, q_BLHK, k_BLGK, v_BLGK, segment_ids
+        )
     if implementation == "xla":
         mask = None
         if segment_ids is not None:
@@ -75,6 +84,85 @@ def attend(
         segment_ids,
     )
     return out.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
+
+
+def select(
+    implementation: str,
+    *,
+    platform: str,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    seq_len: int,
+    dtype: str,
+    documents: bool = True,
+    tensor: int = 1,
+    compute_capability: str | None = None,
+) -> tuple[str, str]:
+    """Returns an implementation that can serve, and why it, in a few words.
+
+    Anything but "auto" is returned unchanged. "auto" takes "chunked" on CPU, for speed
+    too. Elsewhere it takes "xla" for one block, then "cudnn" or "splash", and "chunked"
+    where that cannot serve. It never takes "triton", which has not run on a GPU yet.
+
+    Args:
+      implementation: one of `CHOICES`.
+      platform: see `attention_kernels.Workload`, and for the other arguments too.
+      head_dim: K.
+      num_heads: H.
+      num_kv_heads: G.
+      seq_len: L.
+      dtype: of queries, keys and values.
+      documents: whether sequences hold several documents.
+      tensor: number of devices that divide the heads.
+      compute_capability: of an NVIDIA GPU.
+
+    Raises:
+      UserError: naming `model.attention`, for one that is unknown or cannot serve.
+    """
+    errors.check_choice("model.attention", implementation, CHOICES)
+    work = attention_kernels.Workload(
+        platform=platform,
+        compute_capability=compute_capability,
+        head_dim=head_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        seq_len=seq_len,
+        dtype=dtype,
+        documents=documents,
+        tensor=tensor,
+    )
+    chosen, reason = _select_for(work)
+    if implementation == "auto":
+        return chosen, f"auto: {reason}"
+    if implementation in attention_kernels.KERNELS:
+        obstacle = attention_kernels.obstacle(implementation, work)
+        errors.check(
+            "model.attention",
+            obstacle is None,
+            f"{implementation!r} {obstacle}; set it to 'auto', which takes {chosen!r} "
+            "here",
+        )
+    return implementation, "as configured"
+
+
+_DEVICES = {"cpu": "CPU", "cuda": "NVIDIA GPU", "rocm": "AMD GPU", "tpu": "TPU"}
+_FIRST = {"cuda": "cudnn", "tpu": "splash"}
+
+
+def _select_for(work: attention_kernels.Workload) -> tuple[str, str]:
+    """What "auto" takes, and why."""
+    device = _DEVICES.get(work.platform, work.platform)
+    if work.platform == "cpu":
+        return "chunked", device
+    if work.seq_len <= BLOCK:
+        return "xla", f"one block of {work.seq_len:,} tokens"
+    kernel = _FIRST.get(work.platform)
+    if kernel is None:
+        return "chunked", f"{device}, {work.seq_len:,} > {BLOCK} tokens"
+    if obstacle := attention_kernels.obstacle(kernel, work):
+        return "chunked", f"{device}, {kernel} {obstacle}"
+    return kernel, f"{device}, {work.dtype}" + ", documents" * work.documents
 
 
 # --- By rows: queries of one block, and all keys that they see.

@@ -109,7 +109,9 @@ class ModelConfig:
         take "auto" for "none".
       attention: what computes attention: "xla" (all scores of a sequence at once),
         "chunked" (blocks of them, so memory grows with the length and not with its
-        square) or "auto", which takes the first for short sequences.
+        square), a kernel of `attention_kernels` ("cudnn", "triton", "splash"), or
+        "auto". In training "auto" takes what serves best on the devices, elsewhere
+        "xla" for short sequences and "chunked" for others.
     """
 
     d_model: int = 576

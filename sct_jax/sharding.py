@@ -11,7 +11,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from sct_jax import errors
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+ROWS = ("data", "fsdp")
+HEADS = "tensor"
+BATCH = PartitionSpec(ROWS)
 
 # The first match wins. A pattern matches the end of a leaf's path, from a "/" on, so
 # one rule covers a parameter, its gradient and its moments. Specs are for one layer:

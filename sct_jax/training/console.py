@@ -44,7 +44,7 @@ def print_start(
       config: the run.
       summary: from `accounting.summary`.
       mesh: the devices.
-      choices: further rows of the table, from `memory.Plan`.
+      choices: row -> what a setting that the run leaves to "auto" became, and why.
     """
     devices = jax.devices()
     console.print(

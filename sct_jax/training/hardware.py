@@ -1,4 +1,4 @@
-"""Whether the devices can be used, and whether a state fits into their memory."""
+"""Whether the devices can be used, whether a state fits, and which kernels serve."""
 
 import math
 import pathlib
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sct_jax import errors
+from sct_jax import attention, errors, model
 from sct_jax.training import state as state_lib
 
 # FLOP/s of dense bfloat16 products with float32 sums, by `device_kind` of a JAX device
@@ -105,6 +105,47 @@ def memory_bytes(devices: Iterable[Any]) -> int | None:
         return _device_bytes(local)
     available = host_bytes()
     return None if available is None else available // len(local)
+
+
+def select_attention(
+    config: model.ModelConfig,
+    device: Any,
+    *,
+    seq_len: int,
+    documents: bool,
+    tensor: int = 1,
+) -> tuple[str, str]:
+    """Returns the attention that a model uses on a device, and why; see `select`.
+
+    Args:
+      config: the model.
+      device: one of those that run it, all alike.
+      seq_len: tokens per sequence.
+      documents: whether sequences hold several documents.
+      tensor: number of devices that divide the heads.
+
+    Raises:
+      UserError: naming `model.attention`, for one that cannot serve.
+    """
+    return attention.select(
+        config.attention,
+        platform=_platform(device),
+        compute_capability=getattr(device, "compute_capability", None),
+        head_dim=config.head_dim,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        seq_len=seq_len,
+        dtype=config.compute_dtype,
+        documents=documents,
+        tensor=tensor,
+    )
+
+
+def _platform(device: Any) -> str:
+    """The platform; JAX calls GPUs of all makers "gpu"."""
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 def host_bytes() -> int | None:

@@ -108,7 +108,8 @@ def train(
         state=run.abstract_state,
         sizes=plan.sizes,
     )
-    console.print_start(output, config, summary, run.mesh, choices=plan.choices)
+    choices = run.choices | plan.choices
+    console.print_start(output, config, summary, run.mesh, choices=choices)
     config = run.config
     if dry_run:
         if compile_step:

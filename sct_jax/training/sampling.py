@@ -1,5 +1,6 @@
 """A sample of text from a model, for a look at what it has learned."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -26,7 +27,8 @@ def generate(
 ) -> Int[Array, " N"]:
     """Returns the prompt continued to `num_tokens` tokens, sampled one by one.
 
-    There is no cache: each token costs a forward pass over the whole buffer.
+    There is no cache: each token costs a forward pass over the whole buffer. Its
+    attention is "auto", since kernels that serve in training do not for any length.
 
     Args:
       params: the model.
@@ -47,6 +49,7 @@ def generate(
             f"the prompt must be one sequence of 1 to num_tokens = {num_tokens} "
             f"tokens, but has shape {prompt.shape}"
         )
+    config = dataclasses.replace(config, attention="auto")
     buffer = jnp.zeros(num_tokens, jnp.int32).at[:start].set(prompt)
 
     def extend(position, buffer):

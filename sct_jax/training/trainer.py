@@ -4,6 +4,7 @@
 the shape and sharding of the state, the compiled step, evaluation, and changes of rank.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sct_jax import data, errors, model, rank, sharding, spectral
+from sct_jax import attention_kernels, data, errors, model, rank, sharding, spectral
 from sct_jax.training import config as config_lib
 from sct_jax.training import evaluation, hardware, layerwise, memory, metrics
 from sct_jax.training import state as state_lib
@@ -31,6 +32,8 @@ class Trainer:
     Attributes:
       config: the run, as it was given; what it leaves to "auto" stays so.
       mesh: the devices.
+      model: shape of the model that is compiled: nothing in it is "auto".
+      choices: what stands for "auto" in `config`, and why, to be shown.
       tx: the chain that updates the parameters.
       abstract_state: shapes, dtypes and shardings of the state before the first step.
     """
@@ -60,7 +63,8 @@ class Trainer:
           diagnose: from old and new parameters to scalars, see `step`.
 
         Raises:
-          UserError: where the mesh does not divide the batch or the parameters.
+          UserError: where the mesh does not divide the batch or the parameters, or
+            cannot run what the configuration names.
           ValueError: for `linear`, `linear_at` or `diagnose` with the layerwise step,
             which has its own.
         """
@@ -76,6 +80,13 @@ class Trainer:
         if linear is None:
             linear = functools.partial(spectral.linear, flatten_rows=mesh.size == 1)
         _check_batch(config.data, mesh)
+        name, reason = _select_attention(config, mesh)
+        self.choices = {"attention": f"{name} ({reason})"}
+        # Without documents the ids are all alike, and cuDNN does not take them.
+        self._unread = {"segment_ids"} if name == "cudnn" else set()
+        place: Any = lambda function: function
+        if mesh.size > 1 and name in attention_kernels.KERNELS:
+            place = functools.partial(attention_kernels.on_mesh, mesh=mesh)
         self._init = functools.partial(
             state_lib.init,
             model_config=config.model,
@@ -84,21 +95,22 @@ class Trainer:
         )
         abstract = state_lib.abstract(config.model, self.tx, init_params=init_params)
         self.abstract_state = self._with_shardings(abstract)
+        attended = dataclasses.replace(config.model, attention=name)
         self._resolved, self._reasons = memory.resolve(
-            config,
+            dataclasses.replace(config, model=attended),
             mesh,
             self.abstract_state,
             available=hardware.memory_bytes(mesh.devices.flat),
             tx=tx,
         )
         self._custom_tx = tx
-        config = self._resolved
+        self.model = self._resolved.model
         self._rank_budget = rank.num_parameters(abstract.params)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._jitted_step: Any = None
         if config.step == "fused":
             step = step_lib.make_train_step(
-                config.model,
+                self.model,
                 self.tx,
                 num_microbatches=config.data.num_microbatches,
                 linear_at=linear_at or (lambda _: linear),
@@ -106,22 +118,25 @@ class Trainer:
                 guard=config.optimizer.guard,
             )
             self._jitted_step = jax.jit(
-                step,
+                place(step),
                 donate_argnums=0,
                 out_shardings=(self._shardings(abstract), None),
             )
         else:
+            stack = layerwise.stack_of(self.model)
             self._layerwise_step = layerwise.make_train_step(
-                layerwise.stack_of(config.model),
+                stack._replace(block=place(stack.block)),
                 self.tx,
                 mesh=mesh,
                 guard=config.optimizer.guard,
             )
         self._eval_step = jax.jit(
-            step_lib.make_eval_step(
-                config.model,
-                num_microbatches=config.data.num_microbatches,
-                linear=linear,
+            place(
+                step_lib.make_eval_step(
+                    self.model,
+                    num_microbatches=config.data.num_microbatches,
+                    linear=linear,
+                )
             )
         )
 
@@ -155,6 +170,7 @@ class Trainer:
 
     def place(self, batch: HostBatch) -> step_lib.Batch:
         """Returns a batch on the devices, its rows sharded over `data` and `fsdp`."""
+        batch = {name: x for name, x in batch.items() if name not in self._unread}
         return jax.device_put(batch, NamedSharding(self.mesh, sharding.BATCH))
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -164,6 +180,7 @@ class Trainer:
         return {
             name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
             for name in ("inputs", "targets", "segment_ids")
+            if name not in self._unread
         }
 
     # --- Training.
@@ -308,6 +325,19 @@ def largest_magnitude(params: model.Params) -> Float[Array, ""]:
 
 def _shapes(state: state_lib.TrainState) -> tuple[tuple[int, ...], ...]:
     return tuple(leaf.shape for leaf in jax.tree.leaves(state.params))
+
+
+def _select_attention(
+    config: config_lib.ExperimentConfig, mesh: Mesh
+) -> tuple[str, str]:
+    """The attention of a run on these devices, and why."""
+    return hardware.select_attention(
+        config.model,
+        mesh.devices.flat[0],
+        seq_len=config.data.seq_len,
+        documents=not config.data.cross_document_attention,
+        tensor=mesh.shape["tensor"],
+    )
 
 
 def _check_batch(config: data.DataConfig, mesh: Mesh) -> None:

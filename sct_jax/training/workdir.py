@@ -54,7 +54,12 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
         return as_config(record["config"], f"checkpoint {record['step']}")
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
-        return trainer.Trainer(config_of(record), mesh).abstract_at(record)
+        config = config_of(record)
+        # A checkpoint opens on any device, whatever kernel it was trained with.
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, attention="auto")
+        )
+        return trainer.Trainer(config, mesh).abstract_at(record)
 
     with reading(path) as checkpoints:
         restored = checkpoints.restore(abstract_at, mesh)
