@@ -2,14 +2,20 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from configs import smollm_r128
+from experiments.benchmarks import accelerator, timing
 from experiments.benchmarks import optimizers as bench_optimizers
-from experiments.benchmarks import timing
 from sct_jax import model
 
 TINY = bench_optimizers.FactorSet(
@@ -164,3 +170,82 @@ def test_bad_flags_are_refused(capsys, flag, message):
         bench_optimizers.main([flag])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# --- One accelerator.
+
+
+def test_the_accelerator_benchmark_times_the_default_run():
+    config = smollm_r128.get_config()
+    assert accelerator.LARGE.shape == config.model
+    assert accelerator.LARGE.batch_size == config.data.batch_size
+    assert accelerator.LARGE.seq_len == config.data.seq_len
+    assert accelerator.OPTIMIZER == config.optimizer
+
+
+def test_the_accelerator_benchmark_measures_everything_on_cpu(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    assert accelerator.main([f"--json={path}"]) == 0
+    printed, written = capsys.readouterr().out, json.loads(path.read_text())
+    assert written["skipped"] == []
+    checked = [*written[accelerator.ATTENTION], *written[accelerator.HEAD]]
+    for row in checked:
+        bound = {"float32": 1e-5, "bfloat16": 0.02}[row["dtype"]]
+        figures = [x for name, x in row.items() if name in ("out", "dq", "dx", "dw")]
+        assert len(figures) >= 2
+        assert max(figures) < bound, row
+    elsewhere = {row["attention"] for row in written[accelerator.ELSEWHERE]}
+    assert elsewhere == {"cudnn", "triton", "splash"}
+    spectral, dense = written[accelerator.STEPS]
+    for row in (spectral, dense):
+        assert row["steps"] == accelerator.SMALL.num_steps
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["chain_share"] < 1
+        assert f"{row['parameters']:,}" in printed
+    assert spectral["parameters"] < dense["parameters"]
+
+
+def test_what_fails_or_does_not_fit_is_a_row(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nlines of detail")
+
+    monkeypatch.setattr(accelerator, "_measure_steps", fail)
+    work, device = accelerator.SMALL, jax.devices()[0]
+    parts = accelerator.parts_of(work, device, time.monotonic() + 9)
+    _, row = parts["steps dense"]()
+    assert row["note"].startswith("does not fit: RuntimeError: RESOURCE_EXHAUSTED")
+    assert "detail" not in row["note"]
+    monkeypatch.setattr(accelerator.attention, "attend", fail)
+    _, row = parts["attention xla, float32"]()
+    assert row["note"].startswith("RuntimeError")
+
+
+LIGHT = """
+import sys
+from experiments.benchmarks import accelerator
+heavy = {"tensorflow_datasets", "tensorflow", "orbax", "tokenizers", "grain"}
+assert not heavy & {name.partition(".")[0] for name in sys.modules}
+sys.exit(accelerator.main(sys.argv[1:]))
+"""
+
+
+def test_the_accelerator_benchmark_is_light_and_ends_in_time(tmp_path):
+    path = tmp_path / "figures.json"
+    ended = subprocess.run(
+        [sys.executable, "-c", LIGHT, "--seconds=0.01", f"--json={path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "the time is up" in ended.stdout
+    assert isinstance(json.loads(path.read_text())["skipped"], list)
+
+
+@pytest.mark.parametrize("flag", ["--seconds=0", "--seconds=900", "--batch_size=0"])
+def test_bad_flags_of_the_accelerator_benchmark_are_refused(capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        accelerator.main([flag])
+    assert caught.value.code == 2
+    assert flag.partition("=")[0] in capsys.readouterr().err

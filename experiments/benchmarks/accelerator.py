@@ -83,7 +83,7 @@ SMALL = Work(
     shape=model.ModelConfig(
         d_model=64,
         d_ff=96,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=2,
         vocab_size=256,
@@ -231,7 +231,9 @@ def parts_of(
 
 # --- Errors against float64.
 
-ERRORS = "largest error / largest value, against float64"
+ATTENTION = "attention: largest error / largest value, against float64"
+HEAD = "loss of the head: likewise"
+ELSEWHERE = "not on this device"
 
 
 def attention_row(name: str, dtype: str, work: Work, device: Any) -> tuple[str, Row]:
@@ -248,12 +250,13 @@ def attention_row(name: str, dtype: str, work: Work, device: Any) -> tuple[str, 
         compute_dtype=dtype,
         attention=name,
     )
-    row: Row = {"what": f"attention, {name}", "dtype": dtype}
+    row: Row = {"attention": name, "dtype": dtype}
     documents = name != "cudnn"
     try:
         hardware.select_attention(shape, device, seq_len=length, documents=documents)
     except errors.UserError as error:
-        return ERRORS, row | {"note": f"cannot serve: {error}"}
+        reason = str(error).partition(": ")[2].partition(";")[0]
+        return ELSEWHERE, row | {"note": reason}
     rng = np.random.default_rng(0)
     sizes = [(batch, length, count, shape.head_dim) for count in (heads, groups)]
     q, k, v, d_out = (
@@ -271,7 +274,7 @@ def attention_row(name: str, dtype: str, work: Work, device: Any) -> tuple[str, 
         return out, *vjp(d_out)
 
     wanted = _attention_float64(q, k, v, d_out, ids if documents else None)
-    return ERRORS, row | _errors(
+    return ATTENTION, row | _errors(
         "out dq dk dv", lambda: jax.jit(pulled)(q, k, v, d_out, segment_ids), wanted
     )
 
@@ -296,9 +299,9 @@ def head_row(name: str, dtype: str, work: Work) -> tuple[str, Row]:
         value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
         return value, *gradients
 
-    row = {"what": f"head, {name}", "dtype": dtype}
+    row = {"head": name, "dtype": dtype}
     wanted = _head_float64(x, w, targets)
-    return ERRORS, row | _errors("out dx dw", found, wanted)
+    return HEAD, row | _errors("out dx dw", found, wanted)
 
 
 def _errors(
@@ -508,7 +511,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _table(title: str, rows: Sequence[Row]) -> rich.table.Table:
-    """A column per row of figures where there are many figures, else a row."""
+    """The rows; side by side, as columns, where they have many figures."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     table = rich.table.Table(title=title, title_justify="left")
     if len(keys) <= 8:
