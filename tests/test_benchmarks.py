@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from configs import smollm_r128
-from experiments.benchmarks import accelerator, timing
+from experiments.benchmarks import accelerator, tables, timing
 from experiments.benchmarks import optimizers as bench_optimizers
 from sct_jax import model
 
@@ -43,8 +43,8 @@ def test_the_table_and_the_file_hold_the_same_figures(
     tiny, tmp_path, capsys, monkeypatch
 ):
     figures = [
-        bench_optimizers.Figure(name="a", value=1.25, at_most=1.0),
-        bench_optimizers.Figure(name="b", value=0.5),
+        tables.Figure(name="a", value=1.25, at_most=1.0),
+        tables.Figure(name="b", value=0.5),
     ]
     monkeypatch.setattr(bench_optimizers, "measure", lambda *_, rounds: figures)
     path = tmp_path / "bench.json"
@@ -152,7 +152,7 @@ def test_every_figure_is_the_ratio_it_is_named_after(monkeypatch):
     ],
 )
 def test_a_figure_is_on_one_side_of_its_target(value, target, verdict):
-    figure = bench_optimizers.Figure(name="x", value=value[0], **value[1])
+    figure = tables.Figure(name="x", value=value[0], **value[1])
     assert (figure.target, figure.verdict) == (target, verdict)
 
 

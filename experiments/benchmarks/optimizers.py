@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import rich.console
-import rich.table
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import tables, timing
 from sct_jax import errors, linalg, model, optimizers, spectral, stiefel
 from sct_jax.training import accounting, huge_pages, overrides
 
@@ -82,32 +81,6 @@ SETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One row: a measured ratio, and its lower or upper target."""
-
-    name: str
-    value: float
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def target(self) -> str:
-        """The target as text."""
-        if self.at_least is not None:
-            return f">= {self.at_least:g}"
-        return "" if self.at_most is None else f"<= {self.at_most:g}"
-
-    @property
-    def verdict(self) -> str:
-        """Returns "pass", "short", or "-" without a target."""
-        if self.at_least is not None:
-            return "pass" if self.value >= self.at_least else "short"
-        if self.at_most is not None:
-            return "pass" if self.value <= self.at_most else "short"
-        return "-"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = overrides.FlagParser(__doc__ or "")
@@ -131,13 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         figures = measure(SETS[name], rounds=flags.rounds)
         results[name] = figures
-        console.print(table(SETS[name].title, figures))
+        console.print(tables.table(SETS[name].title, figures))
     if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(as_json(results), indent=2))
+        titles = {name: SETS[name].title for name in names}
+        written = tables.as_json(titles, results)
+        pathlib.Path(flags.json).write_text(json.dumps(written, indent=2))
     return 0
 
 
-def measure(factor_set: FactorSet, *, rounds: int) -> list[Figure]:
+def measure(factor_set: FactorSet, *, rounds: int) -> list[tables.Figure]:
     """Returns all figures of one set of factors."""
     shape = factor_set.shape
     params = _factors(shape)
@@ -148,40 +123,7 @@ def measure(factor_set: FactorSet, *, rounds: int) -> list[Figure]:
     ]
 
 
-def table(title: str, figures: Sequence[Figure]) -> rich.table.Table:
-    """Returns the figures of one set as a table."""
-    result = rich.table.Table(title=title, title_justify="left")
-    result.add_column("figure")
-    for column in ("ratio", "target", ""):
-        result.add_column(column, justify="right")
-    for figure in figures:
-        result.add_row(
-            figure.name, f"{figure.value:.3g}", figure.target, figure.verdict
-        )
-    return result
-
-
-def as_json(results: Mapping[str, Sequence[Figure]]) -> dict[str, Any]:
-    """Returns the figures of all sets, ready for JSON."""
-    return {
-        name: {
-            "title": SETS[name].title,
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "figures": [
-                {
-                    "name": figure.name,
-                    "value": figure.value,
-                    "target": figure.target,
-                    "verdict": figure.verdict,
-                }
-                for figure in figures
-            ],
-        }
-        for name, figures in results.items()
-    }
-
-
-def _retraction_figures(params, speedup, rounds) -> list[Figure]:
+def _retraction_figures(params, speedup, rounds) -> list[tables.Figure]:
     moved = _moved(params)
     retractions = {
         "cholesky_qr": stiefel.cholesky_qr_retraction,
@@ -195,24 +137,24 @@ def _retraction_figures(params, speedup, rounds) -> list[Figure]:
     calls["products"] = _make_products(params)
     times = _median_seconds(calls, rounds)
     return [
-        Figure(
+        tables.Figure(
             name="retraction: QR per factor / batched CholeskyQR",
             value=times["qr"] / times["cholesky_qr"],
             at_least=speedup,
         ),
-        Figure(
+        tables.Figure(
             name="retraction: FLOP/s / FLOP/s of its two products",
             value=times["products"] / times["cholesky_qr"],
             at_least=0.7,
         ),
-        Figure(
+        tables.Figure(
             name="retraction: polar / CholeskyQR",
             value=times["polar"] / times["cholesky_qr"],
         ),
     ]
 
 
-def _chain_figures(params, shape, rounds) -> list[Figure]:
+def _chain_figures(params, shape, rounds) -> list[tables.Figure]:
     chains = {
         "adamw": optax.adamw(1e-4, weight_decay=0.0),
         "sct": optimizers.sct(1e-4),
@@ -234,56 +176,56 @@ def _chain_figures(params, shape, rounds) -> list[Figure]:
     entries = sum(x.size for w in params.values() for x in (w.u, w.v))
     flops = 3 * TOKENS * shape.num_layers * accounting.block_flops(shape, seq_len=512)
     return [
-        Figure(
+        tables.Figure(
             name="SCT chain / (AdamW + 4 R FLOPs per entry)",
             value=times["sct"] / floor,
             at_most=1.25,
         ),
-        Figure(
+        tables.Figure(
             name="SCT chain, clip active / (AdamW + 12 R FLOPs)",
             value=times["active"] / floor_clipped,
             at_most=1.25,
         ),
-        Figure(
+        tables.Figure(
             name="SCT chain, clip inactive by its cheap bound / without a clip",
             value=times["undecided"] / times["sct"],
             at_most=1.05,
         ),
-        Figure(name="SCT chain / AdamW", value=times["sct"] / times["adamw"]),
-        Figure(
+        tables.Figure(name="SCT chain / AdamW", value=times["sct"] / times["adamw"]),
+        tables.Figure(
             name=f"SCT chain / training step of {TOKENS:,} tokens (layers only)",
             value=times["sct"] / (times["sct"] + step),
             at_most=0.05,
         ),
-        Figure(
+        tables.Figure(
             name="  the same by FLOPs: the retraction / the step",
             value=4 * rank * entries / (flops + 4 * rank * entries),
         ),
-        Figure(
+        tables.Figure(
             name="with the gradient's tangent projection / SCT chain",
             value=times["gradient"] / times["sct"],
         ),
-        Figure(
+        tables.Figure(
             name="with transported moments / SCT chain",
             value=times["transport"] / times["sct"],
         ),
-        Figure(
+        tables.Figure(
             name="with the SVD retraction / SCT chain",
             value=times["svd"] / times["sct"],
         ),
-        Figure(
+        tables.Figure(
             name="Stiefel Muon / SCT chain", value=times["stiefel_muon"] / times["sct"]
         ),
     ]
 
 
-def _spectron_figures(params, rounds) -> list[Figure]:
+def _spectron_figures(params, rounds) -> list[tables.Figure]:
     params = {name: spectral.to_low_rank(w) for name, w in params.items()}
     chains = {"spectron": optimizers.spectron(1e-3), "muon": optimizers.muon(1e-3)}
     calls = {name: _make_step(tx, params) for name, tx in chains.items()}
     times = _median_seconds(calls, rounds)
     return [
-        Figure(
+        tables.Figure(
             name="Spectron chain / optax.contrib.muon on the same factors",
             value=times["spectron"] / times["muon"],
             at_most=1.0,

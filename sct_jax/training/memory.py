@@ -54,7 +54,8 @@ def resolve(
     """Returns the configuration without "auto" for what memory decides, and reasons.
 
     `model.remat` becomes the first of `model.REMAT` whose need fits, the last one if
-    none does, and "none" where the memory is unknown or recomputation saves nothing.
+    none does, and the first where the memory is unknown. On CPU it is never "none" if
+    layers are scanned: there memory traffic costs more than recomputation.
 
     Args:
       config: the run.
@@ -209,11 +210,13 @@ def _choose_remat(config, mesh, state, available, tx):
     if not _can_rematerialise(config, mesh):
         reason = "auto: XLA on CPU undoes it where layers are separate"
         return _with(config, "model", remat="none"), reason
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    policies = model.REMAT[1:] if on_cpu else model.REMAT  # fastest first
     if available is None:
         reason = "auto: the memory of the devices is unknown"
-        return _with(config, "model", remat="none"), reason
+        return _with(config, "model", remat=policies[0]), reason
     chosen, needed = config, 0
-    for remat in model.REMAT:
+    for remat in policies:
         chosen = _with(config, "model", remat=remat)
         needed = sum(step_bytes(chosen, mesh, state, tx=tx).values())
         if needed * TOLERANCE <= available:
