@@ -144,7 +144,7 @@ def _step_variant(name, shape, target, rounds, rows, length) -> Figures:
         for remat in REMAT
     }
     calls["PyTorch"] = _torch_step(shape, text)
-    seconds = timing.medians(timing.interleaved(calls, rounds=rounds, warmup=2))
+    seconds = timing.medians(timing.interleaved(calls, rounds=rounds))
     best = min(REMAT, key=lambda remat: seconds[remat])
     label = lambda remat: f"remat {remat}" + " (the default on CPU)" * (remat == "dots")
     return [
