@@ -111,7 +111,7 @@ class ModelConfig:
         "chunked" (blocks of them, so memory grows with the length and not with its
         square), a kernel of `attention_kernels` ("cudnn", "triton", "splash"), or
         "auto". In training "auto" takes what serves best on the devices, elsewhere
-        "xla" for short sequences and "chunked" for others.
+        "chunked".
     """
 
     d_model: int = 576

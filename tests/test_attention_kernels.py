@@ -199,23 +199,38 @@ WORK = {
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, ("chunked", "auto: CPU, 2,048 > 256 tokens")),
-        ({"seq_len": 256}, ("xla", "auto: one block of 256 tokens")),
+        ({}, ("chunked", "auto: CPU")),
+        ({"seq_len": 64}, ("chunked", "auto: CPU")),
+        (
+            {"platform": "tpu", "seq_len": 256},
+            ("xla", "auto: one block of 256 tokens"),
+        ),
         ({"platform": "tpu"}, ("splash", "auto: TPU, bfloat16, documents")),
-        ({"platform": "cuda"}, ("triton", "auto: NVIDIA GPU, bfloat16, documents")),
+        (
+            {"platform": "cuda"},
+            (
+                "chunked",
+                "auto: NVIDIA GPU, cudnn does not keep documents apart "
+                "(data.cross_document_attention = false) without an L x L mask",
+            ),
+        ),
         (
             {"platform": "cuda", "documents": False},
             ("cudnn", "auto: NVIDIA GPU, bfloat16"),
         ),
         (
             {"platform": "cuda", "documents": False, "dtype": "float32"},
-            ("triton", "auto: NVIDIA GPU, float32"),
-        ),
-        (
-            {"platform": "cuda", "compute_capability": "7.5"},
             (
                 "chunked",
-                "auto: NVIDIA GPU, triton needs compute capability 8.0, not 7.5",
+                "auto: NVIDIA GPU, cudnn needs model.compute_dtype = 'bfloat16', not "
+                "'float32'",
+            ),
+        ),
+        (
+            {"platform": "cuda", "documents": False, "compute_capability": "7.5"},
+            (
+                "chunked",
+                "auto: NVIDIA GPU, cudnn needs compute capability 8.0, not 7.5",
             ),
         ),
         ({"platform": "rocm"}, ("chunked", "auto: AMD GPU, 2,048 > 256 tokens")),
@@ -253,7 +268,7 @@ def test_what_serves_everywhere_is_taken_as_configured(implementation):
     [
         ("splash", {}, "'splash' needs a TPU, not 'cpu'; set it to 'auto', which "),
         ("triton", {"platform": "tpu"}, "needs an NVIDIA GPU, not 'tpu'.*'splash'"),
-        ("cudnn", {"platform": "cuda"}, "cross_document_attention = false.*'triton'"),
+        ("cudnn", {"platform": "cuda"}, "cross_document_attention = false.*'chunked'"),
         (
             "cudnn",
             {"platform": "cuda", "documents": False, "dtype": "float32"},
@@ -353,14 +368,15 @@ def test_a_trainer_says_what_stands_for_auto():
         RUN, model=dataclasses.replace(SHAPE, attention="auto")
     )
     run = trainer.Trainer(config, sharding.MeshConfig().build(1))
-    assert run.choices == {"attention": "xla (auto: one block of 128 tokens)"}
+    assert run.choices == {"attention": "chunked (auto: CPU)"}
     assert run.config.model.attention == "auto"
 
 
 def test_batches_for_cudnn_have_no_documents(monkeypatch):
     monkeypatch.setattr(attention_kernels, "obstacle", lambda *_: None)
     config = dataclasses.replace(
-        RUN, model=dataclasses.replace(SHAPE, attention="cudnn")
+        RUN, model=dataclasses.replace(SHAPE, attention="cudnn", remat="dots")
     )
     run = trainer.Trainer(config, sharding.MeshConfig().build(1))
+    assert set(run.abstract_batch()) == {"inputs", "targets"}
     assert set(run.place(batch(config))) == {"inputs", "targets"}

@@ -1,5 +1,6 @@
 """The benchmarks run and report. Asserts nothing about seconds."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -177,7 +178,9 @@ def test_bad_flags_are_refused(capsys, flag, message):
 
 def test_the_accelerator_benchmark_times_the_default_run():
     config = smollm_r128.get_config()
-    assert accelerator.LARGE.shape == config.model
+    # Within a 40 GB device, whatever the one at hand has.
+    lean = dataclasses.replace(config.model, remat="full")
+    assert accelerator.LARGE.shape == lean
     assert accelerator.LARGE.batch_size == config.data.batch_size
     assert accelerator.LARGE.seq_len == config.data.seq_len
     assert accelerator.OPTIMIZER == config.optimizer

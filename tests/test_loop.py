@@ -20,7 +20,6 @@ from sct_jax.training import (
     accounting,
     checkpoint,
     hardware,
-    layerwise,
     loop,
     metrics,
     optimizer_config,
@@ -311,7 +310,7 @@ def test_files_of_a_run(experiment, finished):
     counted = accounting.summary(experiment.model, tx, seq_len=LENGTH)
     assert summary | {"bytes": 0} == counted | {"bytes": 0}
     activations = accounting.activation_bytes(
-        experiment.model,
+        dataclasses.replace(experiment.model, remat="dots"),  # "auto" on CPU
         tx,
         rows=experiment.data.batch_size,
         seq_len=LENGTH,
@@ -830,7 +829,8 @@ def test_a_dry_run_compiles_without_parameters(experiment, tmp_path, monkeypatch
     assert sizes["temporary_bytes"] > summary["bytes"]["gradients"]
     for size in sizes.values():
         assert f"{size:,} (" in text
-    assert f"{summary['bytes']['gradients']:,} (" in text.split("bytes per device")[1]
+    counted = summary["bytes"]["gradients"] + summary["bytes"]["activations"]
+    assert f"{counted:,} (" in text.split("bytes per device")[1]
 
 
 def test_a_dry_run_compiles_only_on_request(experiment, tmp_path, monkeypatch):
@@ -857,14 +857,7 @@ def test_the_layerwise_step_is_no_program_to_compile(experiment, tmp_path):
     )
     status, text = train(config, tmp_path, dry_run=True, compile_step=True)
     assert status == "dry_run"
-    batch = {
-        name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-        for name in ("inputs", "targets", "segment_ids")
-    }
-    total = accounting.layerwise_bytes(
-        layerwise.stack_of(config.model), config.build_optimizer(), batch
-    )["total"]
-    assert "is compiled in parts" in text and f"{total:,} bytes by formula" in text
+    assert "is compiled in parts" in " ".join(text.split())
     assert "compiled" not in json.loads((tmp_path / "summary.json").read_text())
 
 

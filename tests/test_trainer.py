@@ -52,7 +52,7 @@ def test_a_step_is_the_pure_step_compiled_once(one):
     state = one.init(key)
     assert_equal(state, jax.jit(lambda key: state_lib.init(key, SHAPE, one.tx))(key))
     bare = step_lib.make_train_step(
-        SHAPE,
+        one.model,
         one.tx,
         linear_at=lambda _: functools.partial(spectral.linear, flatten_rows=True),
         guard=CONFIG.optimizer.guard,

@@ -198,7 +198,7 @@ def describe(device: Any) -> Row:
         "kind": device.device_kind,
         "platform": device.platform,
         "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
-        "peak_flops": hardware.peak_flops(device.device_kind),
+        "peak_flops": hardware.peak_flops([device]),
         "jax": jax.__version__,
         "backend": " ".join(device.client.platform_version.split()),
     }
@@ -431,7 +431,7 @@ def _measure_steps(shape, tx, work, device, deadline) -> Row:
     seconds = statistics.median(step_s)
     tokens_per_s = work.batch_size * work.seq_len / seconds
     flops = accounting.flops_per_token(shape, seq_len=work.seq_len)
-    ceiling = hardware.peak_flops(device.device_kind)
+    ceiling = hardware.peak_flops([device])
     return {
         "steps": len(step_s),
         "step_s": seconds,

@@ -20,8 +20,8 @@ from sct_jax.training import accounting, hardware, layerwise
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
 
-# Needs are exact to 15 %. A run is refused if it needs more than this times the memory,
-# and "auto" chooses what takes this much less.
+# Needs are exact to about 15 %. A run is refused if it needs more than this times the
+# memory, and "auto" chooses what takes this much less.
 TOLERANCE = 1.15
 
 
@@ -210,8 +210,7 @@ def _choose_remat(config, mesh, state, available, tx):
     if not _can_rematerialise(config, mesh):
         reason = "auto: XLA on CPU undoes it where layers are separate"
         return _with(config, "model", remat="none"), reason
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    policies = model.REMAT[1:] if on_cpu else model.REMAT  # fastest first
+    policies = _policies(mesh.devices.flat[0].platform)
     if available is None:
         reason = "auto: the memory of the devices is unknown"
         return _with(config, "model", remat=policies[0]), reason
@@ -222,6 +221,11 @@ def _choose_remat(config, mesh, state, available, tx):
         if needed * TOLERANCE <= available:
             break
     return chosen, f"auto: needs {human(needed)} of {human(available)}"
+
+
+def _policies(platform: str) -> tuple[str, ...]:
+    """Policies for scanned layers, the fastest first."""
+    return model.REMAT[1:] if platform == "cpu" else model.REMAT
 
 
 def _can_rematerialise(config: config_lib.ExperimentConfig, mesh: Mesh) -> bool:

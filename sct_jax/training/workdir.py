@@ -55,10 +55,10 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
         config = config_of(record)
-        # A checkpoint opens on any device, whatever kernel it was trained with.
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, attention="auto")
-        )
+        # A checkpoint opens on any device, whatever kernel it was trained with, and
+        # without the time that it takes to choose how to rematerialise.
+        shape = dataclasses.replace(config.model, attention="auto", remat="none")
+        config = dataclasses.replace(config, model=shape)
         return trainer.Trainer(config, mesh).abstract_at(record)
 
     with reading(path) as checkpoints:
