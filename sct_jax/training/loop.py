@@ -134,8 +134,16 @@ def train(
                     same_text = not config_lib.text_changes(earlier, config)
                 workdir.write_json(path / "summary.json", summary)
                 # Text that moved is read, to see whether it is the same.
-                options = (allow_change, stall_timeout, profile)
-                call = _Call(run, path, claimed, output, interrupts, *options)
+                call = _Call(
+                    run=run,
+                    path=path,
+                    claimed=claimed,
+                    output=output,
+                    interrupts=interrupts,
+                    allow_change=allow_change,
+                    stall_timeout=stall_timeout,
+                    profile=profile,
+                )
                 if same_text and workdir.is_finished(path, run):
                     return _finished_before(call)
                 return _train(call)
