@@ -86,19 +86,7 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(q_BLHK.shape)
 
 
-def select(
-    implementation: str,
-    *,
-    platform: str,
-    head_dim: int,
-    num_heads: int,
-    num_kv_heads: int,
-    seq_len: int,
-    dtype: str,
-    documents: bool = True,
-    tensor: int = 1,
-    compute_capability: str | None = None,
-) -> tuple[str, str]:
+def select(implementation: str, work: attention_kernels.Workload) -> tuple[str, str]:
     """Returns an implementation that can serve, and why it, in a few words.
 
     Anything but "auto" is returned unchanged. "auto" takes "chunked" on CPU, for speed
@@ -107,31 +95,12 @@ def select(
 
     Args:
       implementation: one of `CHOICES`.
-      platform: see `attention_kernels.Workload`, and for the other arguments too.
-      head_dim: K.
-      num_heads: H.
-      num_kv_heads: G.
-      seq_len: L.
-      dtype: of queries, keys and values.
-      documents: whether sequences hold several documents.
-      tensor: number of devices that divide the heads.
-      compute_capability: of an NVIDIA GPU.
+      work: what attention is asked to do, and where.
 
     Raises:
       UserError: naming `model.attention`, for one that is unknown or cannot serve.
     """
     errors.check_choice("model.attention", implementation, CHOICES)
-    work = attention_kernels.Workload(
-        platform=platform,
-        compute_capability=compute_capability,
-        head_dim=head_dim,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        seq_len=seq_len,
-        dtype=dtype,
-        documents=documents,
-        tensor=tensor,
-    )
     chosen, reason = _select_for(work)
     if implementation == "auto":
         return chosen, f"auto: {reason}"

@@ -84,9 +84,12 @@ def obstacle(name: str, work: Workload) -> str | None:
             f"needs heads that mesh.tensor = {work.tensor} divides, not "
             f"{work.num_heads} and {work.num_kv_heads}"
         )
-    return {"cudnn": _cudnn_obstacle, "triton": _triton_obstacle}.get(
-        name, _splash_obstacle
-    )(work)
+    of_kernel = {
+        "cudnn": _cudnn_obstacle,
+        "triton": _triton_obstacle,
+        "splash": _splash_obstacle,
+    }
+    return of_kernel[name](work)
 
 
 def attend(

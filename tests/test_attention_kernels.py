@@ -186,14 +186,15 @@ def test_the_search_for_shapes_finds_scores():
 
 # --- Which one serves.
 
-WORK = {
-    "platform": "cpu",
-    "head_dim": 64,
-    "num_heads": 32,
-    "num_kv_heads": 8,
-    "seq_len": 2048,
-    "dtype": "bfloat16",
-}
+WORK = attention_kernels.Workload(
+    platform="cpu",
+    head_dim=64,
+    num_heads=32,
+    num_kv_heads=8,
+    seq_len=2048,
+    dtype="bfloat16",
+)
+work_of = functools.partial(dataclasses.replace, WORK)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +254,13 @@ WORK = {
     ],
 )
 def test_auto_takes_what_serves_and_says_why(changes, expected):
-    assert attention.select("auto", **(WORK | changes)) == expected
+    assert attention.select("auto", work_of(**changes)) == expected
 
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_what_serves_everywhere_is_taken_as_configured(implementation):
     for platform in ("cpu", "cuda", "rocm", "tpu"):
-        found = attention.select(implementation, **(WORK | {"platform": platform}))
+        found = attention.select(implementation, work_of(platform=platform))
         assert found == (implementation, "as configured")
 
 
@@ -292,16 +293,16 @@ def test_what_serves_everywhere_is_taken_as_configured(implementation):
 )
 def test_what_cannot_serve_is_refused(implementation, changes, message):
     with pytest.raises(errors.UserError, match=rf"model\.attention: .*{message}"):
-        attention.select(implementation, **(WORK | changes))
+        attention.select(implementation, work_of(**changes))
 
 
 @pytest.mark.parametrize(("name", "platform"), [("triton", "cuda"), ("splash", "tpu")])
 def test_a_jax_without_a_kernel_is_named(monkeypatch, name, platform):
     monkeypatch.setattr(attention_kernels, "_module", lambda _: None)
-    work = WORK | {"platform": platform}
+    work = work_of(platform=platform)
     with pytest.raises(errors.UserError, match=r"which JAX .* does not have"):
-        attention.select(name, **work)
-    assert attention.select("auto", **work)[0] == "chunked"
+        attention.select(name, work)
+    assert attention.select("auto", work)[0] == "chunked"
 
 
 def test_cudnn_never_sees_documents():

@@ -124,6 +124,7 @@ class Report:
         self._path = path
         self._rows: dict[str, list[Row]] = {}
         self._waiting: list[str] = []
+        self._finished = False
         self._lock = threading.RLock()
 
     def say(self, text: str) -> None:
@@ -136,6 +137,7 @@ class Report:
         self._waiting = list(parts)
         for name, part in parts.items():
             if time.monotonic() > self.deadline:
+                self.say("the time is up")
                 return
             table, row = part()
             with self._lock:
@@ -144,8 +146,11 @@ class Report:
                 self.say("  ".join(_cell(key, value) for key, value in row.items()))
 
     def finish(self, device: Mapping[str, Any]) -> None:
-        """Prints the tables and what was skipped, and writes the file."""
+        """Prints the tables and what was skipped, and writes the file; only once."""
         with self._lock:
+            if self._finished:  # by the timer or the parts, whichever came first
+                return
+            self._finished = True
             for title, rows in self._rows.items():
                 self._console.print(_table(title, rows))
             if self._waiting:
@@ -197,7 +202,7 @@ def describe(device: Any) -> Row:
     return {
         "kind": device.device_kind,
         "platform": device.platform,
-        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "memory_bytes": _memory_stat(device, "bytes_limit"),
         "peak_flops": hardware.peak_flops([device]),
         "jax": jax.__version__,
         "backend": " ".join(device.client.platform_version.split()),
@@ -308,7 +313,7 @@ def _errors(
     names: str, call: Callable[[], Sequence[Any]], wanted: Sequence[np.ndarray]
 ) -> Row:
     try:
-        found = [np.asarray(x.astype(jnp.float32), np.float64) for x in call()]
+        found = [_float64(x) for x in call()]
     except Exception as error:  # a compiler's: say it, and go on
         return {"note": _first_line(error)}
     return {
@@ -383,7 +388,7 @@ def steps_row(
         1000, decay_mask=model.decay_mask, matrix_mask=model.hidden_matrices
     )
     needed = accounting.step_bytes(shape, tx)["total"]
-    available = (device.memory_stats() or {}).get("bytes_limit")
+    available = _memory_stat(device, "bytes_limit")
     if available is not None and needed > available:
         note = f"does not fit: {needed:,} bytes without activations, of {available:,}"
         return STEPS, row | {"note": note}
@@ -407,7 +412,7 @@ def _measure_steps(shape, tx, work, device, deadline) -> Row:
     loss = functools.partial(step_lib.loss_fn, config=shape, linear=linear)
     gradient = jax.jit(jax.value_and_grad(loss))
     batch = _tokens(work, shape.vocab_size)
-    before = _peak_bytes(device)
+    before = _memory_stat(device, "peak_bytes_in_use")
 
     began = time.monotonic()
     state = init(jax.random.key(0))
@@ -423,7 +428,7 @@ def _measure_steps(shape, tx, work, device, deadline) -> Row:
         return metrics
 
     step_s = _timed(take_step, work.num_steps, deadline)
-    peak = _peak_bytes(device)
+    peak = _memory_stat(device, "peak_bytes_in_use")
     jax.block_until_ready(gradient(state.params, batch))
     gradient_s = _timed(
         lambda: gradient(state.params, batch), max(3, work.num_steps // 4), deadline
@@ -470,8 +475,8 @@ def _tokens(work: Work, vocab_size: int) -> step_lib.Batch:
     }
 
 
-def _peak_bytes(device: Any) -> int | None:
-    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+def _memory_stat(device: Any, name: str) -> int | None:
+    return (device.memory_stats() or {}).get(name)
 
 
 # --- Output.

@@ -36,7 +36,7 @@ PROJECTIONS = {
     "up": ("mlp", "up_proj"),
     "down": ("mlp", "down_proj"),
 }
-"""Our names of the matrices of a layer -> those of transformers."""
+"""Maps our names of a layer's matrices to the names in transformers."""
 
 
 class SpectralLinear(nn.Module):

@@ -211,7 +211,7 @@ def head_figures(
     rows: int = 4,
     length: int = 256,
 ) -> Figures:
-    """Returns the figures of `head`: its seconds over those of its three products.
+    """Returns the figures of `head`: its time divided by that of its three products.
 
     The products compute the logits, and the gradients of embedding and input, at the
     rate of a large square product.

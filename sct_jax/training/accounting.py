@@ -292,7 +292,7 @@ def summary(
       tx: the chain.
       seq_len: tokens per sequence.
       state: see `step_bytes`.
-      sizes: bytes by kind, from `memory.Plan`; those of `step_bytes` if None.
+      sizes: bytes by kind, from `memory.Plan`. Defaults to `step_bytes`.
     """
     return {
         "parameters": parameters(config),

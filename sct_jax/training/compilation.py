@@ -16,8 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from sct_jax import errors, paths
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-# Seconds of compilation that are worth a file. JAX has 1.0, of which a small model has
-# few programs, but they add up.
+# Keep a program that takes this many seconds to compile. JAX's default is 1.0, which
+# skips most programs of a small model, and these add up.
 _WORTH_KEEPING = 0.1
 _DAYS_KEPT = 30
 # JAX warns of an entry and goes on. It never replaces the entry.

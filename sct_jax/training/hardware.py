@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sct_jax import attention, errors, model
+from sct_jax import attention, attention_kernels, errors, model
 from sct_jax.training import state as state_lib
 
 # FLOP/s of dense bfloat16 products with float32 sums, by `device_kind` of a JAX device
@@ -95,7 +95,7 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
 def memory_bytes(devices: Iterable[Any]) -> int | None:
     """Returns the memory of each device of this process; None if it is unknown.
 
-    That of the smallest one on accelerators. On CPU all devices share that of the host.
+    Accelerators: the memory of the smallest device. CPU: devices share the host's.
 
     Args:
       devices: of a mesh.
@@ -127,8 +127,7 @@ def select_attention(
     Raises:
       UserError: naming `model.attention`, for one that cannot serve.
     """
-    return attention.select(
-        config.attention,
+    work = attention_kernels.Workload(
         platform=_platform(device),
         compute_capability=getattr(device, "compute_capability", None),
         head_dim=config.head_dim,
@@ -139,6 +138,7 @@ def select_attention(
         documents=documents,
         tensor=tensor,
     )
+    return attention.select(config.attention, work)
 
 
 def _platform(device: Any) -> str:

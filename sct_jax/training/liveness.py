@@ -195,7 +195,7 @@ def _peak(
     slices: Collection[int] = (),
     stacked: Collection[int] = (),
 ) -> int:
-    """The most bytes beyond those of the inputs, which may become fewer.
+    """The peak bytes, less those of the inputs; memory of donated inputs is reused.
 
     Args:
       flat: the function.

@@ -62,7 +62,7 @@ def resolve(
       mesh: the devices.
       state: abstract, with shardings.
       available: bytes of memory of each device, from `hardware.memory_bytes`.
-      tx: the chain, if it is not that of the configuration.
+      tx: the chain; that of the configuration by default.
 
     Returns:
       the configuration, and field -> reason for what was chosen.
@@ -87,7 +87,7 @@ def plan(
       config: from `resolve`.
       mesh: the devices.
       state: abstract, with shardings.
-      tx: the chain, if it is not that of the configuration.
+      tx: the chain; that of the configuration by default.
       reasons: from `resolve`.
     """
     needed = step_bytes(config, mesh, state, tx=tx)
@@ -129,7 +129,7 @@ def check(
       plan: of the run.
       mesh: the devices.
       state: abstract, with shardings.
-      tx: the chain, if it is not that of the configuration.
+      tx: the chain; that of the configuration by default.
     """
     needed, available = sum(plan.needed.values()), plan.available
     if available is None or needed * TOLERANCE <= available:
@@ -169,7 +169,7 @@ def step_bytes(
       config: a run without "auto".
       mesh: the devices.
       state: abstract, with shardings.
-      tx: the chain, if it is not that of the configuration.
+      tx: the chain; that of the configuration by default.
     """
     sizes = {
         "parameters": hardware.shard_bytes(state.params),
@@ -246,8 +246,8 @@ def _remedies(config, mesh, state, tx) -> Iterator[tuple[str, int]]:
     data, shards = config.data, _row_shards(mesh)
     changes: list[tuple[str, str, Any]] = []
     rows = data.batch_size // (data.num_microbatches * shards)
+    least = next((n for n in range(2, rows + 1) if rows % n == 0), 1)
     if config.step == "fused" and rows > 1:
-        least = next(n for n in range(2, rows + 1) if rows % n == 0)
         changes.append(("data", "num_microbatches", data.num_microbatches * least))
     if _can_rematerialise(config, mesh):
         later = model.REMAT[model.REMAT.index(config.model.remat) + 1 :]
@@ -255,7 +255,6 @@ def _remedies(config, mesh, state, tx) -> Iterator[tuple[str, int]]:
     if config.model.attention != "chunked" and data.seq_len > attention.BLOCK:
         changes.append(("model", "attention", "chunked"))
     if rows > 1:
-        least = next(n for n in range(2, rows + 1) if rows % n == 0)
         changes.append(("data", "batch_size", data.batch_size // least))
     if data.seq_len > 1:
         changes.append(("data", "seq_len", data.seq_len // 2))
@@ -299,7 +298,7 @@ def _layerwise_bytes_of(config, chain, rows, seq_len) -> dict[str, int]:
 
 
 def _built(chain: Any) -> optax.GradientTransformation:
-    """The chain itself, or that of a configuration: no schedule changes its memory."""
+    """The chain given, or the one a configuration builds; the schedule is no matter."""
     if isinstance(chain, optax.GradientTransformation):
         return chain
     run = config_lib.ExperimentConfig(optimizer=chain)
