@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from sct_jax import attention_kernels, errors, remat
+from sct_jax import attention_kernels, errors, linalg, remat
 
 IMPLEMENTATIONS = ("xla", "chunked")
 CHOICES = ("auto", *IMPLEMENTATIONS, *attention_kernels.KERNELS)
@@ -341,16 +341,31 @@ def _gradients(
     ds = (p * (dp - shared)).astype(q.dtype)
     return (
         scale * _times("bgrqm,bgmk->bgrqk", ds, k),
-        scale * _times("bgrqm,bgrqk->bgmk", ds, q),
-        _times("bgrqm,bgrqk->bgmk", p.astype(v.dtype), d_out),
+        scale * _times_over_queries(ds, q),
+        _times_over_queries(p.astype(v.dtype), d_out),
     )
+
+
+def _times_over_queries(
+    scores: Float[Array, "B G R Q M"], x: Float[Array, "B G R Q K"]
+) -> Float[Array, "B G M K"]:
+    # The other way, XLA on CPU would first write the scores transposed.
+    product = _times("bgrqk,bgrqm->bgkm", x, scores)
+    return linalg.transpose(jax.lax.optimization_barrier(product))
 
 
 def _shared(d_out: Array, out: Array) -> Array:
     """Of each query: the gradient of its scores, on average."""
-    product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
-    return jnp.sum(product, axis=-1, keepdims=True)
+    # As a product of matrices: XLA on CPU is slow to sum products of arrays that have
+    # an axis of size 1.
+    d_out, out = d_out.astype(jnp.float32), out.astype(jnp.float32)
+    average = _times("bgrqk,bgrqk->bgrq", d_out, out, precision=linalg.HIGHEST)
+    return average[..., None]
 
 
-def _times(axes: str, x: Array, y: Array) -> Float[Array, "..."]:
-    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
+def _times(
+    axes: str, x: Array, y: Array, *, precision: jax.lax.Precision | None = None
+) -> Float[Array, "..."]:
+    return jnp.einsum(
+        axes, x, y, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -90,7 +90,7 @@ def contract(
 ) -> Inexact[Array, "*N R"]:
     """Returns the low-rank bottleneck x @ u or x @ a, the input of `expand`."""
     x = _as_activations(x, w)
-    return x @ w[0].astype(x.dtype)
+    return linalg.thin_product(x, w[0].astype(x.dtype))
 
 
 def expand(
@@ -100,7 +100,7 @@ def expand(
     h = _as_activations(h, w)
     if isinstance(w, SpectralFactors):
         h = h * _as_row(w.s.astype(h.dtype), h.ndim)
-    return h @ w[-1].astype(h.dtype).T
+    return linalg.thin_product(h, w[-1].astype(h.dtype).T)
 
 
 def _as_activations(x: Shaped[ArrayLike, "*N"], w: Weight) -> Inexact[Array, "*N"]:

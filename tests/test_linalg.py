@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -442,3 +443,40 @@ def test_every_product_is_of_the_highest_precision(name):
     precisions = reference.matmul_precisions(FUNCTIONS[name], jnp.ones((2, 6, 3)))
     assert precisions
     assert set(precisions) == {reference.HIGHEST}
+
+
+@pytest.mark.parametrize("shape", [(30, 4), (4, 30), (5, 5)])
+def test_thin_product_is_a_product_with_all_derivatives(shape):
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, d_x = (jax.random.normal(key, (2, 3, shape[0])) for key in keys[:2])
+    w, d_w = (jax.random.normal(key, shape) for key in keys[2:4])
+    d_y = jax.random.normal(keys[4], (2, 3, shape[1]))
+    plain = lambda x, w: x @ w
+    for derivative in (
+        lambda fn: jax.jvp(fn, (x, w), (d_x, d_w)),
+        lambda fn: jax.vjp(fn, x, w)[1](d_y),
+        lambda fn: jax.vjp(lambda w: fn(x, w), w)[1](d_y),
+        lambda fn: jax.vjp(lambda x: fn(x, w), x)[1](d_y),
+        lambda fn: jax.vjp(jax.vmap(fn, (0, None)), x, w)[1](d_y),
+    ):
+        chex.assert_trees_all_close(
+            derivative(linalg.thin_product), derivative(plain), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_the_gradient_of_a_thin_factor_has_its_short_side_first():
+    def orders(shape, loss):
+        w = jax.ShapeDtypeStruct(shape, jnp.float32)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(w).jaxpr
+        held = [e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+        return [e.outvars[0].aval.shape for e in held]
+
+    x = jnp.ones((8, 30))
+    tall = lambda w: jnp.sum(linalg.thin_product(x, w))
+    wide = lambda w: jnp.sum(linalg.thin_product(x[:, :4], w))
+    assert orders((30, 4), tall) == orders((4, 30), wide) == [(4, 30)]
+
+
+def test_sum_of_outer_products():
+    x, y = (jax.random.normal(jax.random.key(n), (6, n)) for n in (30, 4))
+    np.testing.assert_allclose(linalg.sum_of_outer_products(x, y), x.T @ y, rtol=1e-5)

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from sct_jax import errors, model, sharding, spectral
+from sct_jax import errors, linalg, model, sharding, spectral
 from sct_jax.training import guard as guard_lib
 from sct_jax.training import optimizer_config
 from sct_jax.training import state as state_lib
@@ -485,7 +485,7 @@ def _outer_sum(x: Float[Array, "N I"], h: Float[Array, "N R"], dtype) -> Array:
     XLA would write a product to memory, and every part of the update would read it.
     """
     if x.shape[0] > _FEW_ROWS:
-        return (x.T @ h).astype(dtype)
+        return linalg.sum_of_outer_products(x, h).astype(dtype)
     total = sum(
         x[n][:, None].astype(dtype) * h[n][None, :].astype(dtype)
         for n in range(x.shape[0])
