@@ -78,6 +78,45 @@ class MatrixRankRatios:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies were stretched for windows longer than at first.
+
+    Attributes:
+      kind: "none", "linear" (all frequencies divided by `factor`; Chen et al., Position
+        Interpolation, arXiv 2306.15595, 2023), or "llama3" (only wavelengths that are
+        long against `original_length`, with a ramp between).
+      factor: divides low frequencies, at least 1.
+      low_freq_factor: "llama3" divides wavelengths above `original_length` over this.
+      high_freq_factor: "llama3" keeps wavelengths below `original_length` over this.
+      original_length: window of the training before, in tokens.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def validate(self, prefix: str) -> None:
+        """Raises UserError naming the first invalid field, after `prefix`."""
+        errors.check_choice(f"{prefix}kind", self.kind, ("none", "linear", "llama3"))
+        errors.check(
+            f"{prefix}kind",
+            self.kind != "none" or self == RopeScaling(),
+            "'none' leaves the other fields without effect; set it, or unset them",
+        )
+        errors.check_bounds(prefix, self, "factor", least=1)
+        errors.check_bounds(prefix, self, "low_freq_factor", above=0)
+        errors.check(
+            f"{prefix}high_freq_factor",
+            self.low_freq_factor < self.high_freq_factor < math.inf,
+            f"{self.high_freq_factor} must be above low_freq_factor = "
+            f"{self.low_freq_factor}",
+        )
+        errors.check_bounds(prefix, self, "original_length", least=1, most=2**40)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of the model.
 
@@ -87,6 +126,7 @@ class ModelConfig:
       num_layers: number of blocks.
       num_heads: H, number of query heads.
       num_kv_heads: G, number of key and value heads; divides num_heads.
+      head_dim: K, size of a head; d_model / num_heads if None.
       vocab_size: V.
       rank: R of the factorised matrices. `ranks` and `rank_ratios` override it.
       spectral: names of the factorised matrices, from `MATRICES`.
@@ -95,6 +135,7 @@ class ModelConfig:
       rank_ratios: ranks of individual matrices as fractions of fan_in.
       tie_embeddings: whether the head is the transposed embedding.
       rope_theta: base of the rotary embedding, at least 1.
+      rope_scaling: how its frequencies are stretched for long windows.
       norm_eps: epsilon of RMSNorm.
       qk_norm: whether to normalise queries and keys over head_dim before the rotary
         embedding, with separate scales (Qwen3). Attention scores are then bounded for
@@ -119,6 +160,7 @@ class ModelConfig:
     num_layers: int = 30
     num_heads: int = 9
     num_kv_heads: int = 3
+    head_dim: int | None = None
     vocab_size: int = 49152
     rank: int = 128
     spectral: tuple[str, ...] = MLP
@@ -127,6 +169,7 @@ class ModelConfig:
     rank_ratios: MatrixRankRatios = MatrixRankRatios()
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
     qk_norm: bool = False
     rescale_init: bool = False
@@ -136,18 +179,21 @@ class ModelConfig:
     attention: str = "auto"
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """K, size of a head."""
+        if self.head_dim is not None:
+            return self.head_dim
         return self.d_model // self.num_heads
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Returns (fan_in, fan_out) of every matrix; tied models have no "head"."""
-        d, f, g = self.d_model, self.d_ff, self.num_kv_heads * self.head_dim
+        d, f = self.d_model, self.d_ff
+        h, g = (n * self.head_size for n in (self.num_heads, self.num_kv_heads))
         shapes = {
-            "q": (d, d),
+            "q": (d, h),
             "k": (d, g),
             "v": (d, g),
-            "o": (d, d),
+            "o": (h, d),
             "gate": (d, f),
             "up": (d, f),
             "down": (f, d),
@@ -188,15 +234,18 @@ class ModelConfig:
         for name, most in MAX_SIZES.items():
             least = 2 if name == "vocab_size" else 1
             errors.check_bounds("model.", self, name, least=least, most=most)
+        if self.head_dim is not None:
+            errors.check_bounds("model.", self, "head_dim", least=2, most=2**16)
         errors.check(
             "model.num_heads",
-            self.d_model % self.num_heads == 0,
-            f"{self.num_heads} must divide model.d_model = {self.d_model}",
+            self.head_dim is not None or self.d_model % self.num_heads == 0,
+            f"{self.num_heads} must divide model.d_model = {self.d_model}, or "
+            "model.head_dim be set",
         )
         errors.check(
-            "model.num_heads",
-            self.head_dim % 2 == 0,
-            f"head_dim = {self.head_dim} must be even for rotary embeddings",
+            "model.num_heads" if self.head_dim is None else "model.head_dim",
+            self.head_size % 2 == 0,
+            f"head_dim = {self.head_size} must be even for rotary embeddings",
         )
         errors.check(
             "model.num_kv_heads",
@@ -204,6 +253,7 @@ class ModelConfig:
             f"{self.num_kv_heads} must divide model.num_heads = {self.num_heads}",
         )
         errors.check_bounds("model.", self, "rope_theta", least=1)
+        self.rope_scaling.validate("model.rope_scaling.")
         errors.check_bounds("model.", self, "norm_eps", above=0)
         errors.check_choice("model.factors", self.factors, FACTORS)
         errors.check_choice("model.remat", self.remat, ("auto", *REMAT))
@@ -315,8 +365,8 @@ def init_block(
         "mlp_norm": jnp.ones((*layers, config.d_model), jnp.float32),
     }
     if config.qk_norm:
-        block["q_norm"] = jnp.ones((*layers, config.head_dim), jnp.float32)
-        block["k_norm"] = jnp.ones((*layers, config.head_dim), jnp.float32)
+        block["q_norm"] = jnp.ones((*layers, config.head_size), jnp.float32)
+        block["k_norm"] = jnp.ones((*layers, config.head_size), jnp.float32)
     for index, name in enumerate(BLOCK_MATRICES):
         scale = 1 / math.sqrt(2 * config.num_layers) if name in ("o", "down") else 1.0
         block[name] = _init_matrix(
@@ -550,14 +600,9 @@ def block(
     `linear` multiplies by the seven matrices, in the order q, k, v, o, gate, up, down.
     """
     batch, length, _ = x_BLD.shape
-    heads = lambda y, n: y.reshape(batch, length, n, config.head_dim)
-    h_BLD = rms_norm(x_BLD, params["attention_norm"], config.norm_eps)
-    q_BLHK = heads(linear(h_BLD, params["q"]), config.num_heads)
-    k_BMGK = heads(linear(h_BLD, params["k"]), config.num_kv_heads)
-    v_BMGK = heads(linear(h_BLD, params["v"]), config.num_kv_heads)
-    if config.qk_norm:
-        q_BLHK = rms_norm(q_BLHK, params["q_norm"], config.norm_eps)
-        k_BMGK = rms_norm(k_BMGK, params["k_norm"], config.norm_eps)
+    q_BLHK, k_BMGK, v_BMGK = attention_inputs(
+        params, x_BLD, config=config, linear=linear
+    )
     attended_BLHK = attention.attend(
         rotate(q_BLHK, rope),
         rotate(k_BMGK, rope),
@@ -565,20 +610,45 @@ def block(
         segment_ids=segment_ids,
         implementation=config.attention,
     )
-    x_BLD = x_BLD + linear(
-        attended_BLHK.reshape(batch, length, config.d_model), params["o"]
-    )
-
-    def mlp(params, x_BLD):
-        h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
-        gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
-        up_BLF = linear(h_BLD, params["up"])
-        return x_BLD + linear(gate_BLF * up_BLF, params["down"])
-
+    x_BLD = x_BLD + linear(attended_BLHK.reshape(batch, length, -1), params["o"])
+    mlp = functools.partial(add_mlp, config=config, linear=linear)
     if config.remat != "full":
         return mlp(params, x_BLD)
     matrices = {name: params[name] for name in ("mlp_norm", *MLP)}
     return remat.by_chunks(mlp, matrices, x_BLD, tokens_per_chunk=MLP_TOKENS)
+
+
+def attention_inputs(
+    params: Params,
+    x_BLD: Float[Array, "B L D"],
+    *,
+    config: ModelConfig,
+    linear: Linear = spectral.linear,
+) -> tuple[Float[Array, "B L H K"], Float[Array, "B L G K"], Float[Array, "B L G K"]]:
+    """Returns queries, keys and values of one layer, before the rotary embedding."""
+    h_BLD = rms_norm(x_BLD, params["attention_norm"], config.norm_eps)
+    heads = lambda y, n: y.reshape(*y.shape[:-1], n, config.head_size)
+    q_BLHK = heads(linear(h_BLD, params["q"]), config.num_heads)
+    k_BLGK = heads(linear(h_BLD, params["k"]), config.num_kv_heads)
+    v_BLGK = heads(linear(h_BLD, params["v"]), config.num_kv_heads)
+    if config.qk_norm:
+        q_BLHK = rms_norm(q_BLHK, params["q_norm"], config.norm_eps)
+        k_BLGK = rms_norm(k_BLGK, params["k_norm"], config.norm_eps)
+    return q_BLHK, k_BLGK, v_BLGK
+
+
+def add_mlp(
+    params: Params,
+    x_BLD: Float[Array, "B L D"],
+    *,
+    config: ModelConfig,
+    linear: Linear = spectral.linear,
+) -> Float[Array, "B L D"]:
+    """Returns the residual stream plus the SwiGLU of one layer."""
+    h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
+    gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
+    up_BLF = linear(h_BLD, params["up"])
+    return x_BLD + linear(gate_BLF * up_BLF, params["down"])
 
 
 def rms_norm(
@@ -603,18 +673,46 @@ def rotary_table(
     References:
       Su et al., RoFormer, arXiv 2104.09864, 2021, eq. 15
     """
-    half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    positions = jnp.arange(length, dtype=jnp.float32)
+    angles = positions[:, None] * rotary_frequencies(config)[None]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_frequencies(config: ModelConfig) -> Float[Array, " K2"]:
+    """Returns the angle per position of every pair, in radians.
+
+    References:
+      Grattafiori et al., The Llama 3 herd of models, arXiv 2407.21783, 2024, 3.4.1; the
+      ramp of "llama3" is that of its published code
+    """
+    half = config.head_size // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return frequencies
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * slow
 
 
 def rotate(
     x_BLHK: Float[Array, "B L H K"],
-    rope: tuple[Float[Array, "L K2"], Float[Array, "L K2"]],
+    rope: tuple[Array, Array],
 ) -> Float[Array, "B L H K"]:
-    """Rotates each pair (x_i, x_{i + K/2}), the pairing of Llama checkpoints."""
-    cos, sin = (table[None, :, None, :] for table in rope)
+    """Rotates each pair (x_i, x_{i + K/2}), the pairing of Llama checkpoints.
+
+    Args:
+      x_BLHK: queries or keys.
+      rope: cosine and sine of the angles, (L, K/2), or (B, L, K/2) where rows are at
+        different positions.
+    """
+    cos, sin = (
+        jnp.expand_dims(table, (0, 2) if table.ndim == 2 else 2) for table in rope
+    )
     first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(x_BLHK.dtype)

@@ -129,7 +129,7 @@ def test_the_narrow_method_has_the_flops_of_the_low_rank_ones(variant, field, va
     assert narrow.flops(1) == pytest.approx(ours.flops(1), rel=0.01)
     assert narrow.flops(1) < muon.flops(1)
     shape = narrow.experiment.model
-    assert shape.spectral == () and shape.head_dim % 2 == 0
+    assert shape.spectral == () and shape.head_size % 2 == 0
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

@@ -156,7 +156,7 @@ def reference_forward(params, tokens, config, segment_ids=None):
         for layer in model.unstack_layers(params)["layers"]:
             h = reference_rms_norm(x, layer["attention_norm"], config.norm_eps)
             q, k, v = (
-                (h @ dense(layer[name])).reshape(len(ids), -1, config.head_dim)
+                (h @ dense(layer[name])).reshape(len(ids), -1, config.head_size)
                 for name in "qkv"
             )
             if config.qk_norm:

@@ -112,7 +112,7 @@ def dense_shapes(config, jaxpr):
 def test_no_activation_has_the_shape_of_a_weight():
     """Otherwise the tests below would prove nothing."""
     d, f = SPECTRAL.d_model, SPECTRAL.d_ff
-    g = SPECTRAL.num_kv_heads * SPECTRAL.head_dim
+    g = SPECTRAL.num_kv_heads * SPECTRAL.head_size
     rows = {BATCH * LENGTH, LENGTH, BATCH, SPECTRAL.num_heads, SPECTRAL.num_kv_heads}
     sizes = {d, f, g, SPECTRAL.vocab_size}
     assert len(sizes) == 4

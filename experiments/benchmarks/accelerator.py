@@ -249,7 +249,7 @@ def attention_row(name: str, dtype: str, work: Work, device: Any) -> tuple[str, 
     batch, length, heads, groups = 2, work.checked_len, 4, 2
     shape = dataclasses.replace(
         work.shape,
-        d_model=heads * work.shape.head_dim,
+        d_model=heads * work.shape.head_size,
         num_heads=heads,
         num_kv_heads=groups,
         compute_dtype=dtype,
@@ -263,7 +263,7 @@ def attention_row(name: str, dtype: str, work: Work, device: Any) -> tuple[str, 
         reason = str(error).partition(": ")[2].partition(";")[0]
         return ELSEWHERE, row | {"note": reason}
     rng = np.random.default_rng(0)
-    sizes = [(batch, length, count, shape.head_dim) for count in (heads, groups)]
+    sizes = [(batch, length, count, shape.head_size) for count in (heads, groups)]
     q, k, v, d_out = (
         jnp.asarray(rng.normal(size=size), dtype)
         for size in (sizes[0], sizes[1], sizes[1], sizes[0])

@@ -288,7 +288,7 @@ def _attention(implementation, shape, rows, length) -> tuple[Callable[[], Any], 
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
     q, k, v, d_out = (
-        jax.random.normal(key, (rows, length, number, shape.head_dim))
+        jax.random.normal(key, (rows, length, number, shape.head_size))
         for key, number in zip(keys, heads, strict=True)
     )
 

@@ -78,7 +78,7 @@ def block_flops(config: model.ModelConfig, *, seq_len: int) -> int:
     """Returns the forward FLOPs per token of one layer, with causal attention."""
     matrices = sum(matrix_flops(config, name) for name in model.BLOCK_MATRICES)
     # Scores and weighted values: 2 FLOPs each, over half of the keys on average.
-    return matrices + 2 * seq_len * config.d_model
+    return matrices + 2 * seq_len * config.num_heads * config.head_size
 
 
 def flops_per_token(config: model.ModelConfig, *, seq_len: int) -> int:

@@ -130,7 +130,7 @@ def select_attention(
     work = attention_kernels.Workload(
         platform=_platform(device),
         compute_capability=getattr(device, "compute_capability", None),
-        head_dim=config.head_dim,
+        head_dim=config.head_size,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         seq_len=seq_len,

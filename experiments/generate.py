@@ -1,0 +1,265 @@
+"""Continues text with a trained model.
+
+python -m experiments.generate --workdir=runs/smollm_r128-tiny --prompt="def main("
+echo "import os" | python -m experiments.generate --workdir=runs/smollm_r128-tiny
+
+One prompt is continued as it is written; several are continued together. The exit code
+is 0, or 2 for bad input.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TextIO
+
+import jax
+
+from sct_jax import data, decode, errors, files, paths, sampling
+from sct_jax.training import huge_pages, overrides, process, workdir
+
+DEFAULT_TOKENS = 128
+
+
+class Continued(NamedTuple):
+    """What was generated.
+
+    Attributes:
+      ids: new tokens of each prompt.
+      texts: their text.
+      first_seconds: until the first token, compilation included.
+      tokens_per_second: of all prompts together, after the first two tokens; None for
+        fewer.
+      cache_bytes_per_token: of one prompt.
+    """
+
+    ids: list[list[int]]
+    texts: list[str]
+    first_seconds: float
+    tokens_per_second: float | None
+    cache_bytes_per_token: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for bad input."""
+    parser = overrides.FlagParser(__doc__ or "")
+    parser.add_argument("--workdir", help="a run, with a checkpoint", required=True)
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="text to continue; repeatable"
+    )
+    parser.add_argument("--prompt_file", help="file with one prompt")
+    parser.add_argument(
+        "--num_tokens",
+        type=int,
+        help=f"most tokens per prompt (default: {DEFAULT_TOKENS}, or what the context "
+        "has room for)",
+    )
+    defaults = sampling.SamplingConfig()
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token"
+    )
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens")
+    for name in ("top_p", "min_p", "repetition_penalty"):
+        parser.add_argument(f"--{name}", type=float, default=getattr(defaults, name))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--latent_cache",
+        action="store_true",
+        help="keep R numbers per token and factorised k or v, not keys and values",
+    )
+    parser.add_argument("--json", help="also write texts, ids and figures to this file")
+    flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
+    try:
+        sampler = sampling.SamplingConfig(
+            **{name: getattr(flags, name) for name in vars(defaults)}
+        )
+        sampler.validate("--")
+        prompts = read_prompts(flags.prompt, flags.prompt_file, sys.stdin)
+        run = workdir.load_run(flags.workdir)
+        done = continue_prompts(
+            run,
+            prompts,
+            num_tokens=flags.num_tokens,
+            sampler=sampler,
+            seed=flags.seed,
+            latent=flags.latent_cache,
+            output=sys.stdout,
+        )
+        if flags.json:
+            figures = {"prompts": prompts, **done._asdict()}
+            path = pathlib.Path(paths.expand("--json", flags.json))
+            files.replace_text(path, json.dumps(figures, indent=2) + "\n")
+    except errors.UserError as error:
+        overrides.fail(str(error))
+    process.say(describe(done))
+    return 0
+
+
+def read_prompts(
+    given: Sequence[str], file: str | None, standard_input: TextIO
+) -> list[str]:
+    """Returns the prompts of the command line, else that of a file, else of a pipe.
+
+    Raises:
+      UserError: there is none, or one is empty or not UTF-8.
+    """
+    errors.check(
+        "--prompt_file",
+        not (given and file),
+        "excludes --prompt: give only one of them",
+    )
+    prompts = list(given)
+    if file is not None:
+        path = pathlib.Path(paths.expand("--prompt_file", file))
+        try:
+            prompts = [path.read_bytes().decode()]
+        except (OSError, UnicodeError) as error:
+            raise errors.UserError(f"--prompt_file: cannot read {path}: {error}") from (
+                error
+            )
+    elif not prompts:
+        errors.check(
+            "--prompt",
+            not standard_input.isatty(),
+            "give a prompt, a --prompt_file, or text on standard input",
+        )
+        prompts = [standard_input.read()]
+    for prompt in prompts:
+        errors.check("--prompt", prompt != "", "is empty; give some text to continue")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise errors.UserError(f"--prompt: is not UTF-8: {error}") from error
+    return prompts
+
+
+def continue_prompts(
+    run: workdir.LoadedRun,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int | None,
+    sampler: sampling.SamplingConfig,
+    seed: int,
+    latent: bool = False,
+    output: TextIO,
+) -> Continued:
+    """Writes each prompt and what follows it, up to the end of the document.
+
+    Args:
+      run: the model.
+      prompts: texts, none of them empty.
+      num_tokens: most tokens per prompt; None for a default.
+      sampler: how tokens are drawn.
+      seed: of the draws.
+      latent: as in `decode.init_cache`.
+      output: where the text goes.
+
+    Raises:
+      UserError: the context is too short.
+    """
+    mark, context = run.tokenizer.document_mark, run.config.data.seq_len
+    ids = [[mark, *run.tokenizer.encode(prompt)] for prompt in prompts]
+    longest = max(map(len, ids))
+    errors.check(
+        "--prompt",
+        longest < context,
+        f"{longest} tokens do not fit into the context of {context} that the model "
+        "was trained with; shorten the prompt",
+    )
+    room = context - longest
+    if num_tokens is None:
+        num_tokens = min(DEFAULT_TOKENS, room)
+    errors.check(
+        "--num_tokens",
+        1 <= num_tokens <= room,
+        f"{num_tokens} must be in 1..{room}: the context has {context} tokens, and "
+        f"the prompt {longest}",
+    )
+    params = decode.prepare(run.params, run.config.model)
+    began = time.monotonic()
+    times: list[float] = []
+    new: list[list[int]] = [[] for _ in prompts]
+    writers = [_Writer(run.tokenizer, prompt, output) for prompt in prompts]
+    single = len(prompts) == 1
+    for tokens in decode.stream(
+        params,
+        run.config.model,
+        ids,
+        num_tokens=num_tokens,
+        key=jax.random.key(seed),
+        sampler=sampler,
+        stop=[mark],
+        latent=latent,
+    ):
+        times.append(time.monotonic())
+        for row, token in zip(new, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+        if single:
+            writers[0].write(new[0])
+    for row, writer in zip(new, writers, strict=True):
+        writer.write(row, last=True)
+    cache = jax.eval_shape(
+        lambda params: decode.init_cache(
+            params, run.config.model, batch=1, slots=1, latent=latent
+        ),
+        params,
+    )
+    return Continued(
+        ids=new,
+        texts=[run.tokenizer.decode(row) for row in new],
+        first_seconds=times[0] - began if times else time.monotonic() - began,
+        tokens_per_second=_rate(times, rows=new),
+        cache_bytes_per_token=decode.bytes_per_token(cache),
+    )
+
+
+def describe(done: Continued) -> str:
+    """Returns a line about the speed and the memory."""
+    count = sum(map(len, done.ids))
+    rate = done.tokens_per_second
+    speed = f", then {rate:.1f} tokens per second" if rate else ""
+    return (
+        f"{count} tokens; the first after {done.first_seconds:.1f} s{speed}; the cache "
+        f"takes {done.cache_bytes_per_token:,} bytes per token"
+    )
+
+
+def _rate(times: Sequence[float], *, rows: Sequence[Sequence[int]]) -> float | None:
+    """Tokens per second once everything is compiled: after the second step."""
+    if len(times) < 3:
+        return None
+    count = sum(max(len(row) - 2, 0) for row in rows)
+    return count / (times[-1] - times[1])
+
+
+class _Writer:
+    """Writes a prompt and its tokens, as far as they make whole characters."""
+
+    def __init__(self, tokenizer: data.Tokenizer, prompt: str, output: TextIO):
+        self._tokenizer = tokenizer
+        self._output = output
+        self._written = 0
+        self._prompt: Any = prompt
+
+    def write(self, ids: Sequence[int], *, last: bool = False) -> None:
+        if self._prompt is not None:
+            self._output.write(self._prompt)
+            self._prompt = None
+        text = self._tokenizer.decode(ids)
+        whole = text if last else text.rstrip("\ufffd")
+        self._output.write(whole[self._written :] + "\n" * last)
+        self._output.flush()
+        self._written = max(self._written, len(whole))
+
+
+def _main() -> int:
+    return main()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    huge_pages.restart_with_huge_pages()
+    process.run(_main)
