@@ -159,23 +159,10 @@ def continue_prompts(
     Raises:
       UserError: the context is too short.
     """
-    mark, context = run.tokenizer.document_mark, run.config.data.seq_len
+    mark = run.tokenizer.document_mark
     ids = [[mark, *run.tokenizer.encode(prompt)] for prompt in prompts]
-    longest = max(map(len, ids))
-    errors.check(
-        "--prompt",
-        longest < context,
-        f"{longest} tokens do not fit into the context of {context} that the model "
-        "was trained with; shorten the prompt",
-    )
-    room = context - longest
-    if num_tokens is None:
-        num_tokens = min(DEFAULT_TOKENS, room)
-    errors.check(
-        "--num_tokens",
-        1 <= num_tokens <= room,
-        f"{num_tokens} must be in 1..{room}: the context has {context} tokens, and "
-        f"the prompt {longest}",
+    num_tokens = fit_tokens(
+        num_tokens, longest=max(map(len, ids)), context=run.config.data.seq_len
     )
     params = decode.prepare(run.params, run.config.model)
     began = time.monotonic()
@@ -201,19 +188,39 @@ def continue_prompts(
             writers[0].write(new[0])
     for row, writer in zip(new, writers, strict=True):
         writer.write(row, last=True)
-    cache = jax.eval_shape(
-        lambda params: decode.init_cache(
-            params, run.config.model, batch=1, slots=1, latent=latent
-        ),
-        params,
-    )
     return Continued(
         ids=new,
         texts=[run.tokenizer.decode(row) for row in new],
         first_seconds=times[0] - began if times else time.monotonic() - began,
         tokens_per_second=_rate(times, rows=new),
-        cache_bytes_per_token=decode.bytes_per_token(cache),
+        cache_bytes_per_token=decode.bytes_per_token(
+            params, run.config.model, latent=latent
+        ),
     )
+
+
+def fit_tokens(num_tokens: int | None, *, longest: int, context: int) -> int:
+    """Returns how many tokens to generate after prompts of up to `longest` tokens.
+
+    Raises:
+      UserError: the prompt, or what was asked for, does not fit into the context.
+    """
+    errors.check(
+        "--prompt",
+        longest < context,
+        f"{longest} tokens do not fit into the context of {context} that the model "
+        "was trained with; shorten the prompt",
+    )
+    room = context - longest
+    if num_tokens is None:
+        return min(DEFAULT_TOKENS, room)
+    errors.check(
+        "--num_tokens",
+        1 <= num_tokens <= room,
+        f"{num_tokens} must be in 1..{room}: the context has {context} tokens, and "
+        f"the prompt {longest}",
+    )
+    return num_tokens
 
 
 def describe(done: Continued) -> str:

@@ -47,7 +47,8 @@ class Cache(NamedTuple):
 def prepare(params: model.Params, config: model.ModelConfig) -> model.Params:
     """Returns parameters to decode with: layers apart, in the compute dtype.
 
-    Slices of stacked layers would be copied for every token.
+    Slices of stacked layers would be copied for every token. What is as it should be is
+    not copied, so a second call costs nothing.
     """
     dtype = jnp.dtype(config.compute_dtype)
     cast = jax.tree.map(lambda p: p.astype(dtype), params)
@@ -89,10 +90,17 @@ def init_cache(
     )
 
 
-def bytes_per_token(cache: Cache) -> int:
-    """Returns the bytes that one token of one row takes in all layers."""
-    arrays = [*cache.keys, *cache.values]
-    return sum(x.nbytes // (x.shape[0] * x.shape[-2]) for x in arrays)
+def bytes_per_token(
+    params: model.Params, config: model.ModelConfig, *, latent: bool = False
+) -> int:
+    """Returns the bytes that one token of one row takes in the caches of all layers.
+
+    Arguments as in `init_cache`.
+    """
+    cache = jax.eval_shape(
+        lambda: init_cache(params, config, batch=1, slots=1, latent=latent)
+    )
+    return sum(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
 
 
 def prefill(
@@ -121,8 +129,8 @@ def prefill(
         k = model.rotate(k, rope)
         attended = attention.attend(model.rotate(q, rope), k, v)
         latents = _latents(layer, x_BPD, config)
-        keys.append(_fill(k_slots, k, latents, "k"))
-        values.append(_fill(v_slots, v, latents, "v"))
+        keys.append(_fill(k_slots, _as_slots(k, latents, "k", like=k_slots)))
+        values.append(_fill(v_slots, _as_slots(v, latents, "v", like=v_slots)))
         x_BPD = x_BPD + _linear(attended.reshape(*x_BPD.shape[:2], -1), layer["o"])
         x_BPD = model.add_mlp(layer, x_BPD, config=config, linear=_linear)
     last = jnp.take_along_axis(x_BPD, (lengths_B - 1)[:, None, None], axis=1)
@@ -146,22 +154,30 @@ def advance(
     """
     x_B1D = model.embed(params, tokens_B[:, None], config)
     position_B = cache.lengths
+    rope = _rotary_at(position_B[:, None], config)
+    slot_rope = model.rotary_table(cache.keys[0].shape[-2], config)
     keys, values = [], []
     for layer, k_slots, v_slots in zip(
         params[model.LAYERS], cache.keys, cache.values, strict=True
     ):
         q, k, v = model.attention_inputs(layer, x_B1D, config=config, linear=_linear)
-        rope = _rotary_at(position_B[:, None], config)
         latents = _latents(layer, x_B1D, config)
-        k_slots = _append(k_slots, model.rotate(k, rope), latents, "k", position_B)
-        v_slots = _append(v_slots, v, latents, "v", position_B)
+        k_new = _as_slots(model.rotate(k, rope), latents, "k", like=k_slots)
+        v_new = _as_slots(v, latents, "v", like=v_slots)
         attended = _attend_slots(
-            model.rotate(q, rope)[:, 0], k_slots, v_slots, layer, position_B, config
+            model.rotate(q, rope)[:, 0],
+            (k_slots, v_slots),
+            (k_new, v_new),
+            (slot_rope, rope),
+            layer,
+            position_B,
+            config,
         )
+        k_new, v_new = _after(attended, k_new), _after(attended, v_new)
         x_B1D = x_B1D + _linear(attended[:, None], layer["o"])
         x_B1D = model.add_mlp(layer, x_B1D, config=config, linear=_linear)
-        keys.append(k_slots)
-        values.append(v_slots)
+        keys.append(_write(k_slots, k_new, position_B))
+        values.append(_write(v_slots, v_new, position_B))
     logits_BV = model.logits(params, x_B1D, config, linear=_linear)[:, 0]
     return logits_BV, Cache(tuple(keys), tuple(values), position_B + 1)
 
@@ -181,59 +197,84 @@ def _latents(layer, x_BLD, config) -> dict[str, Float[Array, "B L R"]]:
     }
 
 
-def _fill(slots, heads_BLGK, latents, name):
+def _as_slots(heads_BLGK, latents, name, *, like):
+    """Tokens in the form of slots: (B, G, L, K), or latents (B, L, R)."""
+    new = latents[name] if like.ndim == 3 else heads_BLGK.swapaxes(1, 2)
+    return new.astype(like.dtype)
+
+
+def _fill(slots, new):
     """Slots with the first tokens of every row."""
-    new = latents[name] if slots.ndim == 3 else heads_BLGK.swapaxes(1, 2)
     missing = slots.shape[-2] - new.shape[-2]
     padding = [(0, 0)] * (new.ndim - 2) + [(0, missing), (0, 0)]
-    return jnp.pad(new.astype(slots.dtype), padding)
+    return jnp.pad(new, padding)
 
 
-def _append(slots, heads_B1GK, latents, name, position_B):
+def _write(slots, new, position_B):
     """Slots with one more token per row."""
-    new = latents[name] if slots.ndim == 3 else heads_B1GK.swapaxes(1, 2)
 
     def put(slots, new, position):
         start = (*[0] * (slots.ndim - 2), position, 0)
-        return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), start)
+        return jax.lax.dynamic_update_slice(slots, new, start)
 
     if slots.shape[0] == 1:  # vmap would make it a scatter
         return put(slots[0], new[0], position_B[0])[None]
     return jax.vmap(put)(slots, new, position_B)
 
 
-def _attend_slots(q_BHK, k_slots, v_slots, layer, position_B, config):
-    """Attention of one query per row over the slots so far, (B, H K)."""
+def _after(other_BX, x):
+    """x, computed after other_BX. Slots that are no longer read are written in place.
+
+    XLA on CPU does not keep the order of an optimization barrier, and copies the cache.
+    """
+    zero_B = other_BX[:, 0] * 0
+    return x + jnp.expand_dims(zero_B, tuple(range(1, x.ndim))).astype(x.dtype)
+
+
+def _attend_slots(q_BHK, slots, new, ropes, layer, position_B, config):
+    """Attention of one query per row over the slots before it and itself, (B, H K)."""
     batch, heads, size = q_BHK.shape
     groups = config.num_kv_heads
     q = q_BHK.reshape(batch, groups, heads // groups, size)
-    if k_slots.ndim == 3:
-        k_slots = _keys_of(k_slots, layer, config)
-    scores = _times("bgqk,bgsk->bgqs", q, k_slots) / math.sqrt(size)
-    seen_BS = jnp.arange(k_slots.shape[-2])[None] <= position_B[:, None]
-    scores = jnp.where(seen_BS[:, None, None], scores, _MASKED)
-    p = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    if v_slots.ndim == 4:
-        out = _times("bgqs,bgsk->bgqk", p, v_slots).astype(q.dtype)
-        return out.reshape(batch, heads * size)
-    # Values are linear in their latents, so the weighted sum comes first.
-    w = layer["v"]
-    latent = _times("bgqs,bsr->bgqr", p, v_slots).astype(q.dtype)
-    if spectral.is_spectral(w):
-        latent = latent * w.s.astype(q.dtype)
-    last = w[-1].astype(q.dtype).reshape(groups, size, -1)
-    out = _times("bgqr,gkr->bgqk", latent, last).astype(q.dtype)
+    keys = (slots[0], new[0])
+    if slots[0].ndim == 3:
+        keys = [
+            _keys_of(latents, rope, layer, config)
+            for latents, rope in zip(keys, ropes, strict=True)
+        ]
+    past, own = (_times("bgqk,bgsk->bgqs", q, k) / math.sqrt(size) for k in keys)
+    seen_BS = jnp.arange(past.shape[-1])[None] < position_B[:, None]
+    past = jnp.where(seen_BS[:, None, None], past, _MASKED)
+    p = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(q.dtype)
+    values = (slots[1], new[1])
+    axes = "bgqs,bgsk->bgqk" if slots[1].ndim == 4 else "bgqs,bsr->bgqr"
+    past, own = (
+        _times(axes, p, v)
+        for p, v in zip((p[..., :-1], p[..., -1:]), values, strict=True)
+    )
+    out = (past + own).astype(q.dtype)
+    if slots[1].ndim == 3:  # values are linear in latents, so their sum came first
+        out = _values_of(out, layer["v"], config)
     return out.reshape(batch, heads * size)
 
 
-def _keys_of(latents_BSR, layer, config):
-    """Rotated keys (B, G, S, K) of all slots."""
+def _values_of(latents_BGQR, w, config):
+    """Values (B, G, Q, K) of sums of latents."""
+    if spectral.is_spectral(w):
+        latents_BGQR = latents_BGQR * jnp.expand_dims(w.s, (0, 1, 2))
+    last = w[-1].reshape(config.num_kv_heads, config.head_size, -1)
+    out = _times("bgqr,gkr->bgqk", latents_BGQR, last.astype(latents_BGQR.dtype))
+    return out.astype(latents_BGQR.dtype)
+
+
+def _keys_of(latents_BSR, rope, layer, config):
+    """Rotated keys (B, G, S, K) of tokens."""
     batch, slots, rank = latents_BSR.shape
     k = spectral.expand(latents_BSR.reshape(-1, rank), layer["k"])
     k_BSGK = k.reshape(batch, slots, config.num_kv_heads, config.head_size)
     if config.qk_norm:
         k_BSGK = model.rms_norm(k_BSGK, layer["k_norm"], config.norm_eps)
-    return model.rotate(k_BSGK, model.rotary_table(slots, config)).swapaxes(1, 2)
+    return model.rotate(k_BSGK, rope).swapaxes(1, 2)
 
 
 def _times(axes: str, x: Array, y: Array) -> Float[Array, "..."]:
@@ -334,7 +375,7 @@ def stream(
 
 def _stream(params, config, prompts, num_tokens, key, sampler, stop, latent):
     config = dataclasses.replace(config, attention="auto", remat="none")
-    params = _prepare(params, config)
+    params = prepare(params, config)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     width = _padded(int(lengths.max()))
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -363,9 +404,6 @@ def _read(drawn: Int[Array, " B"]) -> list[list[int | None]]:
 
 def _padded(length: int) -> int:
     return -(-length // _SLOTS) * _SLOTS
-
-
-_prepare = jax.jit(prepare, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "latent"))

@@ -87,9 +87,7 @@ def test_the_latent_cache_holds_the_rank_per_factorised_matrix():
     config = dataclasses.replace(BASE, spectral=("k",), rank=3)
     params = decode.prepare(model.init(jax.random.key(0), config), config)
     sizes = [
-        decode.bytes_per_token(
-            decode.init_cache(params, config, batch=2, slots=8, latent=latent)
-        )
+        decode.bytes_per_token(params, config, latent=latent)
         for latent in (False, True)
     ]
     width = config.num_kv_heads * config.head_size

@@ -20,7 +20,7 @@ from sct_jax.training import accounting
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # raised inside torch
-    has_torch = train_step.has_torch()
+    has_torch = tables.has_torch()
     if has_torch:
         import torch
 
@@ -47,7 +47,7 @@ def test_rows_are_printed_and_written(monkeypatch, tmp_path, capsys):
         tables.Figure(name="b", value=None, at_most=1.0, note="needs more"),
         tables.Figure(name="c", value=65536.0),
     ]
-    row = train_step.Row(title="One row", measure=lambda rounds, before: figures)
+    row = tables.Row(title="One row", measure=lambda rounds: figures)
     monkeypatch.setattr(train_step, "ROWS", {"one": row})
     path = tmp_path / "bench.json"
     assert train_step.main(["--rows=one", f"--json={path}"]) == 0
@@ -117,7 +117,7 @@ def test_the_target_applies_to_the_faster_remat(seconds, monkeypatch):
 def test_without_torch_the_rows_say_what_they_need(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for figures in (train_step.step_figures(1), train_step.layerwise_figures(1)):
-        assert {f.text for f in figures} == {train_step.NO_TORCH}
+        assert {f.text for f in figures} == {tables.NO_TORCH}
         assert {f.verdict for f in figures} == {"-"}
 
 
@@ -213,8 +213,9 @@ def test_tiny_is_compared_with_a_checkout_before(monkeypatch):
         "tokens_per_second",
         lambda folder, steps: lambda: {"tokens_per_second": rates[folder]},
     )
-    assert [f.value for f in train_step.tiny_figures(1, None)] == [300.0]
-    assert [f.value for f in train_step.tiny_figures(1, "before")] == [300, 200, 1.5]
+    assert [f.value for f in train_step.tiny_figures(1)] == [300.0]
+    found = train_step.tiny_figures(1, before="before")
+    assert [f.value for f in found] == [300, 200, 1.5]
 
 
 def test_a_program_of_another_folder_is_refused(tmp_path):

@@ -1,11 +1,22 @@
-"""Figures with targets, as tables and as JSON."""
+"""Figures with targets, as tables and as JSON, and the command that prints them."""
 
+import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import rich.console
 import rich.table
+
+from experiments.benchmarks import machine
+from sct_jax import errors
+from sct_jax.training import overrides
+
+NO_TORCH = "needs torch and transformers: install the dev extra"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,87 @@ class Figure:
         if self.at_most is not None:
             return "pass" if self.value <= self.at_most else "short"
         return "-"
+
+
+Figures = list[Figure]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A table of a benchmark.
+
+    Attributes:
+      title: title of the table.
+      measure: from the number of timed runs to its figures.
+    """
+
+    title: str
+    measure: Callable[[int], Figures]
+
+
+def main(doc: str, rows: Mapping[str, Row], argv: Sequence[str]) -> int:
+    """Prints the rows that the command line selects; returns the exit code 0.
+
+    Exits with 2 for bad input.
+
+    Args:
+      doc: shown by --help.
+      rows: name -> row.
+      argv: command line without the program.
+    """
+    parser = parser_of(doc, rows, rounds=7)
+    flags = parser.parse_flags(argv)
+    try:
+        names = selected(flags, rows)
+    except errors.UserError as error:
+        overrides.fail(str(error))
+    measure(names, rows, flags)
+    return 0
+
+
+def parser_of(doc: str, rows: Mapping[str, Any], *, rounds: int) -> Any:
+    """Returns a parser with --rows, --rounds and --json."""
+    parser = overrides.FlagParser(doc)
+    parser.add_argument("--rows", default=",".join(rows), help="rows, comma-separated")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help="timed runs of each function"
+    )
+    parser.add_argument("--json", help="also write the figures to this file")
+    return parser
+
+
+def selected(flags: argparse.Namespace, rows: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the rows to measure.
+
+    Raises:
+      UserError: for an unknown row, or rounds below 1.
+    """
+    errors.check("--rounds", flags.rounds >= 1, f"{flags.rounds} must be >= 1")
+    names = list(dict.fromkeys(flags.rows.split(",")))
+    for name in names:
+        errors.check_choice("--rows", name, tuple(rows))
+    return names
+
+
+def measure(
+    names: Sequence[str], rows: Mapping[str, Row], flags: argparse.Namespace
+) -> None:
+    """Measures rows and prints each as it ends; writes JSON after each too."""
+    console = rich.console.Console()
+    titles = {name: rows[name].title for name in names}
+    results: dict[str, Figures] = {}
+    for name in names:
+        results[name] = rows[name].measure(flags.rounds)
+        console.print(table(titles[name], results[name], column="value"))
+        if flags.json:
+            written = as_json(titles, results)
+            pathlib.Path(flags.json).write_text(json.dumps(written, indent=2))
+        machine.release_memory()
+
+
+def has_torch() -> bool:
+    """Returns whether PyTorch and transformers are installed."""
+    return all(map(importlib.util.find_spec, ("torch", "transformers")))
 
 
 def table(

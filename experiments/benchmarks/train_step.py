@@ -14,8 +14,6 @@ whole programs. `step` and `layerwise` need PyTorch and transformers, from the e
 import dataclasses
 import functools
 import gc
-import importlib.util
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 
 from configs import smollm_r128
 from experiments.benchmarks import machine, programs, tables, timing
@@ -32,8 +29,6 @@ from sct_jax import attention, data, errors, model, sharding, spectral
 from sct_jax.training import config as config_lib
 from sct_jax.training import huge_pages, optimizer_config, overrides
 from sct_jax.training import trainer as trainer_lib
-
-Figures = list[tables.Figure]
 
 LEARNING_RATE = 1e-4
 SHAPE = model.ModelConfig(rank=64)  # SmolLM2-135M's
@@ -47,43 +42,17 @@ VARIANTS: dict[str, tuple[tuple[str, ...], float]] = {
 REMAT = ("none", "dots")
 MAX_PROGRAM_ROUNDS = 2  # of programs that take minutes
 PUBLISHED_BYTES = 12e9  # free memory that the authors' program wants
-NO_TORCH = "needs torch and transformers: install the dev extra"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A table of the benchmark.
-
-    Attributes:
-      title: title of the table.
-      measure: (rounds, before) -> its figures.
-    """
-
-    title: str
-    measure: Callable[[int, str | None], Figures]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = overrides.FlagParser(__doc__ or "")
-    parser.add_argument("--rows", default=",".join(ROWS), help="rows, comma-separated")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=7,
-        help="timed runs of each function; programs of minutes run at most "
-        f"{MAX_PROGRAM_ROUNDS} times",
-    )
+    parser = tables.parser_of(__doc__ or "", ROWS, rounds=7)
     parser.add_argument(
         "--before", help="another checkout of this repository, to compare `tiny` with"
     )
-    parser.add_argument("--json", help="also write the figures to this file")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
-        errors.check("--rounds", flags.rounds >= 1, f"{flags.rounds} must be >= 1")
-        names = list(dict.fromkeys(flags.rows.split(",")))
-        for name in names:
-            errors.check_choice("--rows", name, tuple(ROWS))
+        names = tables.selected(flags, ROWS)
         if flags.before is not None:
             errors.check("--before", "tiny" in names, "has no effect without row tiny")
             errors.check(
@@ -93,16 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except errors.UserError as error:
         overrides.fail(str(error))
-    console = rich.console.Console()
-    titles = {name: ROWS[name].title for name in names}
-    results: dict[str, Figures] = {}
-    for name in names:
-        results[name] = ROWS[name].measure(flags.rounds, flags.before)
-        console.print(tables.table(titles[name], results[name], column="value"))
-        if flags.json:  # after every row: all of them take long
-            written = tables.as_json(titles, results)
-            pathlib.Path(flags.json).write_text(json.dumps(written, indent=2))
-        machine.release_memory()
+    rows = ROWS
+    if flags.before is not None:
+        tiny = functools.partial(tiny_figures, before=flags.before)
+        rows = ROWS | {"tiny": dataclasses.replace(ROWS["tiny"], measure=tiny)}
+    tables.measure(names, rows, flags)
     return 0
 
 
@@ -115,18 +79,20 @@ def step_figures(
     shape: model.ModelConfig = SHAPE,
     rows: int = 4,
     length: int = 256,
-) -> Figures:
+) -> tables.Figures:
     """Returns the figures of `step`: PyTorch's seconds over ours, per variant.
 
     Both sides compute the loss, its gradient and the update of every parameter, on the
     same tokens, from weights of their own.
     """
-    found: Figures = []
+    found: tables.Figures = []
     for name, (matrices, target) in VARIANTS.items():
-        if not has_torch():
+        if not tables.has_torch():
             ratio = f"{name}: PyTorch / ours"
             found.append(
-                tables.Figure(name=ratio, value=None, at_least=target, note=NO_TORCH)
+                tables.Figure(
+                    name=ratio, value=None, at_least=target, note=tables.NO_TORCH
+                )
             )
             continue
         variant = dataclasses.replace(shape, spectral=matrices)
@@ -135,7 +101,7 @@ def step_figures(
     return found
 
 
-def _step_variant(name, shape, target, rounds, rows, length) -> Figures:
+def _step_variant(name, shape, target, rounds, rows, length) -> tables.Figures:
     text = np.random.default_rng(0).integers(
         shape.vocab_size, size=(rows, length + 1), dtype=np.int32
     )
@@ -210,7 +176,7 @@ def head_figures(
     shape: model.ModelConfig = SHAPE,
     rows: int = 4,
     length: int = 256,
-) -> Figures:
+) -> tables.Figures:
     """Returns the figures of `head`: its time divided by that of its three products.
 
     The products compute the logits, and the gradients of embedding and input, at the
@@ -254,9 +220,9 @@ def attention_figures(
     shape: model.ModelConfig = SHAPE,
     long: tuple[int, int] = (1, 2048),
     short: tuple[int, int] = (4, 256),
-) -> Figures:
+) -> tables.Figures:
     """Returns the figures of `attention`: by blocks over all scores at once."""
-    found: Figures = []
+    found: tables.Figures = []
     for (rows, length), time_target, memory_target in (
         (long, 1.0, 0.1),
         (short, None, None),
@@ -308,7 +274,7 @@ def memory_figures(
     unit: int = 2048,
     budget: float = 16e9,
     most: int = 512,
-) -> Figures:
+) -> tables.Figures:
     """Returns the figures of `memory`: what steps need, compiled but never run.
 
     Args:
@@ -376,12 +342,12 @@ def layerwise_figures(
     ours: programs.Program | None = None,
     theirs: programs.Program | None = None,
     needed_bytes: float = PUBLISHED_BYTES,
-) -> Figures:
+) -> tables.Figures:
     """Returns the figures of `layerwise`: the authors' 70B-class step beside ours."""
     free = machine.available_memory()
     note = ""
-    if not has_torch():
-        note = NO_TORCH
+    if not tables.has_torch():
+        note = tables.NO_TORCH
     elif free is not None and free < needed_bytes:
         note = (
             f"needs {needed_bytes / 1e9:g} GB of memory; {free / 1e9:.1f} GB are free"
@@ -420,7 +386,7 @@ def layerwise_figures(
     ]
 
 
-def long_figures(*, program: programs.Program | None = None) -> Figures:
+def long_figures(*, program: programs.Program | None = None) -> tables.Figures:
     """Returns the figures of `long`: Llama-3-70B's shape on 512 tokens."""
     program = program or programs.step70b("--tokens=512", "--steps=3")
     found, note = _run({"ours": program}, 1)
@@ -441,7 +407,9 @@ def long_figures(*, program: programs.Program | None = None) -> Figures:
     ]
 
 
-def tiny_figures(rounds: int, before: str | None, *, steps: int = 20) -> Figures:
+def tiny_figures(
+    rounds: int, *, before: str | None = None, steps: int = 20
+) -> tables.Figures:
     """Returns the figures of `tiny`: tokens per second, and the ratio to `before`."""
     folders = {"now": str(programs.ROOT)} | ({"before": before} if before else {})
     found, note = _run(
@@ -470,11 +438,6 @@ def tiny_figures(rounds: int, before: str | None, *, steps: int = 20) -> Figures
     return figures
 
 
-def has_torch() -> bool:
-    """Returns whether PyTorch and transformers are installed."""
-    return all(map(importlib.util.find_spec, ("torch", "transformers")))
-
-
 def _run(both: dict[str, programs.Program], rounds: int) -> tuple[dict[str, Any], str]:
     """The figures of programs, or none and a message."""
     try:
@@ -484,33 +447,33 @@ def _run(both: dict[str, programs.Program], rounds: int) -> tuple[dict[str, Any]
 
 
 ROWS = {
-    "step": Row(
+    "step": tables.Row(
         title="Training step, SmolLM2-135M's shape, R 64, 4 x 256 tokens, float32",
-        measure=lambda rounds, _: step_figures(rounds),
+        measure=step_figures,
     ),
-    "head": Row(
+    "head": tables.Row(
         title="Head and loss in chunks, 1,024 tokens, 576 x 49,152",
-        measure=lambda rounds, _: head_figures(rounds),
+        measure=head_figures,
     ),
-    "attention": Row(
+    "attention": tables.Row(
         title="Attention, 9 heads on 3 of 64, forward and backward",
-        measure=lambda rounds, _: attention_figures(rounds),
+        measure=attention_figures,
     ),
-    "memory": Row(
+    "memory": tables.Row(
         title="Memory of a compiled step, configs/smollm_r128.py",
-        measure=lambda *_: memory_figures(),
+        measure=lambda _: memory_figures(),
     ),
-    "layerwise": Row(
+    "layerwise": tables.Row(
         title="70B-class demonstration of the SCT paper, 8 tokens",
-        measure=lambda rounds, _: layerwise_figures(rounds),
+        measure=layerwise_figures,
     ),
-    "long": Row(
+    "long": tables.Row(
         title="Llama-3-70B's shape, R 32, 512 tokens",
-        measure=lambda *_: long_figures(),
+        measure=lambda _: long_figures(),
     ),
-    "tiny": Row(
+    "tiny": tables.Row(
         title="configs/smollm_r128.py:tiny, synthetic tokens",
-        measure=lambda rounds, before: tiny_figures(rounds, before),
+        measure=tiny_figures,
     ),
 }
 
