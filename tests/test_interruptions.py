@@ -23,7 +23,7 @@ from sct_jax.training import (
     loop,
     metrics,
     optimizer_config,
-    sampling,
+    sample,
     trainer,
     watchdog,
 )
@@ -38,7 +38,7 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 def small_and_quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 1)
-        patch.setattr(sampling, "sample_document", lambda *_, **__: "a sample")
+        patch.setattr(sample, "sample_document", lambda *_, **__: "a sample")
         yield
 
 
@@ -168,7 +168,7 @@ def test_the_same_command_starts_after_such_a_signal(
         slow(trainer.Trainer, "step", 6, 6),
         (trainer.Trainer, "evaluate", 2, 6),
         slow(checkpoint.Checkpointer, "save", 2, 6),
-        slow(sampling, "sample_document", 1, 6),
+        slow(sample, "sample_document", 1, 6),
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )

@@ -23,7 +23,6 @@ from sct_jax.training import (
     loop,
     metrics,
     optimizer_config,
-    sampling,
     trainer,
 )
 from sct_jax.training import config as config_lib
@@ -941,46 +940,3 @@ def test_a_workdir_of_any_name_is_printed_as_it_is(experiment, finished, tmp_pat
     status, text = train(experiment, workdir)
     assert status == "finished"
     assert str(workdir) in text
-
-
-def test_generation_is_deterministic_and_keeps_the_prompt(finished):
-    config, params, _ = workdir_lib.load_run(finished[0])
-    generate = jax.jit(
-        lambda prompt, key: sampling.generate(
-            params, config.model, prompt, key=key, num_tokens=12
-        )
-    )
-    prompt = jnp.array([5, 250, 7], jnp.int32)
-    first = generate(prompt, jax.random.key(0))
-    assert first.shape == (12,)
-    assert first[:3].tolist() == [5, 250, 7]
-    assert ((first >= 0) & (first < 300)).all()
-    assert first.tolist() == generate(prompt, jax.random.key(0)).tolist()
-    assert first.tolist() != generate(prompt, jax.random.key(1)).tolist()
-
-
-@pytest.mark.parametrize("length", [0, 13])
-def test_a_prompt_that_cannot_be_continued_is_refused(finished, length):
-    config, params, _ = workdir_lib.load_run(finished[0])
-    prompt = jnp.zeros(length, jnp.int32)
-    with pytest.raises(ValueError, match="num_tokens = 12"):
-        sampling.generate(
-            params, config.model, prompt, key=jax.random.key(0), num_tokens=12
-        )
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1e-6])
-def test_cold_generation_takes_the_likeliest_token(finished, temperature):
-    config, params, _ = workdir_lib.load_run(finished[0])
-    prompt = jnp.array([5, 250, 7], jnp.int32)
-    sample = sampling.generate(
-        params,
-        config.model,
-        prompt,
-        key=jax.random.key(0),
-        num_tokens=8,
-        temperature=temperature,
-    )
-    # The model is causal: one pass over the result shows every choice.
-    logits = model.forward(params, sample[None], config.model)[0]
-    assert sample[3:].tolist() == jnp.argmax(logits[2:-1], axis=-1).tolist()

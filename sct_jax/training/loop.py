@@ -22,7 +22,7 @@ from sct_jax.training import (
     metrics,
     profiling,
     resuming,
-    sampling,
+    sample,
     signals,
     trainer,
     watchdog,
@@ -231,10 +231,10 @@ def _train(call: _Call) -> Result:
         )
         return result._replace(status="interrupted", signal=interrupts.received)
     if result.status == "finished":
-        sample = sampling.sample_document(
+        document = sample.sample_document(
             state.params, config.model, corpus.tokenizer, seed=config.seed
         )
-        say(f"sample:\n{sample}")
+        say(f"sample:\n{document}")
         say(f"finished: {config.num_steps} steps; results are in {call.path}")
     return result
 
