@@ -151,7 +151,12 @@ class Checkpointer:
     # --- Saving.
 
     def save(
-        self, step: int, state: state_lib.TrainState, *, record: dict[str, Any]
+        self,
+        step: int,
+        state: state_lib.TrainState,
+        *,
+        record: dict[str, Any],
+        donated: bool = True,
     ) -> None:
         """Starts a save and returns once the state may be donated.
 
@@ -161,6 +166,8 @@ class Checkpointer:
           step: number of batches that the state has seen.
           state: in either layout.
           record: JSON to save beside it: configuration, position in the data.
+          donated: False if the state stays as it is until `wait`, so that no copy of it
+            is needed.
 
         Raises:
           SaveError: an earlier save failed, this one cannot start, or the step is there
@@ -188,7 +195,8 @@ class Checkpointer:
         try:
             self._check_space(needed)
             (save.partial / records.STATE).mkdir(parents=True)
-            arrays = records.in_parallel(lambda name: np.array(views[name]), views)
+            kept = np.array if donated else np.asarray
+            arrays = records.in_parallel(lambda name: kept(views[name]), views)
         except Exception as error:
             failure = self._error(save, error)
             self._discard(save)

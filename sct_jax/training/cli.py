@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 allow_change=flags.allow_change,
                 stall_timeout=flags.stall_timeout,
                 profile=flags.profile,
+                init_from=flags.init_from,
             )
     except errors.UserError as error:
         overrides.fail(str(error))

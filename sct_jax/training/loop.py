@@ -20,6 +20,7 @@ from sct_jax.training import (
     layerwise,
     memory,
     metrics,
+    origin,
     profiling,
     resuming,
     sample,
@@ -55,6 +56,7 @@ def train(
     allow_change: Collection[str] = (),
     stall_timeout: float | None = None,
     profile: tuple[int, int] | None = None,
+    init_from: str | None = None,
     output: rich.console.Console | None = None,
 ) -> Result:
     """Trains to the end, or until a signal arrives or the loss diverges.
@@ -77,6 +79,9 @@ def train(
         ends; None waits for ever. See `watchdog.Watchdog`.
       profile: first and last step of a profiler trace, both included and counted from
         1, which goes to the folder `profile` of the workdir. See `profiling.Profile`.
+      init_from: workdir of another run, whose parameters a new run starts from. Its
+        model must have the same shapes, and its tokenizer is taken. Without effect
+        once the run has a checkpoint, which remembers it.
       output: where to print; standard output if None.
 
     Raises:
@@ -98,7 +103,16 @@ def train(
         f"{jax.process_count()} processes are running, but one process drives all "
         "devices of a host; start one",
     )
+    workdir.check_resumable(path)
+    source = None
+    if init_from is not None and workdir.steps_done(path):
+        say(f"note: --init-from has no effect, as {path} has a checkpoint to resume")
+    elif init_from is not None:
+        source = origin.find(init_from)
+        config = origin.adopt(config, source, log=say)
     run = trainer.Trainer(workdir.resolve(config, path), config.mesh.build())
+    if source is not None:
+        origin.check_arrays(run, source)
     workdir.make(path)
     plan = run.plan()
     summary = accounting.summary(
@@ -143,6 +157,7 @@ def train(
                     allow_change=allow_change,
                     stall_timeout=stall_timeout,
                     profile=profile,
+                    source=source,
                 )
                 if same_text and workdir.is_finished(path, run):
                     return _finished_before(call)
@@ -198,6 +213,7 @@ class _Call(NamedTuple):
     allow_change: Collection[str]
     stall_timeout: float | None
     profile: tuple[int, int] | None
+    source: origin.Origin | None
 
     def say(self, text: str) -> None:
         console.say(self.output, text)
@@ -243,7 +259,7 @@ def _attempt(
     call: _Call, corpus: data.Corpus, text: evaluation.HeldOut, torn: Collection[int]
 ) -> tuple[state_lib.TrainState | None, Result]:
     """Trains from the newest checkpoint; no state if that is the last step."""
-    run, path, config = call.run, call.path, call.run.config
+    run, path, config, source = call.run, call.path, call.run.config, call.source
     identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
     with contextlib.ExitStack() as stack:
         closing = lambda x: stack.enter_context(contextlib.closing(x))
@@ -251,12 +267,20 @@ def _attempt(
             workdir.writing(call.claimed, keep=config.checkpoint.keep)
         )
         state, start = workdir.restore_or_init(
-            run, checkpoints, identity, log=call.say, allow_change=call.allow_change
+            run,
+            checkpoints,
+            identity,
+            log=call.say,
+            allow_change=call.allow_change,
+            start=source and functools.partial(origin.start, run, source, log=call.say),
         )
         if start >= config.num_steps:
             return None, Result("finished", config.num_steps)
         record = checkpoints.read_record(start) if start else None
         before = resuming.windows_before(record, config)
+        came_from = workdir.origin_of(record) if record else None
+        if source and not start:
+            came_from = source.describe()
         # Only a run that starts or resumes claims the folder for its configuration.
         if not start or call.allow_change or not (path / "config.json").exists():
             workdir.write_json(path / "config.json", config_lib.to_dict(config))
@@ -279,7 +303,16 @@ def _attempt(
         profile.resume(start)
         watch = stack.enter_context(watchdog.Watchdog(call.stall_timeout, path))
         loop = _Loop(
-            run, checkpoints, sinks, progress, profile, text, identity, watch, before
+            run,
+            checkpoints,
+            sinks,
+            progress,
+            profile,
+            text,
+            identity,
+            watch,
+            before,
+            came_from,
         )
         return loop.steps(state, start, batches, call.interrupts, torn=torn)
 
@@ -302,7 +335,8 @@ class _Loop(NamedTuple):
     text: evaluation.HeldOut
     identity: dict[str, str]
     watch: watchdog.Watchdog
-    windows_before: int  # see `workdir.record`
+    windows_before: int  # see `workdir.record`, and below
+    origin: Mapping[str, Any] | None
 
     def steps(
         self,
@@ -380,6 +414,7 @@ class _Loop(NamedTuple):
                         state,
                         self.identity,
                         windows_before=self.windows_before,
+                        origin=self.origin,
                     )
                     self.checkpoints.save(step, state, record=record)
                     self.watch.kick()

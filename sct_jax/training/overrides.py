@@ -427,6 +427,12 @@ def parse_experiment(
         help="fields, such as data.batch_size, that may differ from the run to resume",
     )
     parser.add_argument(
+        "--init_from",
+        metavar="RUN",
+        help="start from the parameters and with the tokenizer of another run, trained "
+        "or imported by experiments.convert; its model must have the same shapes",
+    )
+    parser.add_argument(
         "--stall_timeout",
         type=float,
         metavar="SECONDS",
@@ -458,6 +464,7 @@ def parse_experiment(
 
 def _check_flags(flags: argparse.Namespace) -> None:
     errors.check("--workdir", flags.workdir != "", "must not be empty")
+    errors.check("--init-from", flags.init_from != "", "must not be empty")
     seconds = flags.stall_timeout
     errors.check(
         "--stall_timeout",

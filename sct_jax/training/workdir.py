@@ -9,13 +9,14 @@ import pathlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from sct_jax import data, errors, files, model, paths, rank, sharding
-from sct_jax.training import checkpoint, records, resuming, trainer
+from sct_jax.training import checkpoint, guard, records, resuming, trainer
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
 
@@ -24,6 +25,10 @@ _FOLDERS = ("checkpoints", "profile", "tensorboard")
 _LEFTOVER = re.compile(r".+\.(json|jsonl)\.partial-[0-9a-f]{32}|\.probe-[0-9]+")
 # Of a name that a run writes below its folder, with room to spare.
 _LONGEST_NAME = 200
+# Field of the record of a checkpoint that holds parameters alone, see `create`.
+_ALONE = "parameters_alone"
+# Field of the record of a run that started from the parameters of another.
+_INIT_FROM = "init_from"
 
 
 class LoadedRun(NamedTuple):
@@ -46,12 +51,22 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
         is not the one of that checkpoint.
     """
     path = pathlib.Path(paths.expand("workdir", path))
+    state, record = load_state(path)
+    return LoadedRun(config_of(record), state.params, read_tokenizer(path, record))
+
+
+def load_state(
+    path: pathlib.Path,
+) -> tuple[state_lib.TrainState, checkpoint.Record]:
+    """Returns the newest whole checkpoint of a run and its record, as `load_run` does.
+
+    The optimizer state is empty where the checkpoint holds parameters alone.
+
+    Raises:
+      UserError: where the workdir holds no run with a checkpoint.
+    """
     read_config(path)  # says it where there is no run
     mesh = sharding.MeshConfig().build(1)
-
-    # Not that of config.json: a command may have changed it since the last save.
-    def config_of(record: checkpoint.Record) -> config_lib.ExperimentConfig:
-        return as_config(record["config"], f"checkpoint {record['step']}")
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
         config = config_of(record)
@@ -59,18 +74,124 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
         # without the time that it takes to choose how to rematerialise.
         shape = dataclasses.replace(config.model, attention="auto", remat="none")
         config = dataclasses.replace(config, model=shape)
-        return trainer.Trainer(config, mesh).abstract_at(record)
+        abstract = trainer.Trainer(config, mesh).abstract_at(record)
+        return abstract.replace(opt_state=()) if record.get(_ALONE) else abstract
 
     with reading(path) as checkpoints:
         restored = checkpoints.restore(abstract_at, mesh)
     if restored is None:
         raise errors.UserError(f"workdir: {path} has no checkpoint yet")
-    state, record = restored
-    return LoadedRun(config_of(record), state.params, _read_tokenizer(path, record))
+    return restored
 
 
-def _read_tokenizer(path: pathlib.Path, record: checkpoint.Record) -> data.Tokenizer:
-    """The tokenizer of the run; a record of the first version does not know it."""
+def config_of(record: checkpoint.Record) -> config_lib.ExperimentConfig:
+    """Returns the configuration of a checkpoint.
+
+    Not that of config.json: a command may have changed it since the last save.
+
+    Raises:
+      UserError: see `as_config`.
+    """
+    return as_config(record["config"], f"checkpoint {record['step']}")
+
+
+def newest_record(path: pathlib.Path) -> checkpoint.Record:
+    """Returns the record of the newest checkpoint that has a readable one.
+
+    Raises:
+      UserError: where the workdir holds no run with a checkpoint.
+    """
+    read_config(path)
+    newest = _newest_record(path)
+    if newest is None:
+        raise errors.UserError(f"workdir: {path} has no checkpoint yet")
+    return newest
+
+
+def _newest_record(path: pathlib.Path) -> checkpoint.Record | None:
+    if not os.path.isdir(path / "checkpoints"):  # False for a path that cannot exist
+        return None
+    with reading(path) as checkpoints:
+        step = checkpoints.latest_step()
+        return None if step is None else checkpoints.read_record(step)
+
+
+def create(
+    path: str | os.PathLike[str],
+    config: config_lib.ExperimentConfig,
+    params: model.Params,
+    tokenizer: data.Tokenizer,
+) -> None:
+    """Writes a run that holds parameters alone, as of step 0; whole or not at all.
+
+    `load_run` reads it. It cannot be resumed, but another run can start from it.
+
+    Args:
+      path: the workdir, which must not exist.
+      config: the run.
+      params: of the model of `config`, in either layout.
+      tokenizer: of the parameters.
+
+    Raises:
+      UserError: the workdir exists, or cannot be written.
+      checkpoint.SaveError: the parameters cannot be written.
+    """
+    path = pathlib.Path(paths.expand("workdir", path)).absolute()
+    check_new(path)
+    partial = pathlib.Path(files.partial_path(path))
+    state = state_lib.TrainState(
+        step=np.zeros([], np.int32), params=params, opt_state=(), guard=guard.init()
+    )
+    values = record(config, 0, state, {"tokenizer": tokenizer.hash}) | {_ALONE: True}
+    try:
+        make(partial)
+        write_json(partial / "config.json", config_lib.to_dict(config))
+        tokenizer.save(str(partial / "tokenizer.json"))
+        with (
+            claim(partial) as claimed,
+            contextlib.closing(writing(claimed, keep=1)) as checkpoints,
+        ):
+            checkpoints.save(0, state, record=values, donated=False)
+            checkpoints.wait()
+        partial.rename(path)
+        files.sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            files.remove(partial)
+        raise
+
+
+def check_new(path: pathlib.Path) -> None:
+    """Raises UserError where a new run would write over something."""
+    errors.check(
+        "workdir",
+        not os.path.lexists(path),
+        f"{path} exists; choose another --workdir, or remove it",
+    )
+
+
+def check_resumable(path: pathlib.Path) -> None:
+    """Raises UserError where the workdir holds parameters alone, see `create`."""
+    newest = _newest_record(path)
+    errors.check(
+        "workdir",
+        newest is None or not newest.get(_ALONE),
+        f"{path} holds parameters alone, without the state of an optimizer, so there "
+        "is no run to resume; choose another --workdir, and start from these "
+        f"parameters with --init-from={path}",
+    )
+
+
+def read_tokenizer(path: pathlib.Path, record: checkpoint.Record) -> data.Tokenizer:
+    """Returns the tokenizer of the run.
+
+    Args:
+      path: the workdir.
+      record: of a checkpoint; one of the first version does not know the tokenizer.
+
+    Raises:
+      UserError: it cannot be read, or is not the one of the checkpoint.
+    """
     file, remedy = path / "tokenizer.json", "the same training command writes it anew"
     try:
         tokenizer = data.Tokenizer.load(str(file))
@@ -233,8 +354,7 @@ def committed_config(path: pathlib.Path) -> config_lib.ExperimentConfig | None:
     if (path / "config.json").exists():
         return read_config(path)
     with reading(path) as checkpoints:
-        values = checkpoints.read_record(step)["config"]
-    return as_config(values, f"checkpoint {step}")
+        return config_of(checkpoints.read_record(step))
 
 
 def resolve(
@@ -242,18 +362,24 @@ def resolve(
 ) -> config_lib.ExperimentConfig:
     """Returns the configuration with open choices made as the run in the workdir did.
 
-    A run without checkpoints takes the choices of a new run.
+    A run without checkpoints takes the choices of a new run. One that started from
+    another run keeps its tokenizer.
     """
     kinds = config.data.kinds_of_split
-    if config.data.split in kinds:
+    split, tokenizer = config.data.split, config.data.tokenizer
+    if split in kinds and tokenizer is not None:
         return config
     earlier = committed_config(path)
-    split = earlier.data.split if earlier else None
     if split not in kinds:
-        split = kinds[0]
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, split=split)
-    )
+        split = earlier.data.split if earlier else None
+        split = split if split in kinds else kinds[0]
+    newest = _newest_record(path) if earlier and tokenizer is None else None
+    if earlier and newest and origin_of(newest):
+        tokenizer = earlier.data.tokenizer
+        if tokenizer is None or not os.path.isfile(tokenizer):
+            tokenizer = str(path / "tokenizer.json")
+    chosen = dataclasses.replace(config.data, split=split, tokenizer=tokenizer)
+    return dataclasses.replace(config, data=chosen)
 
 
 def record(
@@ -263,6 +389,7 @@ def record(
     identity: dict[str, str],
     *,
     windows_before: int = 0,
+    origin: Mapping[str, Any] | None = None,
 ) -> checkpoint.Record:
     """Returns what a checkpoint says about its state, see `restore_or_init`.
 
@@ -273,13 +400,20 @@ def record(
       identity: hashes of corpus and tokenizer.
       windows_before: windows of text taken beyond those that `step` steps of this
         configuration take, because the batch size changed on the way.
+      origin: where the first parameters came from, see `origin_of`; None if drawn.
     """
     return {
         "config": config_lib.to_dict(config),
         "data_position": step * config.data.batch_size + windows_before,
         "ranks": rank.stored_ranks(state.params),
         **identity,
+        **({} if origin is None else {_INIT_FROM: dict(origin)}),
     }
+
+
+def origin_of(record: checkpoint.Record) -> Mapping[str, Any] | None:
+    """Returns what a checkpoint says of the run that its run started from."""
+    return record.get(_INIT_FROM)
 
 
 def restore_or_init(
@@ -289,6 +423,7 @@ def restore_or_init(
     *,
     log: Callable[[str], None],
     allow_change: Collection[str] = (),
+    start: Callable[[], state_lib.TrainState] | None = None,
 ) -> tuple[state_lib.TrainState, int]:
     """Returns the newest whole checkpoint and its step, or a new state and 0.
 
@@ -298,6 +433,7 @@ def restore_or_init(
       identity: hashes of corpus and tokenizer, which may not change during a run.
       log: receives what was resumed, what changes, and which checkpoints are damaged.
       allow_change: fields that may differ, see `resuming.check_same_run`.
+      start: makes the new state; drawn from the seed if None.
 
     Raises:
       UserError: where the checkpoint belongs to another configuration or text, or none
@@ -311,10 +447,10 @@ def restore_or_init(
             for warning in caught:
                 log(f"warning: {warning.message}")
     if restored is None:
-        return run.init(jax.random.key(run.config.seed)), 0
+        draw = lambda: run.init(jax.random.key(run.config.seed))
+        return (start or draw)(), 0
     state, record = restored
-    step = record["step"]
-    before = as_config(record["config"], f"checkpoint {step}")
+    step, before = record["step"], config_of(record)
     resuming.check_same_run(before, run.config, "the checkpoint", allowed=allow_change)
     for name, now in identity.items():
         then = record.get(name, now)  # the first checkpoints have no tokenizer hash

@@ -1,0 +1,259 @@
+r"""Imports a checkpoint of Hugging Face's Llama family as a run, dense or truncated.
+
+python -m experiments.convert --from=SmolLM2-135M --workdir=runs/smollm2
+python -m experiments.convert --from=SmolLM2-135M --workdir=runs/smollm2-r144 \
+  --rank-ratio=.25 --matrices=gate,up,down --matrix=down:energy=.95
+
+The folder holds config.json, tokenizer.json and model.safetensors, whole or in parts.
+Matrices that get a rank become factors u, s, v: the best approximation of that rank.
+Others stay dense. experiments.generate reads the result, and experiments.pretrain
+starts from it with --init-from. The exit code is 0, 2 for bad input, or 4 if the run
+could not be written.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import rich.table
+
+from sct_jax import data, errors, model, paths
+from sct_jax.interop import importing
+from sct_jax.interop import source as source_lib
+from sct_jax.training import (
+    checkpoint,
+    console,
+    exit_codes,
+    huge_pages,
+    overrides,
+    process,
+    workdir,
+)
+from sct_jax.training import config as config_lib
+
+RULES = {"rank": int, "rank_ratio": float, "energy": float}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code, see above."""
+    flags = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        rules = parse_rules(flags)
+        path = pathlib.Path(paths.expand("--workdir", flags.workdir))
+        workdir.check_new(path)
+        source = source_lib.open_folder(flags.source)
+        tokenizer = load_tokenizer(source, flags.tokenizer)
+        imported = importing.load(
+            source, rules, scan_layers=flags.scan_layers, log=process.say
+        )
+        config = run_config(imported.config, source.max_length, path)
+        workdir.create(path, config, imported.params, tokenizer)
+    except errors.UserError as error:
+        overrides.fail(str(error))
+    except (checkpoint.SaveError, OSError) as error:
+        process.say(f"error: {error}; nothing is left of {flags.workdir}")
+        return exit_codes.ExitCode.SAVE_FAILED
+    output = console.standard_output()
+    if imported.truncations:
+        output.print(truncation_table(imported.truncations))
+    for note in imported.notes:
+        console.say(output, f"note: {note}")
+    console.say(output, f"wrote {path}: {describe(imported.config, source.config)}")
+    return exit_codes.ExitCode.FINISHED
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = overrides.FlagParser(__doc__ or "")
+    parser.add_argument(
+        "--from", dest="source", required=True, help="folder of the checkpoint"
+    )
+    parser.add_argument("--workdir", required=True, help="folder of the run, a new one")
+    parser.add_argument("--rank", type=int, help="of every matrix in --matrices")
+    parser.add_argument("--rank_ratio", type=float, help="rank as a part of fan_in")
+    parser.add_argument(
+        "--energy",
+        type=float,
+        help="the rank that keeps this part of the sum of squared singular values, in "
+        "every layer",
+    )
+    parser.add_argument(
+        "--matrices",
+        help="what gets factors, a list of "
+        f"{', '.join(model.MATRICES)} (default: the first seven)",
+    )
+    parser.add_argument(
+        "--matrix",
+        action="append",
+        default=[],
+        metavar="NAME:SETTING=VALUE",
+        help="one matrix with its own rank, rank_ratio or energy; repeatable",
+    )
+    parser.add_argument(
+        "--tokenizer", help="a tokenizer.json, if not that of the folder"
+    )
+    parser.add_argument(
+        "--scan_layers",
+        action="store_true",
+        help="open the run with stacked layers, which compile faster",
+    )
+    return parser.parse_flags(argv)
+
+
+def parse_rules(flags: argparse.Namespace) -> dict[str, importing.Rule]:
+    """Returns how the rank of each matrix is found that gets factors.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    common = {name: getattr(flags, name) for name in RULES}
+    given = {f"--{n.replace('_', '-')}" for n, x in common.items() if x is not None}
+    rules: dict[str, importing.Rule] = {}
+    if given:
+        rule = importing.Rule(**common)
+        rule.validate("--")
+        rules = dict.fromkeys(_matrices(flags.matrices), rule)
+    errors.check(
+        "--matrices",
+        bool(given) or flags.matrices is None,
+        "has no effect alone; add --rank, --rank-ratio or --energy",
+    )
+    for text in flags.matrix:
+        name, rule = _matrix(text)
+        rules[name] = rule
+    return rules
+
+
+def _matrices(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return model.BLOCK_MATRICES
+    listed = tuple(word.strip() for word in text.split(",") if word.strip())
+    errors.check("--matrices", bool(listed), "must not be empty")
+    for name in listed:
+        errors.check_choice("--matrices", name, model.MATRICES)
+    return listed
+
+
+def _matrix(text: str) -> tuple[str, importing.Rule]:
+    """Matrix and rule of "down:rank=96"."""
+    where = f"--matrix={text}"
+    name, _, setting = text.partition(":")
+    field, _, value = setting.partition("=")
+    field = field.replace("-", "_")
+    errors.check_choice(where, name, model.MATRICES)
+    errors.check_choice(where, field, tuple(RULES))
+    kind: Callable[[str], Any] = RULES[field]
+    try:
+        rule = importing.Rule(**{field: kind(value)})
+    except ValueError as error:
+        raise errors.UserError(
+            f"{where}: {value!r} is not a value of type {RULES[field].__name__}"
+        ) from error
+    rule.validate(f"{where}: ")
+    return name, rule
+
+
+def load_tokenizer(source: source_lib.Source, given: str | None) -> data.Tokenizer:
+    """Returns the tokenizer of a checkpoint, or the one that is given.
+
+    Raises:
+      UserError: there is none that keeps text as it is, or it has more tokens than the
+        model.
+    """
+    own = source.folder / "tokenizer.json"
+    errors.check(
+        "--from",
+        given is not None or own.exists(),
+        f"{source.folder} has no tokenizer.json"
+        + " (tokenizer.model is of another kind)"
+        * (source.folder / "tokenizer.model").exists()
+        + "; name one with --tokenizer=FILE",
+    )
+    path = str(own) if given is None else paths.expand("--tokenizer", given)
+    try:
+        tokenizer = data.Tokenizer.load(path)
+    except errors.UserError as error:
+        raise errors.UserError(
+            f"{error}; give another one of the same ids with --tokenizer=FILE"
+        ) from error
+    size = source.config.vocab_size
+    errors.check(
+        "--tokenizer",
+        tokenizer.vocab_size <= size,
+        f"{path} has ids up to {tokenizer.vocab_size - 1}, but the model has "
+        f"{size} tokens; give its own tokenizer with --tokenizer=FILE",
+    )
+    return tokenizer
+
+
+def run_config(
+    config: model.ModelConfig, max_length: int, path: pathlib.Path
+) -> config_lib.ExperimentConfig:
+    """Returns the configuration of the run: its context is that of the checkpoint."""
+    settings = data.DataConfig(
+        batch_size=1,
+        seq_len=max_length,
+        tokenizer=str(path.absolute() / "tokenizer.json"),
+    )
+    settings = dataclasses.replace(settings, split=settings.kinds_of_split[0])
+    experiment = config_lib.ExperimentConfig(num_steps=1, model=config, data=settings)
+    experiment.validate()
+    return experiment
+
+
+def truncation_table(
+    truncations: Sequence[importing.Truncation],
+) -> rich.table.Table:
+    """Returns a table of the ranks, and of what they keep of each matrix."""
+    table = rich.table.Table(
+        title="truncated: energy and error over layers", title_justify="left"
+    )
+    for column in (
+        "matrix",
+        "fan_in x fan_out",
+        "rank",
+        "least energy",
+        "mean energy",
+        "largest error",
+        "mean error",
+    ):
+        table.add_column(column)
+    for found in truncations:
+        energies, residuals = found.energies, found.errors
+        table.add_row(
+            found.name,
+            f"{found.shape[0]} x {found.shape[1]}",
+            str(found.rank),
+            f"{min(energies):.4f}",
+            f"{sum(energies) / len(energies):.4f}",
+            f"{max(residuals):.2e}",
+            f"{sum(residuals) / len(residuals):.2e}",
+        )
+    return table
+
+
+def describe(config: model.ModelConfig, dense: model.ModelConfig) -> str:
+    """Returns a sentence about the parameters."""
+    count, before = (_num_parameters(c) for c in (config, dense))
+    if count == before:
+        return f"{count:,} parameters, all dense"
+    return f"{count:,} parameters, of {before:,}"
+
+
+def _num_parameters(config: model.ModelConfig) -> int:
+    abstract = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
+    return sum(x.size for x in jax.tree.leaves(abstract))
+
+
+def _main() -> int:
+    return main()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    huge_pages.restart_with_huge_pages()
+    process.run(_main)

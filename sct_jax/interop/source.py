@@ -1,0 +1,230 @@
+"""The folder of a Hugging Face checkpoint: config.json, and tensors in safetensors."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (numpy then knows bfloat16)
+import numpy as np
+import safetensors
+from jaxtyping import Float
+
+from sct_jax import errors, files, model, paths
+from sct_jax.interop import config_json, names
+
+SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+
+_DTYPES = ("BF16", "F16", "F32", "F64")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHOWN = 5
+_MAX_JSON_BYTES = 1 << 28
+
+
+class Source(NamedTuple):
+    """A checkpoint whose tensors are all there, with the shapes of the model.
+
+    Attributes:
+      folder: with the files.
+      config: the dense model.
+      max_length: longest context, in tokens.
+      places: name of a tensor -> its file.
+    """
+
+    folder: pathlib.Path
+    config: model.ModelConfig
+    max_length: int
+    places: Mapping[str, pathlib.Path]
+
+    def read(self, tensor: names.Tensor) -> Float[np.ndarray, "..."]:
+        """Returns a tensor in float32; matrices are (fan_in, fan_out).
+
+        Raises:
+          UserError: its file cannot be read, or it holds NaN or infinity.
+        """
+        raw = _read(self.places[tensor.name], tensor.name)
+        if tensor.is_matrix and tensor.key != "embedding":
+            raw = raw.T
+        with np.errstate(over="ignore"):  # of float64: refused below
+            array = raw.astype(np.float32, order="C")
+        errors.check(
+            f"{self.places[tensor.name]}: {tensor.name}",
+            bool(np.isfinite(array).all()),
+            "holds NaN or infinity; download it again, or take another checkpoint",
+        )
+        return array
+
+
+def open_folder(path: str | os.PathLike[str]) -> Source:
+    """Returns the checkpoint in a folder; reads no tensor yet.
+
+    Raises:
+      UserError: naming file, tensor or field, where something is missing or damaged,
+        and for a model that is not computed here.
+    """
+    folder = pathlib.Path(paths.expand("--from", path))
+    errors.check("--from", folder.is_dir(), f"{folder} is not a folder")
+    file = folder / config_json.CONFIG
+    values = _read_json(file)
+    config = config_json.from_config_json(values, str(file))
+    max_length = config_json.max_length(values, str(file))
+    source = Source(folder, config, max_length, _locate(folder))
+    _check_tensors(source)
+    return source
+
+
+# --- Files.
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        with files.open_regular(file) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            errors.check(str(file), size <= _MAX_JSON_BYTES, f"has {size:,} bytes")
+            values = json.loads(opened.read().decode())
+    except FileNotFoundError as error:
+        raise errors.UserError(
+            f"--from: {file.parent} has no {file.name}, so it holds no checkpoint of "
+            "Hugging Face"
+        ) from error
+    except errors.UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise errors.UserError(f"{file}: cannot be read: {error}") from error
+    errors.check(str(file), isinstance(values, dict), "is not a JSON object")
+    return values
+
+
+def _locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The file of every tensor; as in transformers, a single file comes first."""
+    if (folder / SINGLE).exists():
+        return dict.fromkeys(_names_in(folder / SINGLE), folder / SINGLE)
+    if not (folder / INDEX).exists():
+        raise _no_tensors(folder)
+    index = folder / INDEX
+    shards = _read_json(index).get("weight_map")
+    errors.check(
+        f"{index}: weight_map",
+        isinstance(shards, dict)
+        and bool(shards)
+        and all(
+            isinstance(x, str) and os.path.basename(x) == x for x in shards.values()
+        ),
+        "is not a map from tensors to files of this folder",
+    )
+    assert isinstance(shards, dict)
+    places: dict[str, pathlib.Path] = {}
+    for shard in sorted(set(shards.values())):
+        for name in _names_in(folder / shard):
+            errors.check(
+                str(index),
+                shards.get(name) == shard,
+                f"says that {name} is in {shards.get(name)}, but {shard} holds it too",
+            )
+            places[name] = folder / shard
+    for name, shard in shards.items():
+        errors.check(str(folder / shard), name in places, f"lacks {name}, see {INDEX}")
+    return places
+
+
+def _no_tensors(folder: pathlib.Path) -> errors.UserError:
+    found = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in found if name.endswith(_PICKLES)]
+    if pickles:
+        return errors.UserError(
+            f"--from: {folder} has {pickles[0]}, a pickle, and no {SINGLE}; a pickle "
+            "runs code of its author when it is opened, so it is not read: save the "
+            "model again with safetensors"
+        )
+    others = [name for name in found if name.endswith(".safetensors")]
+    return errors.UserError(
+        f"--from: {folder} has neither {SINGLE} nor {INDEX}"
+        + f" (but {others[0]}, whose tensors may have other names)" * bool(others[:1])
+    )
+
+
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[Any]:
+    try:
+        # Not held open: pages that were read would count as memory of the process.
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            yield opened
+    except FileNotFoundError as error:
+        raise errors.UserError(f"{file}: is missing; download it") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise errors.UserError(
+            f"{file}: cannot be read ({error}); download it again"
+        ) from error
+
+
+def _names_in(file: pathlib.Path) -> list[str]:
+    with _opened(file) as opened:
+        return list(opened.keys())
+
+
+def _read(file: pathlib.Path, name: str) -> np.ndarray:
+    with _opened(file) as opened:
+        return opened.get_tensor(name)
+
+
+# --- Tensors.
+
+
+def _check_tensors(source: Source) -> None:
+    """Raises UserError unless the tensors are those of the model; reads headers."""
+    wanted = {tensor.name: tensor for tensor in names.tensors(source.config)}
+    places, folder = source.places, source.folder
+    missing = wanted.keys() - places.keys()
+    errors.check(str(folder), not missing, f"lacks {_some(missing)}")
+    unknown = places.keys() - wanted.keys()
+    if source.config.tie_embeddings and names.HEAD in unknown:
+        _check_tied(places)
+        unknown -= {names.HEAD}
+    errors.check(
+        str(folder),
+        not unknown,
+        f"holds tensors that the model here has no place for: {_some(unknown)}",
+    )
+    for file in sorted(set(places.values())):
+        with _opened(file) as opened:
+            for name in opened.keys():
+                if name in wanted:
+                    _check_header(
+                        f"{file}: {name}", opened.get_slice(name), wanted[name]
+                    )
+
+
+def _check_header(where: str, header: Any, tensor: names.Tensor) -> None:
+    shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    errors.check(
+        where,
+        shape == tensor.shape,
+        f"has shape {shape}, and {config_json.CONFIG} describes {tensor.shape}",
+    )
+    errors.check(
+        where,
+        dtype in _DTYPES,
+        f"has dtype {dtype}; only {', '.join(_DTYPES)} are read",
+    )
+
+
+def _check_tied(places: Mapping[str, pathlib.Path]) -> None:
+    """Raises UserError where a tied model has a head of its own; a copy is fine."""
+    head = _read(places[names.HEAD], names.HEAD)
+    embedding = _read(places[names.EMBEDDING], names.EMBEDDING)
+    errors.check(
+        f"{places[names.HEAD]}: {names.HEAD}",
+        head.dtype == embedding.dtype and np.array_equal(head, embedding),
+        f"differs from {names.EMBEDDING}, but {config_json.CONFIG} says "
+        "tie_word_embeddings: true; correct one of them",
+    )
+
+
+def _some(found: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    listed = sorted(found)
+    more = len(listed) - _SHOWN
+    return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,172 @@
+"""A run whose first parameters are those of another run, trained or imported."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from sct_jax import data, errors, model, paths
+from sct_jax.training import arrays, checkpoint, trainer, workdir
+from sct_jax.training import config as config_lib
+from sct_jax.training import state as state_lib
+
+# Fields that change what parameters of the same shapes compute, and often change when
+# training goes on with a longer context.
+_ROPE = ("rope_theta", "rope_scaling")
+
+
+class Origin(NamedTuple):
+    """The other run.
+
+    Attributes:
+      path: its workdir.
+      record: of its newest checkpoint.
+      config: of that checkpoint.
+      tokenizer: the one it was trained with.
+    """
+
+    path: pathlib.Path
+    record: checkpoint.Record
+    config: config_lib.ExperimentConfig
+    tokenizer: data.Tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of it, see `workdir.record`."""
+        return {"workdir": str(self.path), "step": self.record["step"]}
+
+
+def find(path: str) -> Origin:
+    """Returns the run in a workdir; reads no parameters yet.
+
+    Raises:
+      UserError: where it holds no run with a checkpoint, or its tokenizer.json is not
+        the one of that checkpoint.
+    """
+    folder = pathlib.Path(paths.expand("--init-from", path)).absolute()
+    try:
+        record = workdir.newest_record(folder)
+        config = workdir.config_of(record)
+        tokenizer = workdir.read_tokenizer(folder, record)
+    except errors.UserError as error:
+        raise errors.UserError(f"--init-from: {error}") from error
+    return Origin(folder, record, config, tokenizer)
+
+
+def adopt(
+    config: config_lib.ExperimentConfig,
+    origin: Origin,
+    *,
+    log: Callable[[str], None],
+) -> config_lib.ExperimentConfig:
+    """Returns the configuration of a run that can start from these parameters.
+
+    It encodes with the tokenizer of the other run.
+
+    Args:
+      config: the new run.
+      origin: the other run.
+      log: receives a line for each field that changes what the parameters compute.
+
+    Raises:
+      UserError: listing the fields of the model that do not fit, or naming both
+        tokenizers.
+    """
+    before, after = _facts(origin.config.model), _facts(config.model)
+    found = [
+        f"{name}: {before.get(name)!r} in {origin.path}, {after.get(name)!r} now"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+    errors.check(
+        "--init-from",
+        not found,
+        f"the model is not that of {origin.path}; choose another run, or set these "
+        "fields as there:\n  " + "\n  ".join(found),
+    )
+    for name in _ROPE:
+        then, now = (getattr(c.model, name) for c in (origin.config, config))
+        if then != now:
+            log(f"note: model.{name} was {then} in {origin.path}, and is {now} now")
+    return _with_tokenizer(config, origin)
+
+
+def _facts(config: model.ModelConfig) -> dict[str, Any]:
+    """What determines the arrays and what they compute, however it was written."""
+    facts = {
+        f"model.{name}": getattr(config, name)
+        for name in (*model.MAX_SIZES, "tie_embeddings", "qk_norm", "norm_eps")
+    }
+    facts["model.head_dim"] = config.head_size
+    facts["model.spectral"] = tuple(sorted(config.spectral))
+    if config.spectral:
+        facts["model.factors"] = config.factors
+    for name in model.MATRICES:
+        if (rank := config.matrix_rank(name)) is not None:
+            facts[f"model.ranks.{name}"] = rank
+    return facts
+
+
+def _with_tokenizer(
+    config: config_lib.ExperimentConfig, origin: Origin
+) -> config_lib.ExperimentConfig:
+    own, given = str(origin.path / "tokenizer.json"), config.data.tokenizer
+    if given is None:
+        chosen = dataclasses.replace(config.data, tokenizer=own)
+        return dataclasses.replace(config, data=chosen)
+    found = data.Tokenizer.load(paths.expand("data.tokenizer", given)).hash
+    errors.check(
+        "data.tokenizer",
+        found == origin.tokenizer.hash,
+        f"{given!r} has hash {found[:16]}, but the parameters belong to {own!r} with "
+        f"hash {origin.tokenizer.hash[:16]}; leave the field empty to take that one",
+    )
+    return config
+
+
+def check_arrays(run: trainer.Trainer, origin: Origin) -> None:
+    """Raises UserError, listing the arrays, where saved shapes are not those of a run.
+
+    Ranks may have changed since the configuration of the other run was written.
+    """
+    apart = jax.eval_shape(model.unstack_layers, run.abstract_state)
+    is_param = lambda name: name.startswith("params")
+    wanted = {n: leaf for n, leaf in arrays.by_name(apart).items() if is_param(n)}
+    saved = {n: leaf for n, leaf in origin.record["leaves"].items() if is_param(n)}
+    try:
+        arrays.check_shapes(wanted, saved, origin.record["step"])
+    except errors.UserError as error:
+        raise errors.UserError(f"--init-from: {origin.path}: {error}") from error
+
+
+def start(
+    run: trainer.Trainer, origin: Origin, *, log: Callable[[str], None]
+) -> state_lib.TrainState:
+    """Returns the state before the first step of a run that `adopt` has passed.
+
+    Args:
+      run: the trainer of the new run.
+      origin: the other run.
+      log: receives a line.
+
+    Raises:
+      UserError: see `workdir.load_state`, and `check_arrays`.
+    """
+    state, record = workdir.load_state(origin.path)
+    check_arrays(run, origin._replace(record=record))
+    params = state.params
+    del state  # frees the moments of the other run
+    log(f"starting from the parameters of step {record['step']} in {origin.path}")
+    if run.config.model.scan_layers:
+        params = model.stack_layers({**params}, stack_arrays=arrays.stack_and_free)
+    else:
+        params = model.unstack_layers(params)
+    placed = jax.tree.map(lambda x: x.sharding, run.abstract_state)
+    params = jax.device_put(params, placed.params)
+    begin = jax.jit(
+        lambda params: state_lib.start(params, run.tx),
+        out_shardings=placed,
+        donate_argnums=0,
+    )
+    return begin(params)
