@@ -274,7 +274,6 @@ class _File(NamedTuple):
 
 
 def _family(file: _File) -> _Family:
-    errors.check(file.where, isinstance(file.values, Mapping), "is not a JSON object")
     names = file.values.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     known = isinstance(name, str) and name in FAMILIES
