@@ -124,7 +124,8 @@ def ranks(run: workdir.LoadedRun) -> dict[str, int | list[int]]:
     """
     found: dict[str, list[int]] = {}
     for tensor in names.tensors(run.config.model):
-        weight = _weight(run.params, tensor)
+        owner, _ = _owner(run.params, tensor)
+        weight = owner[tensor.key]
         if spectral.is_factors(weight):
             found.setdefault(tensor.name.split(".")[-2], []).append(weight[0].shape[-1])
     return {
@@ -142,21 +143,24 @@ def stored(run: workdir.LoadedRun, form: str) -> Iterator[Stored]:
     """
     params = jax.tree.map(np.asarray, run.params)  # layers of a stack are views then
     for tensor in names.tensors(run.config.model):
-        weight = _weight(params, tensor)
+        owner, place = _owner(params, tensor)
+        weight = jax.tree.map(lambda x, place=place: x[place], owner[tensor.key])
         if form == "factors" and spectral.is_factors(weight):
             yield from _factors(tensor, weight)
         else:
             yield Stored(tensor.name, tensor.shape, _dense(tensor, weight))
 
 
-def _weight(params: model.Params, tensor: names.Tensor) -> Any:
-    """The weight of a tensor, without the axis of layers."""
+def _owner(
+    params: model.Params, tensor: names.Tensor
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """What has the weight of a tensor, and its place on the axis of layers there."""
     if tensor.layer is None:
-        return params[tensor.key]
-    layers, index = params[model.LAYERS], tensor.layer
+        return params, ()
+    layers = params[model.LAYERS]
     if isinstance(layers, tuple):
-        return layers[index][tensor.key]
-    return jax.tree.map(lambda x: x[index], layers[tensor.key])
+        return layers[tensor.layer], ()
+    return layers, (tensor.layer,)
 
 
 def _dense(tensor: names.Tensor, weight: Any) -> Callable[[], Any]:
@@ -164,7 +168,9 @@ def _dense(tensor: names.Tensor, weight: Any) -> Callable[[], Any]:
     swap = tensor.is_matrix and tensor.key != "embedding"
 
     def make():
-        w = jax.tree.map(jnp.asarray, weight) if spectral.is_factors(weight) else weight
+        if not spectral.is_factors(weight):
+            return np.asarray(weight.T if swap else weight)
+        w = jax.tree.map(jnp.asarray, weight)
         return np.asarray(spectral.to_dense(spectral.transpose(w) if swap else w))
 
     return make
@@ -177,13 +183,11 @@ def _factors(tensor: names.Tensor, weight: Any) -> Iterator[Stored]:
     u, |s| and v can be read back, as s are the norms of the columns of `b`.
     """
     base = tensor.name.removesuffix("weight")
-    first, last = weight[0], weight[-1]
-    if spectral.is_spectral(weight):
-        last = last * weight.s[None]
-    table = tensor.key == "embedding"  # a row per token, which a lookup reads
-    shape = first.shape if table else first.shape[::-1]
-    yield Stored(f"{base}a.weight", shape, lambda: first if table else first.T)
-    yield Stored(f"{base}b.weight", last.shape, lambda: last)
+    # A row per token, which a lookup reads; all other layers are (fan_out, fan_in).
+    a = weight[0] if tensor.key == "embedding" else weight[0].T
+    yield Stored(f"{base}a.weight", a.shape, lambda: a)
+    v, s = weight[-1], weight.s[None] if spectral.is_spectral(weight) else 1.0
+    yield Stored(f"{base}b.weight", v.shape, lambda: np.asarray(v * s))
 
 
 def write_tensors(
