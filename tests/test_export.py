@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import shutil
+import stat
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +56,15 @@ TEXT = f"kato mi {MARK} ren lü\n\n  12 🙂 {MARK}"
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
     """The library, without a network and with a cache of its own for exported code."""
+    code = str(tmp_path_factory.mktemp("code"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
-        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("code")))
+        patch.setenv("HF_MODULES_CACHE", code)
         library = pytest.importorskip("transformers")
         library.logging.disable_progress_bar()
+        # Another module of tests may have loaded it before.
+        patch.setattr(library.dynamic_module_utils, "HF_MODULES_CACHE", code)
+        patch.setattr(sys, "path", [*sys.path])
         yield library
 
 
@@ -478,6 +483,8 @@ def test_the_program_exports_a_run(trained, transformers, tmp_path, capsys, form
         "tokenizer.json",
         "tokenizer_config.json",
     } | ({exporting.CODE} if form == "factors" else set())
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert len(modes) == 1
     run = workdir.load_run(trained)
     loaded = load(transformers, folder)
     np.testing.assert_allclose(logits(loaded), our_logits(run), atol=1e-4)

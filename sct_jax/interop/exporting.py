@@ -89,6 +89,7 @@ def export(
             files.replace_text(partial / CODE, _code())
         files.replace_text(partial / "README.md", card)
         workdir.write_json(partial / config_json.CONFIG, described)
+        files.sync_folder(partial)
         os.rename(partial, folder)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -217,10 +218,20 @@ def write_tensors(
         }
         total += sum(array.nbytes for array in arrays.values())
         where |= dict.fromkeys(arrays, file)
-        safetensors.numpy.save_file(arrays, folder / file, metadata={"format": "pt"})
+        _save(folder / file, arrays)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         workdir.write_json(folder / "model.safetensors.index.json", index)
+
+
+def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a file of tensors, which others may read as they may other files."""
+    path.touch()
+    mode = path.stat().st_mode  # the library's own is 0o600
+    safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
+    path.chmod(mode)
+    with path.open("rb") as file:
+        files.sync(file.fileno())
 
 
 def _shards(
