@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import samples
+import saved_runs
 
 from sct_jax import data, errors, sharding
 from sct_jax.training import config as config_lib
@@ -36,18 +37,6 @@ def run():
     return trainer.Trainer(CONFIG, sharding.MeshConfig().build(1))
 
 
-def state_at(run, step):
-    """An initial state as if it had been trained for some steps."""
-    at = lambda path, x: (
-        jax.numpy.full_like(x, step)
-        if sharding.path_name(path).endswith(".count") or path[0].name == "step"
-        else x
-    )
-    state = run.init(jax.random.key(step))
-    kept, state = state.guard, state.replace(guard=())
-    return jax.tree_util.tree_map_with_path(at, state).replace(guard=kept)
-
-
 def write_run(path, run, tokenizer, *steps, config=CONFIG):
     path.mkdir(exist_ok=True)
     workdir.write_json(path / "config.json", config_lib.to_dict(CONFIG))
@@ -58,7 +47,7 @@ def write_run(path, run, tokenizer, *steps, config=CONFIG):
         contextlib.closing(workdir.writing(claimed, keep=5)) as checkpoints,
     ):
         for step in steps:
-            state = state_at(run, step)
+            state = saved_runs.state_at(run, step)
             record = workdir.record(config, step, state, identity)
             checkpoints.save(step, state, record=record)
 
@@ -180,7 +169,7 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path):
 def test_a_run_is_what_its_checkpoint_says(path, run, tokenizer):
     loaded = workdir.load_run(path)
     assert loaded.config == CONFIG
-    assert_same(loaded.params, state_at(run, 6).params)
+    assert_same(loaded.params, saved_runs.state_at(run, 6).params)
     assert loaded.tokenizer.hash == tokenizer.hash
 
 
@@ -188,6 +177,19 @@ def test_another_tokenizer_is_refused_by_its_hash(path):
     other = data.Tokenizer.train(["xyz zyx yxz"] * 10, vocab_size=300)
     other.save(str(path / "tokenizer.json"))
     with pytest.raises(errors.UserError, match=r"^workdir: .*tokenizer\.json has hash"):
+        workdir.load_run(path)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(path, monkeypatch):
+    """Records of the first version do not know the hash of their tokenizer."""
+    read = records.read
+    forget = lambda *args: {k: v for k, v in read(*args).items() if k != "tokenizer"}
+    monkeypatch.setattr(records, "read", forget)
+    text = ["".join(map(chr, range(start, start + 90))) for start in (33, 192, 300)]
+    larger = data.Tokenizer.train(text * 10, vocab_size=301)
+    assert larger.vocab_size == CONFIG.model.vocab_size + 1
+    larger.save(str(path / "tokenizer.json"))
+    with pytest.raises(errors.UserError, match=r"^workdir: .*ids up to 300, beyond"):
         workdir.load_run(path)
 
 
@@ -217,7 +219,7 @@ def test_a_run_is_what_its_checkpoint_says_whatever_config_json_does(path, run, 
     (path / "config.json").write_text(json.dumps(values))
     loaded = workdir.load_run(path)
     assert loaded.config == CONFIG
-    assert_same(loaded.params, state_at(run, 6).params)
+    assert_same(loaded.params, saved_runs.state_at(run, 6).params)
 
 
 def test_what_a_killed_process_had_begun_is_removed(path):
@@ -247,7 +249,7 @@ def test_parameters_come_in_the_layout_of_the_configuration(path, run):
     (path / "config.json").write_text(json.dumps(values))
     config, params, _ = workdir.load_run(path)
     assert config.model.scan_layers
-    assert_same(params, state_at(run, 6).params)
+    assert_same(params, saved_runs.state_at(run, 6).params)
 
 
 def test_a_record_without_a_configuration_is_damage(path, run):
@@ -259,7 +261,7 @@ def test_a_record_without_a_configuration_is_damage(path, run):
     assert workdir.steps_done(path) == 3
     with pytest.warns(UserWarning, match="its record has no configuration"):
         loaded = workdir.load_run(path)
-    assert_same(loaded.params, state_at(run, 3).params)
+    assert_same(loaded.params, saved_runs.state_at(run, 3).params)
 
 
 # --- Earlier versions.

@@ -171,6 +171,18 @@ def _cache_dir(config: settings.DataConfig) -> str:
     return paths.user_cache("data.cache_dir")
 
 
+def open_source(
+    config: settings.DataConfig, *, log: Callable[[str], None] = print
+) -> sources.Source:
+    """Returns the source of a configuration, see `sources.open_source`.
+
+    Raises:
+      UserError: a field has an invalid value, or there is no such source.
+    """
+    config.validate()
+    return _open(config, _cache_dir(config), log=log)
+
+
 def _open(
     config: settings.DataConfig, root: str, *, log: Callable[[str], None]
 ) -> sources.Source:

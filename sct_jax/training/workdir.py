@@ -48,11 +48,19 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
 
     Raises:
       UserError: where the workdir holds no run with a checkpoint, or its tokenizer.json
-        is not the one of that checkpoint.
+        is not the one of that checkpoint, or has ids that the model has not.
     """
     path = pathlib.Path(paths.expand("workdir", path))
     state, record = load_state(path)
-    return LoadedRun(config_of(record), state.params, read_tokenizer(path, record))
+    config, tokenizer = config_of(record), read_tokenizer(path, record)
+    errors.check(
+        "workdir",
+        tokenizer.vocab_size <= config.model.vocab_size,
+        f"{path / 'tokenizer.json'} has token ids up to {tokenizer.vocab_size - 1}, "
+        f"beyond the {config.model.vocab_size} of the model; put back the tokenizer "
+        "that it was trained with",
+    )
+    return LoadedRun(config, state.params, tokenizer)
 
 
 def load_state(
