@@ -117,7 +117,9 @@ class HarnessModel(harness.TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         found = []
-        scores = self._score(_pair(*pair, self.max_length) for _, *pair in requests)
+        scores = self._score(
+            _pair(before, after, self.max_length) for _, before, after in requests
+        )
         for (strings, _, _), each in zip(requests, scores, strict=True):
             answer = (
                 -float(each.nats.sum(dtype="float64")),
@@ -183,9 +185,8 @@ class HarnessModel(harness.TemplateLM):
         wanted.pop("do_sample", None)
         for name in wanted:
             errors.check_choice("generation_kwargs", name, _SAMPLER)
-        sampler = sampling.SamplingConfig(
-            **{"temperature": 0.0} | {k: v for k, v in wanted.items() if v is not None}
-        )
+        given = {name: value for name, value in wanted.items() if value is not None}
+        sampler = sampling.SamplingConfig(**{"temperature": 0.0, **given})
         longest = max(map(len, prompts))
         room = max(self.max_length - longest, self.max_length // 2)
         num_tokens = max(1, min(most, room))

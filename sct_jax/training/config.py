@@ -20,6 +20,7 @@ from sct_jax.training import layerwise, optimizer_config
 T = TypeVar("T")
 
 STEPS = ("fused", "layerwise")
+SINKS = ("jsonl", "tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,40 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where rows of metrics go.
+
+    Attributes:
+      sinks: from "jsonl" (metrics.jsonl, which a run writes in any case), "tensorboard"
+        and "wandb" (Weights & Biases). None is TensorBoard, if that is installed.
+      project: of Weights & Biases.
+      name: of the run there; None is the name of the workdir.
+    """
+
+    sinks: tuple[str, ...] | None = None
+    project: str = "sct_jax"
+    name: str | None = None
+
+    def validate(self) -> None:
+        """Raises UserError, naming the field."""
+        for name in self.sinks or ():
+            errors.check_choice("log.sinks", name, SINKS)
+        for name in ("project", "name"):
+            value = getattr(self, name)
+            errors.check(f"log.{name}", value != "", "must not be empty")
+
+    def unused_fields(self) -> list[str]:
+        """Returns a sentence for every field that is set but has no effect."""
+        if "wandb" in (self.sinks or ()):
+            return []
+        return [
+            f'log.{name}: has no effect without "wandb" in log.sinks'
+            for name in ("project", "name")
+            if getattr(self, name) != getattr(LogConfig(), name)
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """Everything that determines a run.
 
@@ -75,6 +110,7 @@ class ExperimentConfig:
       mesh: devices along each axis.
       checkpoint: when to save.
       eval: when and how to evaluate.
+      log: where metrics go.
     """
 
     num_steps: int = 1000
@@ -88,6 +124,7 @@ class ExperimentConfig:
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
 
     def build_optimizer(self) -> optax.GradientTransformationExtraArgs:
         """Returns the chain of this run, for the parameters of `model`."""
@@ -115,6 +152,7 @@ class ExperimentConfig:
             self.mesh,
             self.checkpoint,
             self.eval,
+            self.log,
         ):
             group.validate()
         errors.check(
@@ -130,6 +168,7 @@ class ExperimentConfig:
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
         unused = self.optimizer.unused_fields() + self.adaptive_rank.unused_fields()
+        unused += self.log.unused_fields()
         split = self.data.split
         if split not in (None, *self.data.kinds_of_split):
             unused.append(
@@ -172,13 +211,16 @@ class ExperimentConfig:
         )
 
 
-# Fields that do not affect results: intervals, and the cache folder.
+# Fields that do not affect results: intervals, the cache folder, where rows go.
 WITHOUT_EFFECT = (
     "data.cache_dir",
     "log_every",
     "checkpoint.every",
     "checkpoint.keep",
     "eval.every",
+    "log.sinks",
+    "log.project",
+    "log.name",
 )
 
 # Where the text comes from. Hashes of text and tokenizer say whether they are the same.

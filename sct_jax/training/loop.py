@@ -97,6 +97,7 @@ def train(
     if profile is not None:
         profiling.check_range(profile, num_steps=config.num_steps)
     hardware.check_backend()
+    metrics.check_sinks(config.log)
     errors.check(
         "mesh",
         jax.process_count() == 1,
@@ -158,6 +159,7 @@ def train(
                     stall_timeout=stall_timeout,
                     profile=profile,
                     source=source,
+                    summary=summary,
                 )
                 if same_text and workdir.is_finished(path, run):
                     return _finished_before(call)
@@ -214,6 +216,7 @@ class _Call(NamedTuple):
     stall_timeout: float | None
     profile: tuple[int, int] | None
     source: origin.Origin | None
+    summary: Mapping[str, Any]
 
     def say(self, text: str) -> None:
         console.say(self.output, text)
@@ -292,7 +295,10 @@ def _attempt(
             start_step=start,
             windows_before=before,
         )
-        sinks = closing(metrics.open_sinks(path, resume_step=start))
+        about = {"config": config_lib.to_dict(config), "summary": call.summary}
+        sinks = closing(
+            metrics.open_sinks(path, resume_step=start, log=config.log, about=about)
+        )
         progress = closing(
             console.Progress(call.output, start_step=start, num_steps=config.num_steps)
         )

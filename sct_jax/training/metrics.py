@@ -1,9 +1,12 @@
-"""What a program sees of a run: metrics.jsonl, event files, and the clock."""
+"""What a program sees of a run: metrics.jsonl, other sinks, and the clock."""
 
 import contextlib
+import importlib
 import json
+import os
 import pathlib
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sct_jax import errors, files, rank
+from sct_jax.training import config as config_lib
 
 Row = Mapping[str, int | float]
 
@@ -113,6 +117,66 @@ class TensorBoard:
         self._writer.close()
 
 
+class WandB:
+    """A run of Weights & Biases, the same one whenever a workdir is resumed.
+
+    Its id is in wandb.json of the workdir. Its files are in the folder `wandb` there,
+    or in WANDB_DIR. The mode is that of WANDB_MODE, for example "offline".
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        resume_step: int,
+        log: config_lib.LogConfig,
+        about: Mapping[str, Mapping[str, Any]],
+    ):
+        """Begins the run, or continues it; a start from step 0 begins a new one.
+
+        Args:
+          workdir: of the run.
+          resume_step: number of steps so far.
+          log: project and name.
+          about: "config" and "summary" of the run, as JSON holds them.
+        """
+        import wandb
+
+        self._run = wandb.init(
+            project=log.project,
+            name=log.name or workdir.resolve().name,
+            id=_wandb_id(workdir / "wandb.json", new=resume_step == 0),
+            resume="allow",
+            dir=None if "WANDB_DIR" in os.environ else str(workdir),
+            settings=wandb.Settings(console="off"),  # ours has bars, and is guarded
+        )
+        config = dict(about.get("config", {}))
+        self._run.config.update(config, allow_val_change=True)
+        self._run.summary.update(config_lib.flatten(about.get("summary", {})))
+        # Not its own count of steps: a resumed run repeats rows since the last save.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: Row) -> None:
+        """Hands over the values of a row."""
+        self._run.log(dict(row))
+
+    def flush(self) -> None:
+        """Does nothing: rows are sent, or written, as they come."""
+
+    def close(self) -> None:
+        """Ends the run once all rows are sent, or written."""
+        self._run.finish()
+
+
+def _wandb_id(path: pathlib.Path, *, new: bool) -> str:
+    """The id in a file, or a new one that is written to it."""
+    if not new and path.exists():
+        return json.loads(path.read_text())["id"]
+    id_ = uuid.uuid4().hex[:12]
+    files.replace_text(path, json.dumps({"id": id_}) + "\n")
+    return id_
+
+
 class Sinks:
     """Several sinks as one.
 
@@ -151,16 +215,77 @@ class Sinks:
                 self._others.remove(sink)
 
 
-def open_sinks(workdir: pathlib.Path, *, resume_step: int) -> Sinks:
-    """Returns metrics.jsonl, and TensorBoard events if tensorboardX is installed."""
+_DEFAULT_LOG = config_lib.LogConfig()
+
+# The package of each extra sink, a name in it, and the extra of ours that brings it.
+_PACKAGES = {
+    "tensorboard": ("tensorboardX", "SummaryWriter", "tensorboard"),
+    "wandb": ("wandb", "init", "wandb"),
+}
+
+
+def check_sinks(log: config_lib.LogConfig) -> None:
+    """Raises UserError, naming the extra, if a chosen sink is not installed."""
+    for sink in log.sinks or ():
+        if sink not in _PACKAGES:
+            continue
+        package, name, extra = _PACKAGES[sink]
+        try:
+            # A folder of this name, such as Weights & Biases makes, can be imported.
+            reason = "" if hasattr(importlib.import_module(package), name) else "absent"
+        except ImportError as error:
+            reason = str(error)
+        errors.check(
+            "log.sinks",
+            not reason,
+            f"{sink!r} needs the package {package}, which cannot be imported "
+            f"({reason}); pip install 'sct_jax[{extra}]', or choose other sinks",
+        )
+
+
+def open_sinks(
+    workdir: pathlib.Path,
+    *,
+    resume_step: int,
+    log: config_lib.LogConfig = _DEFAULT_LOG,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Sinks:
+    """Returns metrics.jsonl, and the other sinks that were chosen.
+
+    One that cannot be opened is left out with a warning, or silently if it was not
+    chosen and is not installed.
+
+    Args:
+      workdir: of the run.
+      resume_step: number of steps so far.
+      log: says which sinks.
+      about: "config" and "summary" of the run, as JSON holds them.
+
+    Raises:
+      UserError: metrics.jsonl cannot be read or written.
+    """
+    openers: dict[str, tuple[str, Callable[[], Sink]]] = {
+        "tensorboard": (
+            "TensorBoard",
+            lambda: TensorBoard(workdir / "tensorboard", resume_step=resume_step),
+        ),
+        "wandb": (
+            "Weights & Biases",
+            lambda: WandB(workdir, resume_step=resume_step, log=log, about=about or {}),
+        ),
+    }
+    record = JsonLines(workdir / "metrics.jsonl", resume_step=resume_step)
     others: list[Sink] = []
-    try:
-        others.append(TensorBoard(workdir / "tensorboard", resume_step=resume_step))
-    except ImportError:
-        pass
-    except Exception as error:
-        warnings.warn(f"TensorBoard gets no rows: {error}", stacklevel=2)
-    return Sinks(JsonLines(workdir / "metrics.jsonl", resume_step=resume_step), *others)
+    for name in ("tensorboard",) if log.sinks is None else dict.fromkeys(log.sinks):
+        if name not in openers:
+            continue
+        title, opener = openers[name]
+        try:
+            others.append(opener())
+        except Exception as error:
+            if not (isinstance(error, ImportError) and log.sinks is None):
+                warnings.warn(f"{title} gets no rows: {error}", stacklevel=2)
+    return Sinks(record, *others)
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -20,8 +20,11 @@ from sct_jax.training import checkpoint, guard, records, resuming, trainer
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
 
-_FILES = (".lock", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json")
-_FOLDERS = ("checkpoints", "profile", "tensorboard")
+_FILES = (
+    *(".lock", "config.json", "metrics.jsonl", "summary.json", "tokenizer.json"),
+    "wandb.json",
+)
+_FOLDERS = ("checkpoints", "profile", "tensorboard", "wandb")
 _LEFTOVER = re.compile(r".+\.(json|jsonl)\.partial-[0-9a-f]{32}|\.probe-[0-9]+")
 # Of a name that a run writes below its folder, with room to spare.
 _LONGEST_NAME = 200
