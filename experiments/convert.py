@@ -19,13 +19,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import rich.table
 
 from sct_jax import data, errors, model, paths
 from sct_jax.interop import importing
 from sct_jax.interop import source as source_lib
 from sct_jax.training import (
+    accounting,
     checkpoint,
     console,
     exit_codes,
@@ -238,15 +238,10 @@ def truncation_table(
 
 def describe(config: model.ModelConfig, dense: model.ModelConfig) -> str:
     """Returns a sentence about the parameters."""
-    count, before = (_num_parameters(c) for c in (config, dense))
+    count, before = map(accounting.parameters, (config, dense))
     if count == before:
         return f"{count:,} parameters, all dense"
     return f"{count:,} parameters, of {before:,}"
-
-
-def _num_parameters(config: model.ModelConfig) -> int:
-    abstract = jax.eval_shape(lambda key: model.init(key, config), jax.random.key(0))
-    return sum(x.size for x in jax.tree.leaves(abstract))
 
 
 def _main() -> int:
