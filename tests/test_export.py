@@ -452,6 +452,7 @@ def trained(tmp_path_factory):
             split="documents",
         ),
         optimizer=optimizer_config.Sct(warmup_steps=1),
+        checkpoint=config_lib.CheckpointConfig(every=3),
         eval=config_lib.EvalConfig(every=4, num_batches=1),
     )
     output = rich.console.Console(file=io.StringIO())
@@ -533,6 +534,21 @@ def test_the_card_leaves_out_what_the_run_does_not_say(trained, tmp_path):
     card = (tmp_path / "named" / "README.md").read_text()
     assert "held-out" not in card
     assert "training loss" not in card
+
+
+def test_the_card_is_of_the_checkpoint_that_is_exported(trained, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(trained, path)
+    newest = path / "checkpoints" / "4" / "state"
+    file = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="checkpoint 4 is damaged"):
+        call(path, tmp_path / "named")
+    card = (tmp_path / "named" / "README.md").read_text()
+    assert "| steps | 3 |" in card
+    assert "| tokens seen | 384 |" in card
 
 
 def refusal(capsys, *arguments, **flags):

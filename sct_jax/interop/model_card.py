@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sct_jax import model
+from sct_jax import errors, model
 from sct_jax.interop import exporting
-from sct_jax.training import accounting, metrics, workdir
+from sct_jax.training import accounting, checkpoint, metrics, records, workdir
 
 _PAGE = """\
 ---
@@ -72,7 +72,7 @@ class Progress(NamedTuple):
     """How far a run has come.
 
     Attributes:
-      step: of its newest checkpoint.
+      step: of its newest whole checkpoint.
       tokens: that it has seen by then; None if the checkpoint does not say.
       train_loss: newest loss of a step by then, in nats per token, or None.
       eval_step: step of the newest evaluation by then, or None.
@@ -96,11 +96,10 @@ def read_progress(folder: pathlib.Path, *, seq_len: int) -> Progress:
       seq_len: tokens per window of text.
 
     Raises:
-      UserError: its metrics.jsonl cannot be read.
+      UserError: there is no checkpoint, or its metrics.jsonl cannot be read.
     """
-    step = workdir.steps_done(folder)
-    with workdir.reading(folder) as checkpoints:
-        windows = checkpoints.read_record(step).get("data_position")
+    record = _newest_record(folder)
+    step, windows = record["step"], record.get("data_position")
     progress = Progress(step, None if windows is None else windows * seq_len)
     for row in metrics.read_rows(folder / "metrics.jsonl"):
         if row.get("step", 0) > step:  # an interrupted run goes on from its checkpoint
@@ -114,6 +113,23 @@ def read_progress(folder: pathlib.Path, *, seq_len: int) -> Progress:
                 bits_per_byte=row.get("eval/bits_per_byte"),
             )
     return progress
+
+
+def _newest_record(folder: pathlib.Path) -> checkpoint.Record:
+    """The record of the checkpoint that `workdir.load_run` reads: the newest whole one.
+
+    Raises:
+      UserError: there is none.
+    """
+    with workdir.reading(folder) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            try:
+                record = checkpoints.read_record(step)
+                records.check_files(folder / "checkpoints" / str(step), record)
+            except records.DamagedError:
+                continue
+            return record
+    raise errors.UserError(f"workdir: {folder} has no whole checkpoint")
 
 
 def write(
