@@ -59,7 +59,8 @@ A matrix W (fan_in, fan_out) of rank R is two linear layers: `a` from fan_in to 
 v diag(s), so |s| are the norms of the columns of `b`. The classes are in
 `modeling_spectral.py` beside the tensors, and need torch and transformers alone.
 
-They are written for the Transformers backend of vLLM too (`--trust-remote-code`).
+They follow what the Transformers backend of vLLM asks of a model, and were tested in
+transformers, not in vLLM.
 """
 
 _OWN_HEAD = """\
