@@ -12,7 +12,6 @@ could not be written.
 """
 
 import argparse
-import dataclasses
 import os
 import pathlib
 import sys
@@ -21,8 +20,8 @@ from typing import Any
 
 import rich.table
 
-from sct_jax import data, errors, model, paths
-from sct_jax.interop import importing
+from sct_jax import errors, model, paths
+from sct_jax.interop import folders, importing
 from sct_jax.interop import source as source_lib
 from sct_jax.training import (
     accounting,
@@ -34,7 +33,6 @@ from sct_jax.training import (
     process,
     workdir,
 )
-from sct_jax.training import config as config_lib
 
 RULES = {"rank": int, "rank_ratio": float, "energy": float}
 
@@ -47,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = pathlib.Path(paths.expand("--workdir", flags.workdir))
         workdir.check_new(path)
         source = source_lib.open_folder(flags.source)
-        tokenizer = load_tokenizer(source, flags.tokenizer)
+        tokenizer = folders.load_tokenizer(source, flags.tokenizer)
         imported = importing.load(
             source, rules, scan_layers=flags.scan_layers, log=process.say
         )
-        config = run_config(imported.config, source.max_length, path)
+        config = folders.run_config(
+            imported.config, source.max_length, path / "tokenizer.json"
+        )
         workdir.create(path, config, imported.params, tokenizer)
     except errors.UserError as error:
         overrides.fail(str(error))
@@ -155,54 +155,6 @@ def _matrix(text: str) -> tuple[str, importing.Rule]:
         ) from error
     rule.validate(f"{where}: ")
     return name, rule
-
-
-def load_tokenizer(source: source_lib.Source, given: str | None) -> data.Tokenizer:
-    """Returns the tokenizer of a checkpoint, or the one that is given.
-
-    Raises:
-      UserError: there is none that keeps text as it is, or it has more tokens than the
-        model.
-    """
-    own = source.folder / "tokenizer.json"
-    errors.check(
-        "--from",
-        given is not None or own.exists(),
-        f"{source.folder} has no tokenizer.json"
-        + " (tokenizer.model is of another kind)"
-        * (source.folder / "tokenizer.model").exists()
-        + "; name one with --tokenizer=FILE",
-    )
-    path = str(own) if given is None else paths.expand("--tokenizer", given)
-    try:
-        tokenizer = data.Tokenizer.load(path)
-    except errors.UserError as error:
-        raise errors.UserError(
-            f"{error}; give another one of the same ids with --tokenizer=FILE"
-        ) from error
-    size = source.config.vocab_size
-    errors.check(
-        "--tokenizer",
-        tokenizer.vocab_size <= size,
-        f"{path} has ids up to {tokenizer.vocab_size - 1}, but the model has "
-        f"{size} tokens; give its own tokenizer with --tokenizer=FILE",
-    )
-    return tokenizer
-
-
-def run_config(
-    config: model.ModelConfig, max_length: int, path: pathlib.Path
-) -> config_lib.ExperimentConfig:
-    """Returns the configuration of the run: its context is that of the checkpoint."""
-    settings = data.DataConfig(
-        batch_size=1,
-        seq_len=max_length,
-        tokenizer=str(path.absolute() / "tokenizer.json"),
-    )
-    settings = dataclasses.replace(settings, split=settings.kinds_of_split[0])
-    experiment = config_lib.ExperimentConfig(num_steps=1, model=config, data=settings)
-    experiment.validate()
-    return experiment
 
 
 def truncation_table(

@@ -1,6 +1,7 @@
 """Continues text with a trained model.
 
 python -m experiments.generate --workdir=runs/smollm_r128-tiny --prompt="def main("
+python -m experiments.generate --hf=SmolLM2-135M --prompt="def main("
 echo "import os" | python -m experiments.generate --workdir=runs/smollm_r128-tiny
 
 One prompt is continued as it is written; several are continued together. The exit code
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 import jax
 
 from sct_jax import data, decode, errors, files, paths, sampling
+from sct_jax.interop import folders
 from sct_jax.training import huge_pages, overrides, process, workdir
 
 DEFAULT_TOKENS = 128
@@ -45,7 +47,10 @@ class Continued(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = overrides.FlagParser(__doc__ or "")
-    parser.add_argument("--workdir", help="a run, with a checkpoint", required=True)
+    parser.add_argument("--workdir", help="a run, with a checkpoint")
+    parser.add_argument(
+        "--hf", help="or the folder of a Hugging Face checkpoint of the Llama family"
+    )
     parser.add_argument(
         "--prompt", action="append", default=[], help="text to continue; repeatable"
     )
@@ -77,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sampler.validate("--")
         prompts = read_prompts(flags.prompt, flags.prompt_file, sys.stdin)
-        run = workdir.load_run(flags.workdir)
+        run = load(flags.workdir, flags.hf)
         done = continue_prompts(
             run,
             prompts,
@@ -95,6 +100,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides.fail(str(error))
     process.say(describe(done))
     return 0
+
+
+def load(path: str | None, checkpoint: str | None) -> workdir.LoadedRun:
+    """Returns the model of a run, or of a Hugging Face checkpoint.
+
+    Raises:
+      UserError: both are given or neither, or it cannot be read.
+    """
+    errors.check(
+        "--workdir",
+        (path is None) != (checkpoint is None),
+        "give a run, or a Hugging Face checkpoint with --hf, and not both",
+    )
+    if checkpoint is not None:
+        return folders.load(checkpoint)
+    return workdir.load_run(path or "")
 
 
 def read_prompts(
