@@ -6,6 +6,7 @@ import samples
 
 from experiments.benchmarks import decode, tables
 from sct_jax import model
+from sct_jax.training import accounting
 
 SHAPE = dataclasses.replace(samples.SMALL, spectral=model.BLOCK_MATRICES)
 
@@ -34,7 +35,15 @@ def test_the_latent_cache_is_measured_beside_the_ordinary_one():
     assert all(rate > 0 for rate in rates)
 
 
-def _bytes(config):
-    from sct_jax.training import accounting
+def test_an_import_is_measured_beside_its_decompositions():
+    dense = dataclasses.replace(SHAPE, spectral=(), num_layers=1)
+    figures = decode.import_figures(1, shape=dense, rank=2)
+    found = {figure.name.strip(): figure.value for figure in figures}
+    assert found["dense model, GB"] == _bytes(dense) / 1e9
+    assert found["seconds, import / its SVDs alone"] > 0
+    # A process with JAX alone has more.
+    assert found["peak memory less the dense model in float32, GB"] > 0.05
 
+
+def _bytes(config):
     return 4 * accounting.parameters(config)

@@ -1,25 +1,33 @@
-"""Measures generation, against bytes read and against transformers.
+"""Measures generation and imports, against bytes read, transformers and floors.
 
 python -m experiments.benchmarks.decode
 python -m experiments.benchmarks.decode --rows=speed --rounds=5 --json=bench.json
 
 Seconds are medians, and what is compared takes turns in one process. `speed` compares
-with `generate` of transformers, from the extra `dev`. A figure ends with "pass",
-"short", or "-" if it has no target. The exit code is 0, or 2 for bad input.
+with `generate` of transformers, from the extra `dev`. `import` runs once. A figure ends
+with "pass", "short", or "-" if it has no target. The exit code is 0, or 2 for bad
+input.
 """
 
 import dataclasses
 import functools
 import gc
+import json
+import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
 
-from experiments.benchmarks import machine, tables, timing
+from experiments.benchmarks import machine, programs, tables, timing
 from sct_jax import decode, model, sampling
+from sct_jax.interop import config_json, importing, names
+from sct_jax.interop import source as source_lib
 from sct_jax.training import accounting, huge_pages
 
 SHAPE = model.ModelConfig(  # SmolLM2-360M's
@@ -31,6 +39,14 @@ SHAPE = model.ModelConfig(  # SmolLM2-360M's
     rank=64,
     spectral=model.BLOCK_MATRICES,
     rope_theta=100_000.0,
+)
+LARGE = model.ModelConfig(  # one layer of SmolLM2-1.7B's shape
+    d_model=2048,
+    d_ff=8192,
+    num_layers=1,
+    num_heads=32,
+    num_kv_heads=32,
+    spectral=(),
 )
 LENGTHS = (2048, 8192)
 GREEDY = sampling.SamplingConfig(temperature=0.0)
@@ -121,6 +137,77 @@ def latent_figures(
     return found
 
 
+def import_figures(
+    rounds: int, *, shape: model.ModelConfig = LARGE, rank: int = 128
+) -> tables.Figures:
+    """Returns the figures of `import`: truncating a checkpoint beside its SVDs alone.
+
+    Args:
+      rounds: not used: decompositions take minutes.
+      shape: dense model, made of random numbers in bfloat16.
+      rank: of all matrices of a layer.
+    """
+    del rounds
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        dense_bytes = _write_checkpoint(folder, shape)
+        source = source_lib.open_folder(folder)
+        seconds = timing.interleaved(
+            {
+                "SVDs": functools.partial(_decompose, source),
+                "import": lambda: importing.load(source, import_rules(rank)).params,
+            },
+            rounds=1,
+            warmup=0,
+        )
+        program = programs.imported(folder, rank=rank)()
+    spent = timing.medians(seconds)
+    return [
+        tables.Figure(
+            name="seconds, import / its SVDs alone",
+            value=spent["import"] / spent["SVDs"],
+            at_most=1.5,
+        ),
+        tables.Figure(
+            name="peak memory less the dense model in float32, GB",
+            value=(program["peak_rss_bytes"] - dense_bytes) / 1e9,
+            at_most=1,
+        ),
+        tables.Figure(name="  import, seconds", value=spent["import"]),
+        tables.Figure(name="  dense model, GB", value=dense_bytes / 1e9),
+    ]
+
+
+def import_rules(rank: int) -> dict[str, importing.Rule]:
+    """Returns the rules for one rank in all matrices of a layer."""
+    return dict.fromkeys(model.BLOCK_MATRICES, importing.Rule(rank=rank))
+
+
+def _write_checkpoint(folder: pathlib.Path, shape: model.ModelConfig) -> int:
+    """Writes a random model; returns its bytes in float32."""
+    described = config_json.to_config_json(
+        shape, max_length=2048, dtype="bfloat16", bos_token_id=None, eos_token_id=None
+    )
+    (folder / config_json.CONFIG).write_text(json.dumps(described))
+    rng = np.random.default_rng(0)
+    arrays = {
+        tensor.name: rng.standard_normal(tensor.shape, np.float32).astype(jnp.bfloat16)
+        for tensor in names.tensors(shape)
+    }
+    safetensors.numpy.save_file(arrays, folder / source_lib.SINGLE)
+    return sum(2 * array.nbytes for array in arrays.values())
+
+
+def _decompose(source: source_lib.Source) -> list[jax.Array]:
+    """The singular values of every matrix of a layer, one matrix at a time."""
+    found = []
+    for tensor in names.tensors(source.config):
+        if tensor.layer is not None and tensor.is_matrix:
+            w = jnp.asarray(source.read(tensor))
+            found.append(jnp.linalg.svd(w, full_matrices=False)[1])
+    return found
+
+
 def _params(config: model.ModelConfig) -> model.Params:
     drawn = jax.jit(model.init, static_argnums=1)(jax.random.key(0), config)
     return decode.prepare(drawn, config)
@@ -180,6 +267,10 @@ ROWS = {
     "latent": tables.Row(
         title="One more token at SmolLM2-360M's shape, R 64 everywhere, batch 1",
         measure=latent_figures,
+    ),
+    "import": tables.Row(
+        title="Import of one layer and the embedding of SmolLM2-1.7B's shape, R 128",
+        measure=import_figures,
     ),
 }
 

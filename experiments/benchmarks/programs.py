@@ -69,6 +69,22 @@ def published(*flags: str) -> Program:
     return lambda: json.loads(_run(command).splitlines()[-1])
 
 
+_IMPORT = """
+import json, sys
+from experiments.benchmarks import decode, machine
+from sct_jax.interop import importing, source
+rules = decode.import_rules(int(sys.argv[2]))
+model = importing.load(source.open_folder(sys.argv[1]), rules)
+print(json.dumps({"peak_rss_bytes": machine.peak_rss_bytes()}))
+"""
+
+
+def imported(folder: str | os.PathLike[str], *, rank: int) -> Program:
+    """Returns an import of a checkpoint, with all matrices of a layer at this rank."""
+    command = ["-c", _IMPORT, str(folder), str(rank)]
+    return lambda: json.loads(_run(command).splitlines()[-1])
+
+
 def tokens_per_second(folder: str | os.PathLike[str], *, steps: int) -> Program:
     """Returns the measurement of `tokens_per_second` on a checkout.
 
