@@ -70,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument(
-        "--from", dest="source", required=True, help="folder of the checkpoint"
+        "--from",
+        dest="source",
+        required=True,
+        help="folder of the checkpoint, or its name on the hub",
     )
     parser.add_argument("--workdir", required=True, help="folder of the run, a new one")
     parser.add_argument("--rank", type=int, help="of every matrix in --matrices")

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument("--workdir", help="a run, with a checkpoint")
     parser.add_argument(
-        "--hf", help="or the folder of a Hugging Face checkpoint of the Llama family"
+        "--hf",
+        help="or a Hugging Face checkpoint of the Llama family: folder, or name on "
+        "the hub",
     )
     parser.add_argument(
         "--prompt", action="append", default=[], help="text to continue; repeatable"

@@ -17,7 +17,7 @@ def load(path: str | os.PathLike[str]) -> workdir.LoadedRun:
     Raises:
       UserError: see `source.open_folder`, `Source.read` and `load_tokenizer`.
     """
-    source = source_lib.open_folder(path)
+    source = source_lib.open_folder(path, flag="--hf")
     tokenizer = load_tokenizer(source, None)
     imported = importing.load(source, {})
     config = run_config(

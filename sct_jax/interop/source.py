@@ -12,8 +12,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 
-from sct_jax import errors, files, model, paths
-from sct_jax.interop import config_json, names
+from sct_jax import errors, files, model
+from sct_jax.interop import config_json, hub, names
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -58,15 +58,18 @@ class Source(NamedTuple):
         return array
 
 
-def open_folder(path: str | os.PathLike[str]) -> Source:
+def open_folder(path: str | os.PathLike[str], *, flag: str = "--from") -> Source:
     """Returns the checkpoint in a folder; reads no tensor yet.
+
+    Args:
+      path: the folder, or a name of the hub, see `hub.local_folder`.
+      flag: where it was given, for messages.
 
     Raises:
       UserError: naming file, tensor or field, where something is missing or damaged,
         and for a model that is not computed here.
     """
-    folder = pathlib.Path(paths.expand("--from", path))
-    errors.check("--from", folder.is_dir(), f"{folder} is not a folder")
+    folder = hub.local_folder(path, flag=flag)
     file = folder / config_json.CONFIG
     values = _read_json(file)
     config = config_json.from_config_json(values, str(file))
