@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 import reference
 
-from sct_jax import model
+from sct_jax import decode, model
 from sct_jax.training import optimizer_config
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
@@ -84,6 +84,24 @@ def step(config, num_microbatches=1, **changes):
     return jax.make_jaxpr(fn)(params, opt_state)
 
 
+def generation(config):
+    """Reading prompts, and one more token, with both kinds of cache."""
+
+    def fn(params, tokens):
+        params = decode.prepare(params, config)
+        found = []
+        for latent in (False, True):
+            cache = decode.init_cache(
+                params, config, batch=BATCH, slots=LENGTH + 1, latent=latent
+            )
+            lengths = jnp.full(BATCH, LENGTH)
+            _, cache = decode.prefill(params, tokens, lengths, cache, config)
+            found.append(decode.advance(params, tokens[:, 0], cache, config))
+        return found
+
+    return jax.make_jaxpr(fn)(abstract_params(config), batch()["inputs"])
+
+
 def initialisation(config):
     init = lambda key: model.init(key, config)
     jaxpr, shape = jax.make_jaxpr(init, return_shape=True)(jax.random.key(0))
@@ -123,7 +141,7 @@ def test_no_activation_has_the_shape_of_a_weight():
 @pytest.mark.parametrize(
     ("trace", "name"),
     [
-        *itertools.product([forward, backward, initialisation], CONFIGS),
+        *itertools.product([forward, backward, generation, initialisation], CONFIGS),
         # The other configs differ from these only in the gradient.
         *itertools.product([step], ["scanned", "unrolled", "tied"]),
     ],
