@@ -55,6 +55,7 @@ def test_what_a_loop_keeps_for_its_backward_pass(length):
         body = lambda c, _: (jnp.tanh(c @ w), None)
         return jnp.sum(jax.lax.scan(body, x, length=length)[0])
 
-    # JAX keeps the carry, the result of tanh, and 1 minus it.
+    # JAX keeps the carry and the result of tanh, and before 0.12 also 1 minus it.
+    arrays = 3 if jax.__version_info__ < (0, 12) else 2
     kept = peak(jax.grad(loss), X, X) / SIZE
-    assert 3 * length <= kept <= 3 * length + 6
+    assert arrays * length <= kept <= arrays * length + 6

@@ -102,13 +102,31 @@ def _flatten(jaxpr: Any, widen: bool) -> _Flat:
                 outs = values[: len(eqn.outvars)]
             else:
                 outs = [new(var.aval) for var in eqn.outvars]
-                ops.append(_Op(name, values, outs, eqn.params))
+                ops.append(_Op(name, values, outs, _params(eqn)))
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     ins = [new(var.aval) for var in jaxpr.invars]
     outs = inline(jaxpr, ins)
     return _Flat(_without_dead(ops, outs), ins, outs, sizes, widen)
+
+
+def _params(eqn: Any) -> dict[str, Any]:
+    """Parameters of an equation; those of a scan have the counts of JAX up to 0.11.
+
+    Constants and carries have the shapes that they have in the body. What is scanned
+    over, and what is stacked, has one axis more.
+    """
+    if eqn.primitive.name != "scan":
+        return eqn.params
+    body = eqn.params["jaxpr"].jaxpr
+    same = lambda inner, outer: [
+        len(a.aval.shape) == len(b.aval.shape)
+        for a, b in zip(inner, outer, strict=True)
+    ]
+    num_carry = sum(same(body.outvars, eqn.outvars))
+    num_kept = sum(same(body.invars, eqn.invars))
+    return eqn.params | {"num_carry": num_carry, "num_consts": num_kept - num_carry}
 
 
 def _called(eqn: Any) -> Any:
