@@ -12,7 +12,6 @@ could not be written.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -199,11 +198,6 @@ def describe(config: model.ModelConfig, dense: model.ModelConfig) -> str:
     return f"{count:,} parameters, of {before:,}"
 
 
-def _main() -> int:
-    return main()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     huge_pages.restart_with_huge_pages()
-    process.run(_main)
+    process.run(main)

@@ -9,7 +9,6 @@ document. The exit code is 0, or 2 for bad input.
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
@@ -331,11 +330,6 @@ def _check_positive(flag: str, value: int | None) -> None:
     errors.check(flag, value is None or value >= 1, f"{value} must be at least 1")
 
 
-def _main() -> int:
-    return main()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     huge_pages.restart_with_huge_pages()
-    process.run(_main)
+    process.run(main)

@@ -99,11 +99,6 @@ def describe(folder: pathlib.Path) -> str:
     return f"{folder}: {len(sizes)} files, {sum(sizes):,} bytes"
 
 
-def _main() -> int:
-    return main()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     huge_pages.restart_with_huge_pages()
-    process.run(_main)
+    process.run(main)

@@ -9,7 +9,6 @@ is 0, or 2 for bad input.
 """
 
 import json
-import os
 import pathlib
 import sys
 import time
@@ -285,11 +284,6 @@ class _Writer:
         self._written = max(self._written, len(whole))
 
 
-def _main() -> int:
-    return main()
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     huge_pages.restart_with_huge_pages()
-    process.run(_main)
+    process.run(main)

@@ -31,7 +31,8 @@ BLOCK = 256
 SAVED = "attention"
 """Name of what the backward pass reads, for policies of rematerialisation."""
 
-_MASKED = -1e30  # finite: a block may mask a row as a whole
+MASKED = -1e30
+"""The score of what is not seen; finite, as a block may mask a row as a whole."""
 
 Groups = Float[Array, "B G R L K"]
 Keys = Float[Array, "B G L K"]
@@ -154,7 +155,7 @@ def _rows_forward(q, k, v, segments):
         peak = jnp.max(scores, axis=-1, keepdims=True)
         p = jnp.exp(scores - peak)
         weight = jnp.sum(p, axis=-1, keepdims=True)
-        total = _times("bgrqm,bgmk->bgrqk", p.astype(v.dtype), v[:, :, :stop])
+        total = linalg.einsum("bgrqm,bgmk->bgrqk", p.astype(v.dtype), v[:, :, :stop])
         outs.append((total / weight).astype(q.dtype))
         log_zs.append(peak + jnp.log(weight))
     return jnp.concatenate(outs, axis=3), jnp.concatenate(log_zs, axis=3)
@@ -250,12 +251,12 @@ def _pairs_forward(q, k, v, segments):
             p = jnp.exp(scores - new)
             shrink = jnp.exp(peak - new)
             weight = weight * shrink + jnp.sum(p, axis=-1, keepdims=True)
-            more = _times("bgrqm,bgmk->bgrqk", p.astype(v.dtype), _at(v, j))
+            more = linalg.einsum("bgrqm,bgmk->bgrqk", p.astype(v.dtype), _at(v, j))
             return total * shrink + more, new, weight
 
         start = (
             jnp.zeros(q.shape[1:], jnp.float32),
-            jnp.full((*q.shape[1:-1], 1), _MASKED, jnp.float32),
+            jnp.full((*q.shape[1:-1], 1), MASKED, jnp.float32),
             jnp.zeros((*q.shape[1:-1], 1), jnp.float32),
         )
         total, peak, weight = jax.lax.fori_loop(0, i + 1, add, start)
@@ -322,8 +323,8 @@ def _scores(
     seen: Bool[Array, "#B Q M"],
 ) -> Float[Array, "B G R Q M"]:
     """Scaled scores in float32."""
-    scores = _times("bgrqk,bgmk->bgrqm", q, k) / math.sqrt(q.shape[-1])
-    return jnp.where(seen[:, None, None], scores, _MASKED)
+    scores = linalg.einsum("bgrqk,bgmk->bgrqm", q, k) / math.sqrt(q.shape[-1])
+    return jnp.where(seen[:, None, None], scores, MASKED)
 
 
 def _gradients(
@@ -337,10 +338,10 @@ def _gradients(
     """What a block adds to the gradients of q, k and v, in float32."""
     scale = 1 / math.sqrt(q.shape[-1])
     p = jnp.exp(log_p)
-    dp = _times("bgrqk,bgmk->bgrqm", d_out, v)
+    dp = linalg.einsum("bgrqk,bgmk->bgrqm", d_out, v)
     ds = (p * (dp - shared)).astype(q.dtype)
     return (
-        scale * _times("bgrqm,bgmk->bgrqk", ds, k),
+        scale * linalg.einsum("bgrqm,bgmk->bgrqk", ds, k),
         scale * _times_over_queries(ds, q),
         _times_over_queries(p.astype(v.dtype), d_out),
     )
@@ -350,7 +351,7 @@ def _times_over_queries(
     scores: Float[Array, "B G R Q M"], x: Float[Array, "B G R Q K"]
 ) -> Float[Array, "B G M K"]:
     # The other way, XLA on CPU would first write the scores transposed.
-    product = _times("bgrqk,bgrqm->bgkm", x, scores)
+    product = linalg.einsum("bgrqk,bgrqm->bgkm", x, scores)
     return linalg.transpose(jax.lax.optimization_barrier(product))
 
 
@@ -359,13 +360,5 @@ def _shared(d_out: Array, out: Array) -> Array:
     # As a product of matrices: XLA on CPU is slow to sum products of arrays that have
     # an axis of size 1.
     d_out, out = d_out.astype(jnp.float32), out.astype(jnp.float32)
-    average = _times("bgrqk,bgrqk->bgrq", d_out, out, precision=linalg.HIGHEST)
+    average = linalg.einsum("bgrqk,bgrqk->bgrq", d_out, out, precision=linalg.HIGHEST)
     return average[..., None]
-
-
-def _times(
-    axes: str, x: Array, y: Array, *, precision: jax.lax.Precision | None = None
-) -> Float[Array, "..."]:
-    return jnp.einsum(
-        axes, x, y, precision=precision, preferred_element_type=jnp.float32
-    )

@@ -18,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sct_jax import attention, model, sampling, spectral
+from sct_jax import attention, linalg, model, sampling, spectral
 
 _SLOTS = 64
 """The cache and the prompts are padded to a multiple of it, so that programs of other
 lengths need not be compiled."""
-
-_MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 _linear = functools.partial(spectral.linear, flatten_rows=True)
 
@@ -242,14 +240,14 @@ def _attend_slots(q_BHK, slots, new, ropes, layer, position_B, config):
             _keys_of(latents, rope, layer, config)
             for latents, rope in zip(keys, ropes, strict=True)
         ]
-    past, own = (_times("bgqk,bgsk->bgqs", q, k) / math.sqrt(size) for k in keys)
+    past, own = (linalg.einsum("bgqk,bgsk->bgqs", q, k) / math.sqrt(size) for k in keys)
     seen_BS = jnp.arange(past.shape[-1])[None] < position_B[:, None]
-    past = jnp.where(seen_BS[:, None, None], past, _MASKED)
+    past = jnp.where(seen_BS[:, None, None], past, attention.MASKED)
     p = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(q.dtype)
     values = (slots[1], new[1])
     axes = "bgqs,bgsk->bgqk" if slots[1].ndim == 4 else "bgqs,bsr->bgqr"
     past, own = (
-        _times(axes, p, v)
+        linalg.einsum(axes, p, v)
         for p, v in zip((p[..., :-1], p[..., -1:]), values, strict=True)
     )
     out = (past + own).astype(q.dtype)
@@ -263,7 +261,7 @@ def _values_of(latents_BGQR, w, config):
     if spectral.is_spectral(w):
         latents_BGQR = latents_BGQR * jnp.expand_dims(w.s, (0, 1, 2))
     last = w[-1].reshape(config.num_kv_heads, config.head_size, -1)
-    out = _times("bgqr,gkr->bgqk", latents_BGQR, last.astype(latents_BGQR.dtype))
+    out = linalg.einsum("bgqr,gkr->bgqk", latents_BGQR, last.astype(latents_BGQR.dtype))
     return out.astype(latents_BGQR.dtype)
 
 
@@ -275,10 +273,6 @@ def _keys_of(latents_BSR, rope, layer, config):
     if config.qk_norm:
         k_BSGK = model.rms_norm(k_BSGK, layer["k_norm"], config.norm_eps)
     return model.rotate(k_BSGK, rope).swapaxes(1, 2)
-
-
-def _times(axes: str, x: Array, y: Array) -> Float[Array, "..."]:
-    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 # --- The loop.
@@ -361,12 +355,8 @@ def stream(
         raise ValueError("every prompt must have at least one token")
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
-    largest = max(map(max, prompts))
-    if largest >= config.vocab_size or min(map(min, prompts)) < 0:
-        raise ValueError(
-            f"tokens must be in 0..{config.vocab_size - 1}, as the vocabulary has; got "
-            f"{largest}"
-        )
+    for prompt in prompts:
+        model.check_tokens(prompt, config)
     sampler.validate()
     return _stream(
         params, config, prompts, num_tokens, key, sampler, tuple(sorted(stop)), latent

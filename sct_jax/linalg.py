@@ -41,6 +41,15 @@ def matmul(x: Float[Array, "*#L n k"], y: Float[Array, "*#L k m"]) -> Array:
     return jnp.matmul(x, y, precision=HIGHEST)
 
 
+def einsum(
+    axes: str, x: Array, y: Array, *, precision: jax.lax.Precision | None = None
+) -> Float[Array, "..."]:
+    """Returns the product of x and y over `axes`, with float32 sums and result."""
+    return jnp.einsum(
+        axes, x, y, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
 def transpose(x: Float[Array, "*L n m"]) -> Float[Array, "*L m n"]:
     """Swaps the last two axes."""
     return jnp.swapaxes(x, -1, -2)

@@ -560,6 +560,16 @@ def hidden(
     return jax.lax.scan(step, x_BLD, layers)[0]
 
 
+def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
+    """Raises ValueError for a token outside the vocabulary; tokens are on the host."""
+    smallest, largest = min(tokens), max(tokens)
+    if smallest < 0 or largest >= config.vocab_size:
+        raise ValueError(
+            f"tokens must be in 0..{config.vocab_size - 1}, as the vocabulary has; got "
+            f"{smallest if smallest < 0 else largest}"
+        )
+
+
 def embed(
     params: Params, tokens_BL: Int[Array, "B L"], config: ModelConfig
 ) -> Float[Array, "B L D"]:

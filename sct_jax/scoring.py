@@ -116,7 +116,7 @@ def score(
     group: list[Request] = []
     size = 0
     for request in requests:
-        _check(request, config.vocab_size)
+        _check(request, config)
         group.append(request)
         size += len(request.tokens)
         if size >= _BATCHES_AHEAD * tokens_per_batch:
@@ -125,17 +125,12 @@ def score(
     yield from _score(params, config, group, seq_len, stride, tokens_per_batch)
 
 
-def _check(request: Request, vocab_size: int) -> None:
+def _check(request: Request, config: model.ModelConfig) -> None:
     if request.first < 1:
         raise ValueError(f"first must be at least 1, got {request.first}")
     if len(request.tokens) == 0:
         return
-    smallest, largest = min(request.tokens), max(request.tokens)
-    if smallest < 0 or largest >= vocab_size:
-        raise ValueError(
-            f"tokens must be in 0..{vocab_size - 1}, as the vocabulary has; got "
-            f"{smallest if smallest < 0 else largest}"
-        )
+    model.check_tokens(request.tokens, config)
 
 
 def _score(params, config, group, seq_len, stride, tokens_per_batch):

@@ -169,6 +169,11 @@ def max_length(values: Mapping[str, Any], where: str) -> int:
     return _max_length(file, _family(file))
 
 
+def architecture(config: model.ModelConfig) -> str:
+    """Returns the class of transformers that computes the dense model."""
+    return "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+
+
 def to_config_json(
     config: model.ModelConfig,
     *,
@@ -199,7 +204,7 @@ def to_config_json(
         "LlamaForCausalLM of transformers refuses that; only a model with "
         "model.qk_norm can be written so",
     )
-    family = "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    family = architecture(config)
     values = {
         "architectures": [family],
         "attention_bias": False,

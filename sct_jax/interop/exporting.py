@@ -114,7 +114,7 @@ def architecture(config: model.ModelConfig, form: str) -> str:
     """Returns the class of transformers that loads an export."""
     if form == "factors":
         return "SpectralForCausalLM"
-    return "Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"
+    return config_json.architecture(config)
 
 
 def ranks(run: workdir.LoadedRun) -> dict[str, int | list[int]]:

@@ -7,7 +7,6 @@ The harness looks for no models of other packages, so this command tells it of o
 hands over its flags. The exit code is that of the harness, or 2 for bad input.
 """
 
-import os
 import sys
 
 from sct_jax import errors
@@ -48,6 +47,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.argv[0] = "sct_jax.interop.harness"
     process.run(main)

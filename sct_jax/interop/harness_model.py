@@ -121,10 +121,7 @@ class HarnessModel(harness.TemplateLM):
             _pair(before, after, self.max_length) for _, before, after in requests
         )
         for (strings, _, _), each in zip(requests, scores, strict=True):
-            answer = (
-                -float(each.nats.sum(dtype="float64")),
-                bool(each.is_greedy.all()),
-            )
+            answer = _log_probability(each), bool(each.is_greedy.all())
             self.cache_hook.add_partial("loglikelihood", strings, answer)
             found.append(answer)
         return found
