@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 from sct_jax import errors, files, paths
 from sct_jax.data import pipeline, sources, splits
-from sct_jax.training import huge_pages, overrides, perplexity, process, workdir
+from sct_jax.training import (
+    checkpoint,
+    huge_pages,
+    overrides,
+    perplexity,
+    process,
+    workdir,
+)
 
 SPLITS = (*splits.SPLITS, "all")
 
@@ -67,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "needs --json, the file that they go to",
         )
         _check_positive("--max_documents", flags.max_documents)
-        run = workdir.load_run(flags.workdir)
+        run, record = workdir.load_with_record(flags.workdir)
         seq_len, stride = window(
             run,
             seq_len=flags.seq_len,
@@ -83,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log=process.say,
         )
         if text.source == run.config.data.source:
-            _note_on_changes(flags.workdir, text)
+            _note_on_changes(record, text)
         result = evaluate(run, text, seq_len=seq_len, stride=stride, log=process.say)
         if output is not None:
             _write(output, to_json(text, result, documents=flags.documents))
@@ -298,10 +305,8 @@ def to_json(text: Text, result: Result, *, documents: bool) -> dict[str, Any]:
     return found
 
 
-def _note_on_changes(path: str, text: Text) -> None:
+def _note_on_changes(record: checkpoint.Record, text: Text) -> None:
     """Says so if the source of the run has other text now."""
-    with workdir.reading(pathlib.Path(paths.expand("workdir", path))) as checkpoints:
-        record = checkpoints.read_record(checkpoints.latest_step() or 0)
     if text.corpus not in (None, record.get("corpus", text.corpus)):
         process.say(
             f"note: {text.source!r} has other text than the run began with, so some of "

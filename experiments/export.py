@@ -73,14 +73,17 @@ def export_workdir(
     # Absolute, so that "." and "run/" have a name to write beside.
     folder = pathlib.Path(os.path.abspath(paths.expand("--to", to)))
     exporting.check_target(folder)
-    run = workdir.load_run(path)
+    run, record = workdir.load_with_record(path)
     source = pathlib.Path(paths.expand("--workdir", path))
+    progress = model_card.read_progress(source, record, seq_len=run.config.data.seq_len)
     card = model_card.write(
         run,
         name=folder.name,
         form=form,
         dtype=dtype,
-        progress=model_card.read_progress(source, seq_len=run.config.data.seq_len),
+        progress=model_card.read_progress(
+            source, record, seq_len=run.config.data.seq_len
+        ),
     )
     exporting.export(
         run,

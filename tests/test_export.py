@@ -530,7 +530,7 @@ def test_the_card_leaves_out_what_the_run_does_not_say(trained, tmp_path):
     lines = (path / "metrics.jsonl").read_text().splitlines()
     later = json.dumps({"step": 9, "train/loss": 1.0, "eval/loss": 1.0})
     (path / "metrics.jsonl").write_text(later + "\n")
-    progress = model_card.read_progress(path, seq_len=16)
+    progress = model_card.read_progress(path, workdir.newest_record(path), seq_len=16)
     assert progress == model_card.Progress(step=4, tokens=512)
     assert len(lines) > 1
     call(path, tmp_path / "named")

@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sct_jax import errors, model
+from sct_jax import model
 from sct_jax.interop import exporting
-from sct_jax.training import accounting, checkpoint, metrics, records, workdir
+from sct_jax.training import accounting, checkpoint, metrics, workdir
 
 _PAGE = """\
 ---
@@ -73,7 +73,7 @@ class Progress(NamedTuple):
     """How far a run has come.
 
     Attributes:
-      step: of its newest whole checkpoint.
+      step: of the checkpoint.
       tokens: that it has seen by then; None if the checkpoint does not say.
       train_loss: newest loss of a step by then, in nats per token, or None.
       eval_step: step of the newest evaluation by then, or None.
@@ -89,17 +89,19 @@ class Progress(NamedTuple):
     bits_per_byte: float | None = None
 
 
-def read_progress(folder: pathlib.Path, *, seq_len: int) -> Progress:
-    """Returns how far the run in a folder has come.
+def read_progress(
+    folder: pathlib.Path, record: checkpoint.Record, *, seq_len: int
+) -> Progress:
+    """Returns how far the run in a folder had come at a checkpoint.
 
     Args:
-      folder: of a run with a checkpoint.
+      folder: of the run.
+      record: of the checkpoint.
       seq_len: tokens per window of text.
 
     Raises:
-      UserError: there is no checkpoint, or its metrics.jsonl cannot be read.
+      UserError: metrics.jsonl cannot be read.
     """
-    record = _newest_record(folder)
     step, windows = record["step"], record.get("data_position")
     progress = Progress(step, None if windows is None else windows * seq_len)
     for row in metrics.read_rows(folder / "metrics.jsonl"):
@@ -114,23 +116,6 @@ def read_progress(folder: pathlib.Path, *, seq_len: int) -> Progress:
                 bits_per_byte=row.get("eval/bits_per_byte"),
             )
     return progress
-
-
-def _newest_record(folder: pathlib.Path) -> checkpoint.Record:
-    """The record of the checkpoint that `workdir.load_run` reads: the newest whole one.
-
-    Raises:
-      UserError: there is none.
-    """
-    with workdir.reading(folder) as checkpoints:
-        for step in reversed(checkpoints.steps()):
-            try:
-                record = checkpoints.read_record(step)
-                records.check_files(folder / "checkpoints" / str(step), record)
-            except records.DamagedError:
-                continue
-            return record
-    raise errors.UserError(f"workdir: {folder} has no whole checkpoint")
 
 
 def write(

@@ -53,6 +53,13 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
       UserError: where the workdir holds no run with a checkpoint, or its tokenizer.json
         is not the one of that checkpoint, or has ids that the model has not.
     """
+    return load_with_record(path)[0]
+
+
+def load_with_record(
+    path: str | os.PathLike[str],
+) -> tuple[LoadedRun, checkpoint.Record]:
+    """Returns what `load_run` does, and the record of the checkpoint it comes from."""
     path = pathlib.Path(paths.expand("workdir", path))
     state, record = load_state(path)
     config, tokenizer = config_of(record), read_tokenizer(path, record)
@@ -63,7 +70,7 @@ def load_run(path: str | os.PathLike[str]) -> LoadedRun:
         f"beyond the {config.model.vocab_size} of the model; put back the tokenizer "
         "that it was trained with",
     )
-    return LoadedRun(config, state.params, tokenizer)
+    return LoadedRun(config, state.params, tokenizer), record
 
 
 def load_state(
