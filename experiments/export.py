@@ -81,9 +81,7 @@ def export_workdir(
         name=folder.name,
         form=form,
         dtype=dtype,
-        progress=model_card.read_progress(
-            source, record, seq_len=run.config.data.seq_len
-        ),
+        progress=progress,
     )
     exporting.export(
         run,
