@@ -106,6 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the published stack: attention is a sum, keys and values are 8192 x "
         "8192, there is no embedding and no head, and the input is random",
     )
+    parser.add_argument(
+        "--steps_only",
+        action="store_true",
+        help="leave out what follows the steps: the machine's rates, and the shares of "
+        "Adam and the retraction, which take several more steps",
+    )
     parser.add_argument("--json", help="also write the figures to this file")
     flags, pairs = parser.parse(sys.argv[1:] if argv is None else argv)
     pairs += [
@@ -126,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_memory(sizes)
     except errors.UserError as error:
         overrides.fail(str(error))
-    figures = measure(job, steps=flags.steps) | {"bytes_by_formula": sizes}
+    figures = measure(job, steps=flags.steps, compare=not flags.steps_only)
+    figures["bytes_by_formula"] = sizes
     rich.console.Console().print(table(job, figures))
     if flags.json:
         pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
@@ -214,11 +221,16 @@ def check_memory(sizes: dict[str, int], *, available: int | None = None) -> None
     )
 
 
-def measure(job: Job, *, steps: int) -> dict[str, Any]:
+def measure(job: Job, *, steps: int, compare: bool = True) -> dict[str, Any]:
     """Returns every figure of a job.
 
     The order makes the peak memory of the process the peak of the steps. Compilation
     comes first and uses one layer; comparisons that need more memory come last.
+
+    Args:
+      job: what to run.
+      steps: how many steps; the first one is cold.
+      compare: whether to measure `machine`, `roofline` and `shares`.
     """
     step = layerwise.make_train_step(job.stack, job.tx)
     key = jax.random.key(job.experiment.seed)
@@ -253,8 +265,7 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
         float(_orthonormality_error(part))
         for part in (state.params | {"layers": ()}, *state.params["layers"])
     )
-    rates = machine.rates()
-    return {
+    figures = {
         "parameters": accounting.count(state.params),
         "dense_equivalent_parameters": job.dense_parameters(),
         "tokens_per_step": job.num_tokens,
@@ -263,10 +274,15 @@ def measure(job: Job, *, steps: int) -> dict[str, Any]:
         "peak_rss_bytes": peak,
         "orthonormality_error": error,
         "losses": [float(loss) for loss in losses],
-        "machine": rates,
-        "roofline": roofline(job, state, rates),
-        "shares": shares(job, step, state, rounds=min(steps - 1, _MAX_ROUNDS)),
     }
+    if compare:
+        rates = machine.rates()
+        figures |= {
+            "machine": rates,
+            "roofline": roofline(job, state, rates),
+            "shares": shares(job, step, state, rounds=min(steps - 1, _MAX_ROUNDS)),
+        }
+    return figures
 
 
 def _compile(job: Job, step: layerwise.LayerwiseStep, key: jax.Array) -> None:
@@ -375,7 +391,6 @@ def shares(
 def table(job: Job, figures: dict[str, Any]) -> rich.table.Table:
     """Returns the figures of a job as a table, one per row."""
     seconds, formula = figures["seconds"], figures["bytes_by_formula"]
-    roof, rates = figures["roofline"], figures["machine"]
     dense, shape = figures["dense_equivalent_parameters"], job.shape
     rank = shape.matrix_rank("gate")
     one_matrix = [
@@ -393,11 +408,8 @@ def table(job: Job, figures: dict[str, Any]) -> rich.table.Table:
         "  backward and update": f"{seconds['backward_and_update']:.2f} s",
         **{
             f"  share of {name}, by difference": f"{share:.0%}"
-            for name, share in figures["shares"].items()
+            for name, share in figures.get("shares", {}).items()
         },
-        "lower bound by bytes, by FLOPs": (
-            f"{roof['seconds_of_bytes']:.2f} s, {roof['seconds_of_flops']:.2f} s"
-        ),
         "peak resident memory of the process": gigabytes(figures["peak_rss_bytes"]),
         **{f"  by formula: {name}": gigabytes(size) for name, size in formula.items()},
         "dense Adam, 16 bytes per parameter": gigabytes(16 * dense),
@@ -406,10 +418,7 @@ def table(job: Job, figures: dict[str, Any]) -> rich.table.Table:
         ),
         "orthonormality error, all factors": f"{figures['orthonormality_error']:.1e}",
         "loss per step": ", ".join(f"{loss:.4f}" for loss in figures["losses"]),
-        "this machine": (
-            f"{rates['flops_per_second'] / 1e9:.0f} GFLOP/s, "
-            f"{rates['bytes_per_second'] / 1e9:.1f} GB/s"
-        ),
+        **(_bounds(figures) if "roofline" in figures else {}),
         "published program, on other hardware": (
             f"{REFERENCE_SECONDS} s, {gigabytes(REFERENCE_BYTES)}"
         ),
@@ -418,6 +427,20 @@ def table(job: Job, figures: dict[str, Any]) -> rich.table.Table:
     for name, value in rows.items():
         result.add_row(name, value)
     return result
+
+
+def _bounds(figures: dict[str, Any]) -> dict[str, str]:
+    """The rows of what this machine could do at best."""
+    roof, rates = figures["roofline"], figures["machine"]
+    return {
+        "lower bound by bytes, by FLOPs": (
+            f"{roof['seconds_of_bytes']:.2f} s, {roof['seconds_of_flops']:.2f} s"
+        ),
+        "this machine": (
+            f"{rates['flops_per_second'] / 1e9:.0f} GFLOP/s, "
+            f"{rates['bytes_per_second'] / 1e9:.1f} GB/s"
+        ),
+    }
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-import math
 import types
 
 import jax
 import pytest
 import samples
 
-from sct_jax import errors, optimizers, sharding
+from sct_jax import optimizers, sharding
 from sct_jax.training import hardware
 from sct_jax.training import state as state_lib
 
@@ -20,41 +19,20 @@ def own_bytes(state):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def test_a_state_that_just_fits_is_accepted(monkeypatch):
-    mesh = sharding.MeshConfig().build(1)
-    state = abstract(mesh)
-    monkeypatch.setattr(hardware, "host_bytes", lambda: own_bytes(state))
-    hardware.check_memory(state, mesh.devices.flat)
-    monkeypatch.setattr(hardware, "host_bytes", lambda: own_bytes(state) - 1)
-    with pytest.raises(errors.UserError, match=r"^model: ") as caught:
-        hardware.check_memory(state, mesh.devices.flat)
-    assert f"{own_bytes(state):,}" in str(caught.value)
-    assert f"{own_bytes(state) - 1:,}" in str(caught.value)
+@pytest.mark.parametrize("count", [1, 8])
+def test_devices_on_cpu_share_the_memory_of_the_host(monkeypatch, count):
+    monkeypatch.setattr(hardware, "host_bytes", lambda: 1001)
+    assert hardware.memory_bytes(jax.devices()[:count]) == 1001 // count
+    monkeypatch.setattr(hardware, "host_bytes", lambda: None)
+    assert hardware.memory_bytes(jax.devices()[:count]) is None
 
 
-def test_replicas_on_one_host_count(monkeypatch):
-    mesh = sharding.MeshConfig(data=8).build(8)
-    state = abstract(mesh)
-    monkeypatch.setattr(hardware, "host_bytes", lambda: 8 * own_bytes(state))
-    hardware.check_memory(state, mesh.devices.flat)
-    monkeypatch.setattr(hardware, "host_bytes", lambda: 8 * own_bytes(state) - 1)
-    with pytest.raises(errors.UserError):
-        hardware.check_memory(state, mesh.devices.flat)
-
-
-def test_shards_on_one_host_count_once(monkeypatch):
-    whole = own_bytes(abstract(sharding.MeshConfig().build(1)))
-    mesh = sharding.MeshConfig(fsdp=2).build(2)
-    placed = jax.tree.map(
-        lambda leaf: (
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        ),
-        abstract(mesh),
-    )
-    needed = 2 * sum(jax.tree.leaves(placed))
-    assert whole < needed < 1.1 * whole  # scales and singular values are replicated
-    monkeypatch.setattr(hardware, "host_bytes", lambda: needed)
-    hardware.check_memory(abstract(mesh), mesh.devices.flat)
+def test_a_replica_takes_its_bytes_on_each_device_and_a_shard_its_share():
+    one = hardware.shard_bytes(abstract(sharding.MeshConfig().build(1)))
+    replica = hardware.shard_bytes(abstract(sharding.MeshConfig(data=8).build(8)))
+    shard = hardware.shard_bytes(abstract(sharding.MeshConfig(fsdp=2).build(2)))
+    assert replica == one == own_bytes(abstract(sharding.MeshConfig().build(1)))
+    assert one < 2 * shard < 1.1 * one  # scales and singular values are replicated
 
 
 class Device:
@@ -69,17 +47,10 @@ class Device:
         return None if self._limit is None else {"bytes_limit": self._limit}
 
 
-@pytest.mark.parametrize(("limit", "fits"), [(-1, False), (0, True), (None, True)])
-def test_an_accelerator_has_memory_of_its_own(monkeypatch, limit, fits):
-    mesh = sharding.MeshConfig().build(1)
-    state = abstract(mesh)
+@pytest.mark.parametrize(("limits", "known"), [([7, 5], 5), ([None], None)])
+def test_an_accelerator_has_memory_of_its_own(monkeypatch, limits, known):
     monkeypatch.setattr(hardware, "host_bytes", lambda: 1)
-    size = None if limit is None else own_bytes(state) + limit
-    if fits:
-        hardware.check_memory(state, [Device(size)])
-        return
-    with pytest.raises(errors.UserError, match="H9000"):
-        hardware.check_memory(state, [Device(size)])
+    assert hardware.memory_bytes([Device(limit) for limit in limits]) == known
 
 
 @pytest.mark.parametrize(

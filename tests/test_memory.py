@@ -155,6 +155,19 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch, fields, named, not_named)
     assert not any(field in text for field in not_named)
 
 
+def test_a_state_larger_than_the_memory_is_refused_whatever_the_tolerance(monkeypatch):
+    config = vary(remat="full", rows=1)
+    run, plan = plan_with(monkeypatch, config, 1 << 50)
+    state = plan.needed["parameters"] + plan.needed["optimizer"]
+    plan = plan._replace(needed=plan.needed | {"gradients": 0, "activations": 0})
+    checked = lambda available: memory.check(
+        plan._replace(available=available), run.mesh, run.abstract_state
+    )
+    assert "may run out" in (checked(state) or "")
+    with pytest.raises(errors.UserError, match=r"^model: "):
+        checked(state - 1)
+
+
 def test_chunked_attention_is_named_where_it_helps(monkeypatch):
     config = vary(attention="xla", remat="none")
     long = dataclasses.replace(config.data, seq_len=1024, batch_size=1)

@@ -90,6 +90,17 @@ def test_it_prints_and_writes_the_figures(
     assert set(figures["shares"]) == shares
 
 
+def test_steps_alone_measure_nothing_after_them(tmp_path, capsys, monkeypatch):
+    for function in (machine, "rates"), (step70b, "shares"), (step70b, "roofline"):
+        monkeypatch.setattr(*function, lambda *_, **__: pytest.fail("measured"))
+    path = tmp_path / "step.json"
+    flags = ["--config.model.spectral=gate", "--steps=2", "--steps_only"]
+    assert step70b.main([*TINY, *flags, f"--json={path}"]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["seconds_per_step"] > 0 and len(figures["losses"]) == 2
+    assert "lower bound" not in capsys.readouterr().out
+
+
 def test_the_job_trains_on_real_tokens():
     pairs = [tuple(flag.removeprefix("--config.").split("=")) for flag in TINY]
     job = step70b.make_job(overrides.load(CONFIG, pairs))

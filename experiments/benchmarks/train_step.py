@@ -388,7 +388,7 @@ def layerwise_figures(
 
 def long_figures(*, program: programs.Program | None = None) -> tables.Figures:
     """Returns the figures of `long`: Llama-3-70B's shape on 512 tokens."""
-    program = program or programs.step70b("--tokens=512", "--steps=3")
+    program = program or programs.step70b("--tokens=512", "--steps=3", "--steps_only")
     found, note = _run({"ours": program}, 1)
     value = lambda key, unit: found["ours"][key] / unit if found else None
     return [

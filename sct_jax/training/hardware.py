@@ -1,4 +1,4 @@
-"""Whether the devices can be used, whether a state fits, and which kernels serve."""
+"""Whether the devices can be used, what memory they have, and which kernels serve."""
 
 import math
 import pathlib
@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from sct_jax import attention, attention_kernels, errors, model
-from sct_jax.training import state as state_lib
 
 # FLOP/s of dense bfloat16 products with float32 sums, by `device_kind` of a JAX device
 # that is a whole chip. JAX shows TPU v2, v3 and v7x by core, so these are left out.
@@ -54,31 +53,6 @@ def check_backend() -> None:
             f"{f' ({reason})' if reason else ''}; install the JAX for it, or set "
             "JAX_PLATFORMS=cpu"
         ) from error
-
-
-def check_memory(state: state_lib.TrainState, devices: Iterable[Any]) -> None:
-    """Raises UserError, with both sizes, if a state cannot fit into memory.
-
-    Counts parameters and optimizer state alone, so what passes may still not fit.
-
-    Args:
-      state: abstract, with shardings.
-      devices: all that the state is divided over.
-    """
-    local = [d for d in devices if d.process_index == jax.process_index()]
-    needed = shard_bytes(state)
-    where, available = f"{local[0].device_kind} has", _device_bytes(local)
-    if local[0].platform == "cpu":  # all of them share the memory of the host
-        needed, where, available = len(local) * needed, "this host has", host_bytes()
-    errors.check(
-        "model",
-        available is None or needed <= available,
-        f"parameters and optimizer state take {needed:,} bytes, but {where} "
-        f"{available:,} bytes of memory; make the model smaller, or divide it among "
-        "more devices with mesh.fsdp and mesh.tensor"
-        if available is not None
-        else "",
-    )
 
 
 def peak_flops(devices: Iterable[Any]) -> float | None:

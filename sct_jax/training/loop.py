@@ -135,7 +135,6 @@ def train(
         else:
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
-    hardware.check_memory(run.abstract_state, run.mesh.devices.flat)
     if note := memory.check(plan, run.mesh, run.abstract_state):
         say(f"note: {note}")
     with signals.Signals() as interrupts:

@@ -122,8 +122,9 @@ def check(
 ) -> str | None:
     """Raises UserError for a run that cannot fit; returns a note if it may not.
 
-    The error names the fields that would lower the need, each with the need that it
-    would leave.
+    Parameters and optimizer state are exact, so that they alone decide if they exceed
+    the memory. The error names the fields that would lower the need, each with the need
+    that it would leave.
 
     Args:
       plan: of the run.
@@ -135,7 +136,8 @@ def check(
     if available is None or needed * TOLERANCE <= available:
         return None
     size = f"{human(needed)} per device, which has {human(available)}"
-    if needed <= available * TOLERANCE:
+    state_fits = plan.needed["parameters"] + plan.needed["optimizer"] <= available
+    if state_fits and needed <= available * TOLERANCE:
         return f"a step needs about {size}, so it may run out of memory"
     remedies = [
         f"{change} (needs {human(less)})"
