@@ -19,7 +19,13 @@ import samples
 
 from experiments.faults import fuzz_checkpoints
 from sct_jax import errors, model, sharding
-from sct_jax.training import arrays, checkpoint, optimizer_config, records
+from sct_jax.training import (
+    array_files,
+    arrays,
+    checkpoint,
+    optimizer_config,
+    records,
+)
 from sct_jax.training import state as state_lib
 
 STACKED = dataclasses.replace(samples.SMALL, spectral=("q", "gate", "embedding"))
@@ -829,7 +835,7 @@ def test_reads_that_outlive_a_failed_one_say_nothing(earlier, capfd):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "unraisablehook", seen.append)
-        checkpoint._orbax(earlier)
+        array_files._orbax(earlier)
         hook = sys.unraisablehook
         for message, object_ in (
             ("Event loop is closed", None),
@@ -866,7 +872,7 @@ def test_what_a_process_lacks_is_no_damage(saved, tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(checkpoint, "_read_arrays", fail)
+    monkeypatch.setattr(array_files, "read", fail)
     with pytest.raises(errors.UserError, match=r"^workdir: checkpoint 6 is whole but"):
         restore(directory)
     assert names(directory) == before

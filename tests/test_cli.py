@@ -229,5 +229,5 @@ def test_no_device_is_one_line(monkeypatch, tmp_path, capsys):
 def test_help_needs_no_device(monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda: {}[5])
     with pytest.raises(SystemExit) as caught:
-        overrides.parse_experiment(["--help"], "")
+        overrides.parse_command(["--help"], "")
     assert caught.value.code == 0

@@ -154,33 +154,17 @@ def test_a_far_step_is_reached_at_once(tmp_path):
     assert sorted(seen[:, 0]) == sorted([*range(0, 88, 4)] * 2)
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_global_batch_in_order(tmp_path, process_count):
-    corpus = numbered_corpus(tmp_path, train=range(90), validation=range(60))
+@pytest.mark.parametrize("parts", [[[0, 1], [2, 3]], [[0], [1, 2, 3]], [[0, 2], [1]]])
+def test_rows_are_those_of_the_whole_batch(tmp_path, parts):
+    corpus = numbered_corpus(tmp_path, train=range(90))
     config = data.DataConfig(batch_size=4, seq_len=4)
-
-    def join(parts):
-        return [
-            {name: np.concatenate([p[name] for p in step]) for name in step[0]}
-            for step in zip(*parts, strict=True)
-        ]
-
-    ranks = [
-        {"process_index": index, "process_count": process_count}
-        for index in range(process_count)
-    ]
     for start_step in (0, 7):
         arguments = {"seed": 5, "start_step": start_step}
-        alone = take(data.train_batches(corpus, config, **arguments), 13)
-        parts = [
-            take(data.train_batches(corpus, config, **arguments, **rank), 13)
-            for rank in ranks
-        ]
-        assert_batches_equal(join(parts), alone)
-    alone = data.eval_batches(corpus, config, num_batches=9)
-    parts = [data.eval_batches(corpus, config, num_batches=9, **rank) for rank in ranks]
-    assert len(alone) == 3  # 14 windows.
-    assert_batches_equal(join(parts), alone)
+        whole = take(data.train_batches(corpus, config, **arguments), 13)
+        for rows in parts:
+            found = data.train_batches(corpus, config, **arguments, rows=rows)
+            wanted = [{name: x[rows] for name, x in batch.items()} for batch in whole]
+            assert_batches_equal(take(found, 13), wanted)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
@@ -220,11 +204,6 @@ def test_evaluation_is_in_order_evenly_spaced_and_as_long_as_asked(tmp_path):
     ("call", "field", "word"),
     [
         (lambda corpus: data.train_batches(*corpus, seed=-1), "seed", "2^32"),
-        (
-            lambda corpus: data.train_batches(*corpus, seed=0, process_count=3),
-            "data.batch_size",
-            "3 processes",
-        ),
         (
             lambda corpus: data.train_batches(corpus[0], WIDE, seed=0),
             "data.batch_size",

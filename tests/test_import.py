@@ -16,8 +16,16 @@ import samples
 from experiments import convert
 from sct_jax import data, errors, model, sharding, spectral
 from sct_jax.interop import importing, source
+from sct_jax.training import (
+    array_files,
+    loop,
+    metrics,
+    optimizer_config,
+    origin,
+    trainer,
+    workdir,
+)
 from sct_jax.training import config as config_lib
-from sct_jax.training import loop, metrics, optimizer_config, origin, trainer, workdir
 from sct_jax.training import state as state_lib
 
 torch = pytest.importorskip("torch")
@@ -406,7 +414,7 @@ def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, cap
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workdir.checkpoint, "_write_arrays", fail)
+    monkeypatch.setattr(array_files, "write", fail)
     path = tmp_path / "run"
     argv = [f"--from={folders / 'tied'}", f"--workdir={path}"]
     assert convert.main(argv) == 4

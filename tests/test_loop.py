@@ -743,12 +743,6 @@ def test_bad_input_names_the_field(experiment, tmp_path, group, changes, field):
     assert refusal(config, tmp_path / "run").startswith(f"{field}: ")
 
 
-def test_more_than_one_process_is_refused(experiment, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "process_count", lambda: 2)
-        assert refusal(experiment, tmp_path / "run").startswith("mesh: 2 processes ")
-
-
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(experiment, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_count", lambda: 8)

@@ -361,7 +361,11 @@ def test_what_is_no_python_file_is_refused(tmp_path, name):
 
 
 def parse(*argv):
-    return overrides.parse_experiment(list(argv), "Trains.")
+    flags, pairs = overrides.parse_command(list(argv), "Trains.")
+    try:
+        return *overrides.load_command(flags, pairs), flags
+    except errors.UserError as error:
+        overrides.fail(str(error))
 
 
 def refused(capsys, *argv) -> str:

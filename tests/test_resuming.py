@@ -132,10 +132,9 @@ def test_processes_share_the_windows_of_another_batch_size(corpus):
             seed=3,
             start_step=2,
             windows_before=5,
-            process_index=index,
-            process_count=2,
+            rows=rows,
         )
-        for index in range(2)
+        for rows in ([0, 1], [2, 3])
     ]
     for _ in range(5):
         together = np.concatenate([next(part)["inputs"] for part in parts])

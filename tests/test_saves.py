@@ -16,7 +16,7 @@ import pytest
 from test_checkpoint import assert_equal, draw_state, names, restore, save
 
 from sct_jax import errors, files
-from sct_jax.training import checkpoint, records
+from sct_jax.training import array_files, checkpoint, records
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +90,13 @@ def test_a_disk_without_room_for_more_files_is_seen_too(folder, writer, monkeypa
 
 def fail_in_orbax(patch, error):
     """As if the disk filled up, or went away, while orbax writes."""
-    write = checkpoint._write_arrays
+    write = array_files.write
 
     def fail(path, arrays):
         write(path, arrays)
         raise error
 
-    patch.setattr(checkpoint, "_write_arrays", fail)
+    patch.setattr(array_files, "write", fail)
 
 
 def fail_at(patch, module, name, error):
@@ -133,7 +133,7 @@ FAILURES = {
         "RuntimeError: orbax wrote no manifest",
     ),
     "cannot start": (
-        lambda patch: fail_at(patch, checkpoint, "_write_arrays", FULL),
+        lambda patch: fail_at(patch, array_files, "write", FULL),
         "No space left on device",
     ),
     "cannot make a folder": (
@@ -199,7 +199,7 @@ def test_writes_that_outlive_a_failed_save_come_to_nothing(folder, writer, monke
         raise FULL
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_arrays", fail)
+        patch.setattr(array_files, "write", fail)
         start(writer, 6)
         writer._thread.join()
     with pytest.raises(OSError):
@@ -263,9 +263,9 @@ def test_a_folder_that_is_no_longer_there_is_an_error(
     folder, writer, monkeypatch, move, when
 ):
     if when == "in a save":
-        write = checkpoint._write_arrays
+        write = array_files.write
         monkeypatch.setattr(
-            checkpoint, "_write_arrays", lambda *args: (write(*args), move(folder))
+            array_files, "write", lambda *args: (write(*args), move(folder))
         )
     else:
         start(writer, 6)
@@ -363,7 +363,7 @@ sys.path.insert(0, "tests")
 import shutil
 from test_checkpoint import draw_state, save
 from sct_jax import files
-from sct_jax.training import checkpoint, records
+from sct_jax.training import array_files, checkpoint, records
 
 where, directory = sys.argv[1], pathlib.Path(sys.argv[2])
 save(directory, 3)
@@ -376,7 +376,7 @@ def kill_after(module, name):
     setattr(module, name, lambda *a, **k: (original(*a, **k), kill()))
 
 if where == "arrays":
-    checkpoint._write_arrays = kill
+    array_files.write = kill
 elif where == "record":
     records.write = kill
 elif where == "rename":

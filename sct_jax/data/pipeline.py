@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -245,50 +245,72 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     windows_before: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Returns endless batches from `start_step` on, reshuffled every epoch.
 
     `seed` determines one endless order of windows. Step k takes windows k batch_size to
     (k + 1) batch_size, so any step is reached in O(1). A run whose batch size has
-    changed continues where it was by `windows_before`, which is added to both. The rows
-    of all processes, concatenated, do not depend on the number of processes.
+    changed continues where it was by `windows_before`, which is added to both.
 
     A batch has `inputs`, `targets` and `segment_ids` (see `eval_batches`), each
-    (batch_size / process_count, seq_len) int32.
+    (rows, seq_len) int32.
+
+    Args:
+      corpus: the text.
+      config: of the data.
+      seed: of the order.
+      start_step: number of steps so far.
+      windows_before: see above.
+      rows: those of each batch to read, where other processes read the rest; all by
+        default.
 
     Raises:
-      UserError: the training windows do not fill one batch, `process_count` does not
-        divide `data.batch_size`, or the seed is not in [0, 2^32).
+      UserError: the training windows do not fill one batch, or the seed is not in
+        [0, 2^32).
     """
     if not 0 <= seed < 1 << 32:
         raise errors.UserError(f"seed: must be in [0, 2^32), not {seed}")
-    rows = _rows_per_process(config, process_count)
     windows = _windows(corpus.train, config, split="training")
-    dataset = (
-        grain.MapDataset.source(windows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .slice(slice(start_step * config.batch_size + windows_before, None))
-        .batch(rows, drop_remainder=True)
-        # Consecutive batches of `rows` belong to processes 0, 1, ...
-        .slice(slice(process_index, None, process_count))
-        .map(lambda window_rows: _batch(window_rows, corpus, config))
+    order = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    batches = _Batches(
+        order,
+        first=start_step * config.batch_size + windows_before,
+        size=config.batch_size,
+        rows=range(config.batch_size) if rows is None else rows,
+    )
+    dataset = grain.MapDataset.source(batches).map(
+        lambda window_rows: _batch(window_rows, corpus, config)
     )
     # Forked workers deadlock beside JAX. One thread is enough to read memory.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(options))
 
 
+class _Batches:
+    """Some rows of each batch of windows, as a source of grain."""
+
+    def __init__(
+        self,
+        windows: grain.MapDataset[np.ndarray],
+        *,
+        first: int,
+        size: int,
+        rows: Sequence[int] | np.ndarray,
+    ):
+        self._windows, self._first, self._size = windows, first, size
+        self._rows = [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return (len(self._windows) - self._first) // self._size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = self._first + index * self._size
+        return np.stack([self._windows[start + row] for row in self._rows])
+
+
 def eval_batches(
-    corpus: Corpus,
-    config: settings.DataConfig,
-    *,
-    num_batches: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    corpus: Corpus, config: settings.DataConfig, *, num_batches: int
 ) -> list[dict[str, np.ndarray]]:
     """Returns `num_batches` batches of evenly spaced validation windows, in order.
 
@@ -299,28 +321,16 @@ def eval_batches(
     `data.cross_document_attention` all are 1.
 
     Raises:
-      UserError: the validation windows do not fill one batch, or `process_count` does
-        not divide `data.batch_size`.
+      UserError: the validation windows do not fill one batch.
     """
-    rows = _rows_per_process(config, process_count)
     windows = _windows(corpus.validation, config, split="validation")
     num_batches = min(num_batches, len(windows) // config.batch_size)
     count = num_batches * config.batch_size
     chosen = (np.arange(count) * len(windows) // count).reshape(num_batches, -1)
-    chosen = chosen[:, process_index * rows : (process_index + 1) * rows]
     return [
         _batch(np.stack([windows[int(i)] for i in batch]), corpus, config)
         for batch in chosen
     ]
-
-
-def _rows_per_process(config: settings.DataConfig, process_count: int) -> int:
-    if config.batch_size % process_count:
-        raise errors.UserError(
-            f"data.batch_size: {config.batch_size} is not a multiple of the "
-            f"{process_count} processes; change either"
-        )
-    return config.batch_size // process_count
 
 
 def _windows(

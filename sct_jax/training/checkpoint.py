@@ -1,12 +1,15 @@
 """Checkpoints of a run: a folder per step, which is whole or not there.
 
 A step folder holds the state and a JSON record, see `records`. Orbax writes and reads
-the arrays, by name and with separate layers, so that either layout can open them. All
-else is done here: a save fills `.partial-<step>-<uuid>`, adds the checksums of its
-files, and renames it to `<step>`. The CheckpointManager of orbax could not serve: it
-tells of a failed save at the next one (https://github.com/google/orbax/issues/605),
-leaves threads that a process waits for at its end, and reads paths as patterns. Folders
-that it wrote, in earlier versions, are read too.
+the arrays, by name and with separate layers, so that either layout can open them, see
+`array_files`. All else is done here: a save fills `.partial-<step>-<uuid>`, adds the
+checksums of its files, and renames it to `<step>`. Where several processes train, each
+writes its own part of the arrays, and process 0 does the rest.
+
+The CheckpointManager of orbax could not serve: it tells of a failed save at the next
+one (https://github.com/google/orbax/issues/605), leaves threads that a process waits
+for at its end, and reads paths as patterns. Folders that it wrote, in earlier versions,
+are read too.
 """
 
 import concurrent.futures
@@ -15,16 +18,14 @@ import errno
 import gc
 import glob
 import json
-import logging
 import os
 import pathlib
 import re
-import sys
 import threading
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +33,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sct_jax import errors, files, model, sharding
+from sct_jax.training import array_files, processes, records
 from sct_jax.training import arrays as arrays_lib
-from sct_jax.training import records
 from sct_jax.training import state as state_lib
 
 Record = records.Record
@@ -44,6 +45,7 @@ _DAMAGED = re.compile(r"damaged-[0-9]+(-[0-9]+)?")
 # Half a save of a process that was killed; the second kind is of earlier versions.
 _PARTIAL = re.compile(r"\.partial-[0-9]+-[0-9a-f]{32}|[0-9]+\.orbax-checkpoint-tmp.*")
 _FILES_PER_SAVE = 100
+_GONE = "gone"
 
 
 class SaveError(Exception):
@@ -95,7 +97,7 @@ class Checkpointer:
             if not read_only:
                 self._directory.mkdir(exist_ok=True)
             self._folder = files.HeldFolder(self._directory)
-            if not read_only:
+            if not read_only and processes.is_first():
                 for name in filter(_PARTIAL.fullmatch, os.listdir(self._base)):
                     files.remove(self._base / name)
         except OSError as error:
@@ -175,6 +177,8 @@ class Checkpointer:
           ValueError: the state is not of this step.
         """
         self.wait()
+        if processes.count() > 1:
+            return self._save_together(step, state, record)
         # Views, as a second copy of a large state may not fit in memory.
         views = arrays_lib.by_name(
             model.unstack_layers(jax.tree.map(np.asarray, state))
@@ -183,27 +187,67 @@ class Checkpointer:
             arrays_lib.check_step(views, step)
         except records.DamagedError as error:
             raise ValueError(f"a state saved as step {step}: {error}") from None
-        record = json.loads(json.dumps(record, allow_nan=False)) | {"step": step}
+        save = self._new_save(step, record, views)
         if step in self.steps() and self._holds(
-            step, record | arrays_lib.summarise(views)
+            step, save.record | arrays_lib.summarise(views)
         ):
             return
-        size = sum(view.nbytes for view in views.values())
-        # Beside the arrays: their names, an index of chunks, the record.
-        needed = size + size // 100 + 1024 * len(views) + (1 << 20)
-        save = _Save(step, record, self._partial(step), needed)
         try:
-            self._check_space(needed)
-            (save.partial / records.STATE).mkdir(parents=True)
+            self._begin(save)
             kept = np.array if donated else np.asarray
             arrays = records.in_parallel(lambda name: kept(views[name]), views)
         except Exception as error:
             failure = self._error(save, error)
             self._discard(save)
             raise failure from error
-        self._thread = threading.Thread(
-            target=self._finish, args=(save, arrays), name=f"checkpoint {step}"
-        )
+        self._start(lambda: self._finish(save, arrays), step)
+
+    def _save_together(
+        self, step: int, state: state_lib.TrainState, record: dict[str, Any]
+    ) -> None:
+        """`save`, where each process holds a part of the state."""
+        arrays = arrays_lib.by_name(model.unstack_layers(state))
+        arrays_lib.check_step(arrays, step)
+        about = arrays_lib.summarise_parts(arrays)
+        save = self._new_save(step, record | about, arrays)
+
+        def begin() -> str | None:
+            if step in self.steps() and self._holds(step, save.record):
+                return None
+            try:
+                self._begin(save)
+            except Exception as error:
+                failure = self._error(save, error)
+                self._discard(save)
+                raise failure from error
+            return save.partial.name
+
+        name = processes.from_first("save", begin)
+        if name is None:
+            return
+        folder = self._base / name / records.STATE
+        try:
+            writing, failure = array_files.begin_part(folder, arrays), None
+        except Exception as error:
+            writing, failure = None, _reason(error)
+            _release(error)
+        self._start(lambda: self._finish_together(save, writing, failure), step)
+
+    def _new_save(
+        self, step: int, record: dict[str, Any], arrays: Mapping[str, Any]
+    ) -> "_Save":
+        size = sum(array.nbytes for array in arrays.values())
+        # Beside the arrays: their names, an index of chunks, the record.
+        needed = size + size // 100 + 1024 * len(arrays) + (1 << 20)
+        record = json.loads(json.dumps(record, allow_nan=False)) | {"step": step}
+        return _Save(step, record, self._partial(step), needed)
+
+    def _begin(self, save: "_Save") -> None:
+        self._check_space(save.needed)
+        (save.partial / records.STATE).mkdir(parents=True)
+
+    def _start(self, finish: Callable[[], None], step: int) -> None:
+        self._thread = threading.Thread(target=finish, name=f"checkpoint {step}")
         self._thread.start()
 
     def poll(self) -> None:
@@ -246,17 +290,52 @@ class Checkpointer:
         try:
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 summary = pool.submit(arrays_lib.summarise, arrays)
-                _write_arrays(save.partial / records.STATE, arrays)
-            records.write(save.partial, save.record | summary.result())
-            self._check_place()
-            self._set_aside(save.step)
-            save.partial.rename(self._base / str(save.step))
-            files.sync_folder(self._base)
+                array_files.write(save.partial / records.STATE, arrays)
+            self._commit(save, save.record | summary.result())
         except BaseException as error:
             self._failure = self._error(save, error)
             _release(error)
             self._discard(save)
             return
+        self._tidy()
+
+    def _finish_together(
+        self, save: "_Save", writing: Any, failure: str | None
+    ) -> None:
+        """`_finish` where each process has begun to write its part."""
+        try:
+            if failure is None:
+                writing.wait()
+        except BaseException as error:
+            failure = _reason(error)
+            _release(error)
+        failures = [f for f in processes.exchange("written", failure) if f]
+
+        def commit() -> str | None:
+            try:
+                if failures:
+                    raise OSError(failures[0])
+                array_files.join_parts(save.partial / records.STATE)
+                self._commit(save, save.record)
+            except BaseException as error:
+                text = str(self._error(save, error))
+                _release(error)
+                self._discard(save)
+                return text
+            self._tidy()
+            return None
+
+        if text := processes.from_first("committed", commit):
+            self._failure = SaveError(text)
+
+    def _commit(self, save: "_Save", record: Record) -> None:
+        records.write(save.partial, record)
+        self._check_place()
+        self._set_aside(save.step)
+        save.partial.rename(self._base / str(save.step))
+        files.sync_folder(self._base)
+
+    def _tidy(self) -> None:
         try:
             self._prune()
         except Exception as error:
@@ -371,9 +450,11 @@ class Checkpointer:
         tried: list[int] = []
         damaged: list[int] = []
         # Anew each time: a run in progress removes and adds checkpoints.
-        while left := [step for step in self.steps() if step not in tried]:
+        untried = lambda: [step for step in self.steps() if step not in tried]
+        while left := processes.from_first("restore", untried):
             step = left[-1]
             tried.append(step)
+            state, record, wanted, failure = None, {}, None, None
             try:
                 record = self.read_record(step)
                 wanted = abstract_at(record)
@@ -381,13 +462,16 @@ class Checkpointer:
             except (errors.UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the fault of the checkpoint
             except Exception as error:
-                if not (self._base / str(step)).exists():
-                    continue
-                damaged.append(step)
-                reason = _reason(error)
+                gone = not (self._base / str(step)).exists()
+                failure = _GONE if gone else _reason(error)
                 _release(error)
+            failures = [f for f in processes.exchange("restored", failure) if f]
+            if _GONE in failures:
+                continue
+            if failures or state is None or wanted is None:
+                damaged.append(step)
                 warnings.warn(
-                    f"checkpoint {step} is damaged, trying an older one: {reason}",
+                    f"checkpoint {step} is damaged, trying an older one: {failures[0]}",
                     stacklevel=2,
                 )
                 continue
@@ -429,10 +513,16 @@ class Checkpointer:
         stored = {name: leaf for name, leaf in target.items() if name not in later}
         arrays_lib.check_shapes(stored, saved, step)
         folder = self._base / str(step)
-        records.check_files(folder, record)
+        if processes.is_first():  # reads all of them
+            records.check_files(folder, record)
         with records.as_damage(folder, records.STATE), _not_damage(record):
-            restored = _read_arrays(folder / records.STATE, stored)
-        for name, leaf in arrays_lib.describe(restored).items():
+            restored = array_files.read(folder / records.STATE, stored)
+        summed = {
+            name: array
+            for name, array in restored.items()
+            if "crc32" in saved[name] and array.is_fully_addressable
+        }
+        for name, leaf in arrays_lib.describe(summed).items():
             if leaf != saved[name]:
                 raise records.DamagedError(
                     f"{name} differs from its record: {leaf}, not {saved[name]}"
@@ -447,7 +537,8 @@ class Checkpointer:
 
     def _set_aside(self, step: int) -> None:
         """Renames what is at the place of a step, if anything, to `damaged-<step>`."""
-        if self._read_only or not os.path.lexists(self._base / str(step)):
+        absent = not os.path.lexists(self._base / str(step))
+        if self._read_only or not processes.is_first() or absent:
             return
         name, copies = f"damaged-{step}", 0
         while os.path.lexists(self._base / name):
@@ -482,72 +573,6 @@ class _Save(NamedTuple):
     needed: int
 
 
-# --- Orbax, which is slow to import: only for arrays.
-
-
-def _write_arrays(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays to an empty state folder."""
-    ocp, path = _orbax(folder)
-    kinds = ocp.type_handlers
-    # The arrays are copies already. Compression would save 8 % of the bytes, for four
-    # times the work of all else.
-    handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False,
-        type_handler_registry=kinds.create_type_handler_registry(
-            (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False))
-        ),
-    )
-    handler.save(path, args=ocp.args.PyTreeSave(arrays))
-    handler.finalize(path)
-    handler.close()
-    if not (folder / "manifest.ocdbt").exists():
-        raise RuntimeError("orbax wrote no manifest")
-
-
-def _read_arrays(
-    folder: pathlib.Path, target: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """Returns the arrays of a state folder, placed as `target` says."""
-    ocp, path = _orbax(folder)
-    args = ocp.args.StandardRestore(target)
-    return _in_thread(lambda: ocp.StandardCheckpointHandler().restore(path, args=args))
-
-
-def _orbax(folder: pathlib.Path) -> tuple[Any, Any]:
-    """The library, silenced, and its kind of path.
-
-    What it prints of an error is a traceback per thread; the error itself is raised.
-    """
-    import orbax.checkpoint as ocp
-    from etils import epath
-
-    logging.getLogger("absl").addFilter(_is_not_of_orbax)
-    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
-    if not getattr(sys.unraisablehook, "ignores_orbax", False):
-        sys.unraisablehook = _without_orbax(sys.unraisablehook)
-    return ocp, epath.Path(folder)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    if record.levelno < logging.WARNING:  # asked for by whoever debugs
-        return True
-    text = f"{record.pathname} {record.getMessage()}"
-    return "orbax" not in text and "OCDBT" not in text
-
-
-def _without_orbax(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Drops the complaints of writes and reads that end after one that failed."""
-
-    def filtered(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        ended_late = "orbax" in getattr(code, "co_filename", "")
-        if not ended_late and str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    filtered.ignores_orbax = True  # type: ignore[attr-defined]
-    return filtered
-
-
 @contextlib.contextmanager
 def _not_damage(record: Record) -> Iterator[None]:
     """Turns any error into that of a process, if all files are known to be right."""
@@ -564,12 +589,6 @@ def _not_damage(record: Record) -> Iterator[None]:
             f"workdir: checkpoint {record['step']} is whole but cannot be read: "
             f"{reason}; mend that, and the same command resumes"
         ) from None
-
-
-def _in_thread(function: Callable[[], Any]) -> Any:
-    """Its result, from a thread without the event loop that a notebook has."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(function).result()
 
 
 def _release(error: BaseException) -> None:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 # Silences JAX about absent accelerators, and TFDS about TensorFlow. JAX sets "1".
 if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
@@ -24,6 +25,7 @@ from sct_jax.training import (
     loop,
     overrides,
     process,
+    processes,
 )
 from sct_jax.training import workdir as workdir_lib
 
@@ -38,9 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     with overrides.notes_on_renames():
-        experiment, workdir, flags = overrides.parse_experiment(
+        flags, pairs = overrides.parse_command(
             arguments, f"{__doc__}\n{exit_codes.table()}\n"
         )
+        try:
+            if flags.address or flags.distributed:
+                processes.start(
+                    flags.address,
+                    connect_timeout=flags.connect_timeout,
+                    peer_timeout=flags.peer_timeout,
+                )
+            experiment, workdir = overrides.load_command(flags, pairs)
+        except errors.UserError as error:
+            _refuse(error)
     try:
         with compilation.cached(process.say):
             result = loop.train(
@@ -54,12 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
                 init_from=flags.init_from,
             )
     except errors.UserError as error:
-        overrides.fail(str(error))
+        _refuse(error)
     except Exception as error:
-        return _failed(error, workdir)
-    if result.signal is not None:
-        return exit_codes.of_signal(result.signal)
-    return ExitCode.DIVERGED if result.status == "diverged" else ExitCode.FINISHED
+        code = _failed(error, workdir)
+        processes.leave(code, code.meaning)
+        return code
+    return _ended(result)
+
+
+def _refuse(error: errors.UserError) -> NoReturn:
+    """Exits for bad input."""
+    processes.leave(ExitCode.BAD_INPUT, f"error: {error}")
+    overrides.fail(str(error))
+
+
+def _ended(result: loop.Result) -> int:
+    """The exit code of a run that ended as it should."""
+    if result.signal is None:
+        processes.close()
+        diverged = result.status == "diverged"
+        return ExitCode.DIVERGED if diverged else ExitCode.FINISHED
+    code = exit_codes.of_signal(result.signal)
+    if processes.has_agreed_stop():
+        processes.close()
+    else:
+        processes.leave(code, f"signal {result.signal}")
+    return code
 
 
 def _failed(error: Exception, workdir: pathlib.Path) -> ExitCode:
@@ -80,6 +112,8 @@ def _failed(error: Exception, workdir: pathlib.Path) -> ExitCode:
             f'data.num_microbatches, or set model.remat to "full"; {kept}'
         )
         return ExitCode.OUT_OF_MEMORY
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        processes.await_loss()  # which is then the cause
     process.report_bug(error, kept)
     return ExitCode.INTERNAL_ERROR
 

@@ -23,6 +23,11 @@ class ExitCode(enum.IntEnum):
     SAVE_FAILED = 4, "a file of the run could not be written; older ones are kept"
     STALLED = 5, "nothing happened for --stall-timeout; stacks-*.txt says where"
     OUT_OF_MEMORY = 6, "memory ran out; one line names what to lower"
+    PEER_LOST = 7, "another process of the run was lost; the same commands resume"
+    ABORTED = (
+        128 + signal.SIGABRT,
+        "process 0 was lost, and JAX ended the others: likewise",
+    )
     HANGUP = 128 + signal.SIGHUP, "SIGHUP: saved, where there was a state to save"
     INTERRUPTED = 128 + signal.SIGINT, "SIGINT: likewise"
     TERMINATED = 128 + signal.SIGTERM, "SIGTERM: likewise"

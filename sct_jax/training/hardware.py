@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sct_jax import attention, attention_kernels, errors, model
+from sct_jax.training import processes
 
 # FLOP/s of dense bfloat16 products with float32 sums, by `device_kind` of a JAX device
 # that is a whole chip. JAX shows TPU v2, v3 and v7x by core, so these are left out.
@@ -67,18 +68,22 @@ def peak_flops(devices: Iterable[Any]) -> float | None:
 
 
 def memory_bytes(devices: Iterable[Any]) -> int | None:
-    """Returns the memory of each device of this process; None if it is unknown.
+    """Returns the memory that each device has at least; None if it is unknown.
 
-    Accelerators: the memory of the smallest device. CPU: devices share the host's.
+    Accelerators: the memory of the smallest device. CPU: devices share the host's. All
+    processes call this together, and all get the same figure.
 
     Args:
       devices: of a mesh.
     """
     local = [d for d in devices if d.process_index == jax.process_index()]
     if local[0].platform != "cpu":
-        return _device_bytes(local)
-    available = host_bytes()
-    return None if available is None else available // len(local)
+        own = _device_bytes(local)
+    else:
+        available = host_bytes()
+        own = None if available is None else available // len(local)
+    known = [size for size in processes.exchange("memory", own) if size is not None]
+    return min(known, default=None)
 
 
 def select_attention(

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import rich.console
 
-from sct_jax import data, errors, files, paths, rank
+from sct_jax import data, files, paths, rank
 from sct_jax.training import (
     accounting,
     checkpoint,
@@ -21,6 +21,7 @@ from sct_jax.training import (
     memory,
     metrics,
     origin,
+    processes,
     profiling,
     resuming,
     sample,
@@ -98,11 +99,16 @@ def train(
         profiling.check_range(profile, num_steps=config.num_steps)
     hardware.check_backend()
     metrics.check_sinks(config.log)
-    errors.check(
-        "mesh",
-        jax.process_count() == 1,
-        f"{jax.process_count()} processes are running, but one process drives all "
-        "devices of a host; start one",
+    processes.attach()
+    if not processes.is_first():
+        output = rich.console.Console(quiet=True)
+        say = functools.partial(console.say, output)
+    options = {"workdir": str(path), "--dry-run": dry_run, "--init-from": init_from}
+    processes.check_same(
+        "--config",
+        config_lib.flatten(config_lib.to_dict(config))
+        | options
+        | {"--allow-change": sorted(allow_change), "jax": jax.__version__},
     )
     workdir.check_resumable(path)
     source = None
@@ -132,7 +138,7 @@ def train(
         earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config, allowed=allow_change):
             say(f"note: {path} holds another run, so its summary.json is kept")
-        else:
+        elif processes.is_first():
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
     if note := memory.check(plan, run.mesh, run.abstract_state):
@@ -146,7 +152,8 @@ def train(
                         earlier, config, str(path), allowed=allow_change
                     )
                     same_text = not config_lib.text_changes(earlier, config)
-                workdir.write_json(path / "summary.json", summary)
+                if processes.is_first():
+                    workdir.write_json(path / "summary.json", summary)
                 # Text that moved is read, to see whether it is the same.
                 call = _Call(
                     run=run,
@@ -224,7 +231,9 @@ class _Call(NamedTuple):
 def _train(call: _Call) -> Result:
     """Prepares data and state, trains, and prints a sample at the end."""
     config, interrupts, say = call.run.config, call.interrupts, call.say
-    corpus = data.prepare(config.data, vocab_size=config.model.vocab_size, log=say)
+    with processes.first_goes_ahead("corpus"):
+        corpus = data.prepare(config.data, vocab_size=config.model.vocab_size, log=say)
+    processes.check_same("data", _identity(corpus))
     say(console.describe_passes(config, len(corpus.train)))
     interrupts.end_at_once()
     text = call.run.held_out(corpus)
@@ -242,13 +251,20 @@ def _train(call: _Call) -> Result:
     if state is None:
         return _finished_before(call)
     interrupts.stop_deferring()
-    if interrupts.received and result.status == "finished":
+    received = [n for n in processes.exchange("signal", interrupts.received) if n]
+    if received and result.status == "finished":
         say(
             "interrupted after the last step, which is saved; results are in "
             f"{call.path}"
         )
-        return result._replace(status="interrupted", signal=interrupts.received)
-    if result.status == "finished":
+        return result._replace(status="interrupted", signal=received[0])
+    if result.status == "finished" and processes.count() > 1:
+        say(
+            "sample: python -m experiments.generate --prompt=... "
+            f"--workdir={call.path} prints one"
+        )
+        say(f"finished: {config.num_steps} steps; results are in {call.path}")
+    elif result.status == "finished":
         document = sample.sample_document(
             state.params, config.model, corpus.tokenizer, seed=config.seed
         )
@@ -262,7 +278,7 @@ def _attempt(
 ) -> tuple[state_lib.TrainState | None, Result]:
     """Trains from the newest checkpoint; no state if that is the last step."""
     run, path, config, source = call.run, call.path, call.run.config, call.source
-    identity = {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+    identity = _identity(corpus)
     with contextlib.ExitStack() as stack:
         closing = lambda x: stack.enter_context(contextlib.closing(x))
         checkpoints = closing(
@@ -283,16 +299,18 @@ def _attempt(
         came_from = workdir.origin_of(record) if record else None
         if source and not start:
             came_from = source.describe()
-        # Only a run that starts or resumes claims the folder for its configuration.
-        if not start or call.allow_change or not (path / "config.json").exists():
-            workdir.write_json(path / "config.json", config_lib.to_dict(config))
-        corpus.tokenizer.save(str(path / "tokenizer.json"))
+        if processes.is_first():
+            # Only a run that starts or resumes claims the folder for its configuration.
+            if not start or call.allow_change or not (path / "config.json").exists():
+                workdir.write_json(path / "config.json", config_lib.to_dict(config))
+            corpus.tokenizer.save(str(path / "tokenizer.json"))
         batches = data.train_batches(
             corpus,
             config.data,
             seed=config.seed,
             start_step=start,
             windows_before=before,
+            rows=run.rows,
         )
         about = {"config": config_lib.to_dict(config), "summary": call.summary}
         sinks = closing(
@@ -302,11 +320,14 @@ def _attempt(
             console.Progress(call.output, start_step=start, num_steps=config.num_steps)
         )
         # Closed before `progress`, which its lines go through.
+        traced = call.profile if processes.is_first() else None
         profile = stack.enter_context(
-            profiling.Profile(call.profile, path / "profile", say=progress.print)
+            profiling.Profile(traced, path / "profile", say=progress.print)
         )
         profile.resume(start)
-        watch = stack.enter_context(watchdog.Watchdog(call.stall_timeout, path))
+        watch = stack.enter_context(
+            watchdog.Watchdog(call.stall_timeout, path, before_exit=processes.leave)
+        )
         loop = _Loop(
             run,
             checkpoints,
@@ -320,6 +341,11 @@ def _attempt(
             came_from,
         )
         return loop.steps(state, start, batches, call.interrupts, torn=torn)
+
+
+def _identity(corpus: data.Corpus) -> dict[str, str]:
+    """What may not change during a run."""
+    return {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
 
 
 def _finished_before(call: _Call) -> Result:
@@ -387,7 +413,7 @@ class _Loop(NamedTuple):
             self.progress.advance(step)
             if logged:
                 log.hold(step, values)
-            stop = interrupts.received
+            stop = processes.agreed_stop(step, interrupts.received)
             saved = last or stop or step % config.checkpoint.every == 0
             evaluated = last or step % config.eval.every == 0
             decided = config.adaptive_rank.decides_at(step) and not last

@@ -16,6 +16,7 @@ import optax
 
 from sct_jax import errors, files, rank
 from sct_jax.training import config as config_lib
+from sct_jax.training import processes
 
 Row = Mapping[str, int | float]
 
@@ -177,6 +178,19 @@ def _wandb_id(path: pathlib.Path, *, new: bool) -> str:
     return id_
 
 
+class Nowhere:
+    """A sink that drops its rows, for processes beside the one that writes them."""
+
+    def write(self, row: Row) -> None:
+        """Drops a row."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class Sinks:
     """Several sinks as one.
 
@@ -253,7 +267,7 @@ def open_sinks(
     """Returns metrics.jsonl, and the other sinks that were chosen.
 
     One that cannot be opened is left out with a warning, or silently if it was not
-    chosen and is not installed.
+    chosen and is not installed. Only process 0 writes.
 
     Args:
       workdir: of the run.
@@ -264,6 +278,8 @@ def open_sinks(
     Raises:
       UserError: metrics.jsonl cannot be read or written.
     """
+    if not processes.is_first():
+        return Sinks(Nowhere())
     openers: dict[str, tuple[str, Callable[[], Sink]]] = {
         "tensorboard": (
             "TensorBoard",

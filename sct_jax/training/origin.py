@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from sct_jax import data, errors, model, paths
 from sct_jax.training import arrays, checkpoint, trainer, workdir
@@ -163,10 +164,17 @@ def start(
     else:
         params = model.unstack_layers(params)
     placed = jax.tree.map(lambda x: x.sharding, run.abstract_state)
-    params = jax.device_put(params, placed.params)
+    params = jax.tree.map(_place, params, placed.params)
     begin = jax.jit(
         lambda params: state_lib.start(params, run.tx),
         out_shardings=placed,
         donate_argnums=0,
     )
     return begin(params)
+
+
+def _place(x: jax.Array, placed: jax.sharding.Sharding) -> jax.Array:
+    """The array, of which every process has all, with another sharding."""
+    if placed.is_fully_addressable:
+        return jax.device_put(x, placed)
+    return jax.make_array_from_callback(x.shape, placed, np.asarray(x).__getitem__)

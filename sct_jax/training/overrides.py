@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from sct_jax import errors, paths
 from sct_jax.training import config as config_lib
-from sct_jax.training import hardware, optimizer_config, profiling
+from sct_jax.training import hardware, optimizer_config, processes, profiling
 
 T = TypeVar("T")
 
@@ -394,12 +394,13 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n(--help lists the flags)\n")
 
 
-def parse_experiment(
+def parse_command(
     argv: Sequence[str], description: str
-) -> tuple[config_lib.ExperimentConfig, pathlib.Path, argparse.Namespace]:
-    """Returns configuration, workdir and flags of a training command.
+) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Returns the flags of a training command, and its overrides.
 
     Prints help, or one message for bad input, and exits with code 2 for the latter.
+    `address` of the flags is where processes meet; None unless it is given.
     """
     parser = FlagParser(description + "\n\n" + field_help())
     parser.add_argument(
@@ -445,32 +446,104 @@ def parse_experiment(
         help="write a profiler trace of the steps START to STOP, both included and "
         "counted from 1, to the folder profile of the workdir",
     )
+    _add_processes(parser)
     flags, pairs = parser.parse(argv)
     try:
         flags.allow_change = _fields(",".join(flags.allow_change))
         _check_flags(flags)
-        hardware.check_backend()
-        experiment = load(flags.config, pairs)
-        if flags.profile is not None:
-            profiling.check_range(flags.profile, num_steps=experiment.num_steps)
-        workdir = flags.workdir
-        if workdir is None:
-            workdir = default_workdir(flags.config)
-        workdir = paths.expand("--workdir", workdir)
+        flags.address = _address(flags)
     except errors.UserError as error:
         parser.error(str(error))
-    return experiment, pathlib.Path(workdir), flags
+    return flags, pairs
+
+
+def load_command(
+    flags: argparse.Namespace, pairs: Pairs
+) -> tuple[config_lib.ExperimentConfig, pathlib.Path]:
+    """Returns the configuration and the workdir of a training command.
+
+    Args:
+      flags: from `parse_command`, like `pairs`.
+      pairs: the overrides.
+
+    Raises:
+      UserError: for a value that makes no sense, and if JAX finds no devices.
+    """
+    hardware.check_backend()
+    experiment = load(flags.config, pairs)
+    if flags.profile is not None:
+        profiling.check_range(flags.profile, num_steps=experiment.num_steps)
+    workdir = flags.workdir
+    if workdir is None:
+        workdir = default_workdir(flags.config)
+    return experiment, pathlib.Path(paths.expand("--workdir", workdir))
+
+
+def _add_processes(parser: FlagParser) -> None:
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="train in all processes that SLURM, Open MPI, GKE or a Cloud TPU started",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="train in several processes, which meet where process 0 listens",
+    )
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="how many, with --coordinator"
+    )
+    parser.add_argument(
+        "--process_id",
+        type=int,
+        metavar="I",
+        help="which one this is, from 0, with --coordinator",
+    )
+    for name, default, meaning in (
+        ("connect_timeout", processes.CONNECT_TIMEOUT, "wait for each other at first"),
+        ("peer_timeout", processes.PEER_TIMEOUT, "do without a sign of another one"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            default=default,
+            metavar="SECONDS",
+            help=f"how long several processes {meaning} (default: %(default)g)",
+        )
+
+
+def _address(flags: argparse.Namespace) -> processes.Address | None:
+    given = {
+        "--coordinator": flags.coordinator,
+        "--num-processes": flags.num_processes,
+        "--process-id": flags.process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    errors.check(
+        missing[0] if missing else "--coordinator",
+        not missing,
+        f"is missing: {', '.join(given)} belong together",
+    )
+    errors.check(
+        "--distributed",
+        not flags.distributed,
+        "asks the environment for what --coordinator says; leave one of the two out",
+    )
+    return processes.Address(*given.values())
 
 
 def _check_flags(flags: argparse.Namespace) -> None:
     errors.check("--workdir", flags.workdir != "", "must not be empty")
     errors.check("--init-from", flags.init_from != "", "must not be empty")
-    seconds = flags.stall_timeout
-    errors.check(
-        "--stall_timeout",
-        seconds is None or 0 < seconds <= _MAX_TIMEOUT,
-        f"{seconds} must be > 0 and <= {_MAX_TIMEOUT} seconds",
-    )
+    for name in ("stall_timeout", "connect_timeout", "peer_timeout"):
+        seconds = getattr(flags, name)
+        errors.check(
+            f"--{name}",
+            seconds is None or 0 < seconds <= _MAX_TIMEOUT,
+            f"{seconds} must be > 0 and <= {_MAX_TIMEOUT} seconds",
+        )
     errors.check(
         "--compile",
         flags.dry_run or not flags.compile,

@@ -2,6 +2,7 @@
 
 The folder of a step holds `state/`, with the arrays, and `record.json`, written last.
 The record has a checksum of its own, and the size and CRC-32 of every file in `state/`.
+That of every array is missing where several processes wrote it.
 All of it is data: nothing is executed, and no path leads out of the folder. Earlier
 versions wrote `record/metadata`, without checksums of files.
 """
@@ -24,7 +25,8 @@ Record = dict[str, Any]
 T = TypeVar("T")
 
 STATE = "state"
-FORMAT = 2
+FORMAT = 3
+_FORMAT_WITH_SUMS = 2  # of arrays, each of which has a CRC-32
 
 _FILE = "record.json"
 _EARLIER_FILE = "record/metadata"
@@ -67,7 +69,9 @@ def write(folder: pathlib.Path, record: Mapping[str, Any]) -> None:
                 files.sync(file.fileno())
         sums = found.result()
     listed = {name: {"bytes": sizes[name], "crc32": sums[name]} for name in sizes}
-    sealed = {**record, "format": FORMAT, "files": listed}
+    summed = all("crc32" in leaf for leaf in record["leaves"].values())
+    format_ = _FORMAT_WITH_SUMS if summed else FORMAT
+    sealed = {**record, "format": format_, "files": listed}
     sealed["checksum"] = _checksum(sealed)
     files.replace_text(folder / _FILE, json.dumps(sealed, indent=1) + "\n")
     for parent, _, _ in os.walk(folder):
@@ -288,11 +292,11 @@ def _is_map(x: Any, holds: Callable[[Any], bool]) -> bool:
 def _is_array(x: Any) -> bool:
     return (
         isinstance(x, dict)
-        and x.keys() == {"shape", "dtype", "crc32"}
+        and x.keys() - {"crc32"} == {"shape", "dtype"}
         and isinstance(x["shape"], list)
         and all(map(_is_count, x["shape"]))
         and isinstance(x["dtype"], str)
-        and _is_count(x["crc32"])
+        and _is_count(x.get("crc32", 0))
     )
 
 

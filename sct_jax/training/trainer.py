@@ -36,6 +36,7 @@ class Trainer:
       choices: what stands for "auto" in `config`, and why, to be shown.
       tx: the chain that updates the parameters.
       abstract_state: shapes, dtypes and shardings of the state before the first step.
+      rows: those of a batch that the devices of this process take, in order.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Trainer:
         if linear is None:
             linear = functools.partial(spectral.linear, flatten_rows=mesh.size == 1)
         _check_batch(config.data, mesh)
+        self.rows = _rows_of_process(config.data.batch_size, mesh)
         name, reason = _select_attention(config, mesh)
         self.choices = {"attention": f"{name} ({reason})"}
         # Without documents the ids are all alike, and cuDNN does not take them.
@@ -169,9 +171,25 @@ class Trainer:
         return rank.with_ranks(abstract, record["ranks"], params=abstract.params)
 
     def place(self, batch: HostBatch) -> step_lib.Batch:
-        """Returns a batch on the devices, its rows sharded over `data` and `fsdp`."""
+        """Returns a batch on the devices, its rows sharded over `data` and `fsdp`.
+
+        Args:
+          batch: has the rows `rows`, which are all of them for a single process.
+        """
+        rows = NamedSharding(self.mesh, sharding.BATCH)
         batch = {name: x for name, x in batch.items() if name not in self._unread}
-        return jax.device_put(batch, NamedSharding(self.mesh, sharding.BATCH))
+        if rows.is_fully_addressable:
+            return jax.device_put(batch, rows)
+
+        def one(x: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                wanted = range(self.config.data.batch_size)[index[0]]
+                return x[np.searchsorted(self.rows, wanted)]
+
+            shape = (self.config.data.batch_size, *x.shape[1:])
+            return jax.make_array_from_callback(shape, rows, part)
+
+        return jax.tree.map(one, batch)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes, dtypes and shardings of a batch."""
@@ -238,7 +256,7 @@ class Trainer:
 
         Args:
           state: donated; do not use it afterwards.
-          batch: (B, L) arrays, on the host or already placed.
+          batch: (B, L) arrays on the host, with the rows `rows`.
           diagnose: whether to compute the costly metrics.
           reject: do not apply this step, which was torn before.
 
@@ -246,13 +264,14 @@ class Trainer:
           layerwise.TornStep: the layerwise step found a gradient that is not finite
             when the state before the step was already gone.
         """
-        placed, wanted = self.place(batch), jnp.asarray(diagnose)
+        placed = self.place(batch)
         if self._jitted_step is None:
-            return self._layerwise_step(state, placed, wanted, reject=reject)
+            return self._layerwise_step(state, placed, diagnose, reject=reject)
         shapes = _shapes(state)
         if shapes not in self._compiled:
             self.compile(state)
-        return self._compiled[shapes](state, placed, wanted)
+        # Of numpy: every process has it, and no device must be asked.
+        return self._compiled[shapes](state, placed, np.asarray(diagnose))
 
     def change_ranks(
         self, state: state_lib.TrainState, step: int
@@ -296,7 +315,8 @@ class Trainer:
 
     def held_out(self, corpus: data.Corpus) -> evaluation.HeldOut:
         """Returns the held-out text of the run, on the devices."""
-        return evaluation.held_out(self.config, corpus, self.place)
+        place = lambda batch: self.place({n: x[self.rows] for n, x in batch.items()})
+        return evaluation.held_out(self.config, corpus, place)
 
     def evaluate(self, params: model.Params, text: evaluation.HeldOut) -> metrics.Row:
         """Returns the figures of `evaluation.summarise` for these parameters."""
@@ -338,6 +358,13 @@ def _select_attention(
         documents=not config.data.cross_document_attention,
         tensor=mesh.shape["tensor"],
     )
+
+
+def _rows_of_process(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a batch that devices of this process take, in order."""
+    rows = NamedSharding(mesh, sharding.BATCH)
+    taken = rows.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in taken]))
 
 
 def _check_batch(config: data.DataConfig, mesh: Mesh) -> None:

@@ -6,6 +6,7 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Callable
 
 from sct_jax.training import exit_codes
 
@@ -22,14 +23,22 @@ class Watchdog:
     and exits with code 1, as `faulthandler` knows no other.
     """
 
-    def __init__(self, timeout: float | None, folder: pathlib.Path):
+    def __init__(
+        self,
+        timeout: float | None,
+        folder: pathlib.Path,
+        *,
+        before_exit: Callable[[int, str], None] = lambda code, reason: None,
+    ):
         """Starts nothing yet.
 
         Args:
           timeout: seconds; None never ends anything.
           folder: receives the stacks.
+          before_exit: called with the exit code and the reason; returns in seconds.
         """
         self._timeout = timeout
+        self._before_exit = before_exit
         self._folder = folder
         self._kicked: float | None = None
         self._closed = threading.Event()
@@ -86,4 +95,5 @@ class Watchdog:
                 "The same command resumes from the newest checkpoint\n"
             )
             os.write(2, os.fsencode(text))
+        self._before_exit(exit_codes.ExitCode.STALLED, f"stalled, {where}")
         os._exit(exit_codes.ExitCode.STALLED)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,14 @@ import jax
 import numpy as np
 
 from sct_jax import data, errors, files, model, paths, rank, sharding
-from sct_jax.training import checkpoint, guard, records, resuming, trainer
+from sct_jax.training import (
+    checkpoint,
+    guard,
+    processes,
+    records,
+    resuming,
+    trainer,
+)
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
 
@@ -25,7 +33,7 @@ _FILES = (
     "wandb.json",
 )
 _FOLDERS = ("checkpoints", "profile", "tensorboard", "wandb")
-_LEFTOVER = re.compile(r".+\.(json|jsonl)\.partial-[0-9a-f]{32}|\.probe-[0-9]+")
+_LEFTOVER = re.compile(r".+\.(json|jsonl)\.partial-[0-9a-f]{32}|\.probe-[0-9a-f]+")
 # Of a name that a run writes below its folder, with room to spare.
 _LONGEST_NAME = 200
 # Field of the record of a checkpoint that holds parameters alone, see `create`.
@@ -84,7 +92,12 @@ def load_state(
       UserError: where the workdir holds no run with a checkpoint.
     """
     read_config(path)  # says it where there is no run
-    mesh = sharding.MeshConfig().build(1)
+    mesh = jax.make_mesh(
+        (1,) * len(sharding.AXES),
+        sharding.AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+        devices=jax.local_devices()[:1],
+    )
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
         config = config_of(record)
@@ -246,11 +259,18 @@ def make(path: pathlib.Path) -> None:
         _probe(path)
         if (path / "checkpoints").is_dir():
             _probe(path / "checkpoints")
+        is_shared = _is_shared(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise errors.UserError(
             f"workdir: cannot write to {path}: {reason}; choose another --workdir"
         ) from error
+    errors.check(
+        "workdir",
+        is_shared,
+        f"process {processes.index()} does not see what process 0 wrote to {path}; "
+        "choose a folder on a disk that all processes share",
+    )
     for kind, holds, names in (
         ("file", os.path.isfile, _FILES),
         ("folder", os.path.isdir, _FOLDERS),
@@ -266,7 +286,7 @@ def make(path: pathlib.Path) -> None:
 
 def _probe(path: pathlib.Path) -> None:
     """Raises OSError where no folder can be made, or no file in it, or no long name."""
-    probe = path / f".probe-{os.getpid()}"
+    probe = path / f".probe-{uuid.uuid4().hex}"
     probe.mkdir(exist_ok=True)
     try:
         (probe / "file").touch()
@@ -277,9 +297,26 @@ def _probe(path: pathlib.Path) -> None:
         raise OSError(errno.ENAMETOOLONG, f"a path of {length} bytes is too long")
 
 
+def _is_shared(path: pathlib.Path) -> bool:
+    """Whether this process sees what process 0 writes to a folder."""
+    if processes.count() == 1:
+        return True
+    seen = path / f".probe-{processes.from_first('probe', lambda: uuid.uuid4().hex)}"
+    if processes.is_first():
+        seen.mkdir()
+    processes.exchange("probe")
+    found = seen.is_dir()
+    processes.exchange("probe")
+    if processes.is_first():
+        seen.rmdir()
+    return found
+
+
 @contextlib.contextmanager
 def claim(path: pathlib.Path) -> Iterator[files.HeldFolder]:
-    """Holds the workdir for this process; a killed process leaves no lock behind.
+    """Holds the workdir for this run; a killed process leaves no lock behind.
+
+    Process 0 locks it for all.
 
     Yields:
       The folder, for `writing`.
@@ -291,6 +328,9 @@ def claim(path: pathlib.Path) -> Iterator[files.HeldFolder]:
         try:
             held = files.HeldFolder(path)
             stack.callback(held.close)
+            if not processes.is_first():
+                yield held
+                return
             state = stack.enter_context(files.lock(path / ".lock", wait=False))
         except OSError as error:
             raise errors.UserError(
