@@ -130,6 +130,8 @@ def test_the_codes_are_the_documented_ones():
         "SAVE_FAILED": 4,
         "STALLED": 5,
         "OUT_OF_MEMORY": 6,
+        "PEER_LOST": 7,
+        "ABORTED": 134,
         "HANGUP": 129,
         "INTERRUPTED": 130,
         "TERMINATED": 143,

@@ -225,7 +225,7 @@ def test_evaluation_is_in_order_evenly_spaced_and_as_long_as_asked(tmp_path):
             "id 716",
         ),
     ],
-    ids=["seed", "processes", "train", "validation", "train id", "validation id"],
+    ids=["seed", "train", "validation", "train id", "validation id"],
 )
 def test_unfit_batches_are_refused(tmp_path, call, field, word):
     # The last tokens of both splits are outside of the vocabulary.

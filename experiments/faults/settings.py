@@ -1,13 +1,18 @@
 """Configurations that cannot be: typing errors, odd shapes, another run's workdir."""
 
-import functools
+import contextlib
 import json
+import pathlib
 import shutil
+import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
 
 from experiments.faults import cases, runs, workspace
 from sct_jax import data
+from sct_jax.training import exit_codes
 
 _WRONG = {
     "--config.model.d_modle=64": ("model.d_modle", "'model.d_model'"),
@@ -149,38 +154,76 @@ def _other_devices(context: cases.Context) -> cases.Outcome:
     return seen.outcome("a run on 1 device resumed on " + ", then ".join(done))
 
 
-_DISTRIBUTED = """
-import sys
-import jax
-from sct_jax.training import cli, process
-address, index = sys.argv[1:3]
-jax.distributed.initialize(address, num_processes=2, process_id=int(index))
-def main():
-    try:
-        return cli.main(sys.argv[3:])
-    finally:
-        jax.distributed.shutdown()  # waits for the other, which needs this one to start
-process.run(main)
-"""
+PEER_TIMEOUT = 5  # seconds
+
+# By JAX itself, where process 0 is killed.
+_LOST = (exit_codes.ExitCode.PEER_LOST, -signal.SIGABRT)
 
 
-def _two_processes(context: cases.Context) -> cases.Outcome:
+def _lost_processes(context: cases.Context) -> cases.Outcome:
     seen, space = cases.Seen(), context.space
+    folder, done = context.folder / "run", []
+    for lost, number in ((1, signal.SIGKILL), (0, signal.SIGKILL), (0, signal.SIGSTOP)):
+        with _two_processes(space, folder) as pair:
+            before = workspace.saved_steps(folder)[-1:] or [0]
+            trains = lambda before=before: _last_step(folder) > before[0] + 4
+            cases.injected(pair[0].until(trains), "both train")
+            pair[lost].signal(number)
+            began = time.monotonic()
+            ended = pair[1 - lost].wait(limit=100)
+            seconds = time.monotonic() - began
+        name = f"{signal.Signals(number).name} to process {lost}"
+        seen.that(ended.code in _LOST, "exit code 7 or 134 of the other", ended.text)
+        limit = PEER_TIMEOUT + 20
+        seen.that(seconds < limit, f"over within {limit} s", f"{name}: {seconds:.0f}")
+        done.append(name)
+    with _two_processes(space, folder) as pair:
+        ends = [process.wait() for process in pair]
+    for ended in ends:
+        seen.finished(ended)
+    clean = {row["step"]: row for row in workspace.rows(space.clean())}
+    found = {row["step"]: row for row in workspace.rows(folder)}
+    seen.that(found.keys() == clean.keys(), "each step once")
+    apart = max(
+        abs(found[step]["train/loss"] - row["train/loss"])
+        for step, row in clean.items()
+        if step in found and "train/loss" in row
+    )
+    seen.that(
+        apart <= TOLERANCE,
+        f"losses within {TOLERANCE:g} nats of one process ({apart:.1e})",
+        f"{apart:.1e}",
+    )
+    return seen.outcome(f"{', '.join(done)} of two; each time the same commands again")
+
+
+@contextlib.contextmanager
+def _two_processes(
+    space: workspace.Workspace, folder: pathlib.Path
+) -> Iterator[list[runs.Process]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    folder = context.folder / "run"
-    start = functools.partial(
-        runs.Process, folder=space.root, environment=space.environment()
-    )
-    flags = space.flags(folder)
-    program = [sys.executable, "-c", _DISTRIBUTED, address]
-    with start([*program, "0", *flags]) as one, start([*program, "1", *flags]) as other:
-        ends = [process.wait(limit=100) for process in (one, other)]
-    for ended in ends:
-        seen.refused(ended, "mesh", "2 processes")
-    seen.that(not workspace.saved_steps(folder), "nothing is written")
-    return seen.outcome("two processes of jax.distributed that train one model")
+    command = [
+        *(sys.executable, "-m", "sct_jax.training", *space.flags(folder)),
+        *(f"--coordinator={address}", "--num-processes=2"),
+        f"--peer-timeout={PEER_TIMEOUT}",
+    ]
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                runs.Process(
+                    [*command, f"--process-id={index}"],
+                    folder=space.root,
+                    environment=space.environment(),
+                )
+            )
+            for index in range(2)
+        ]
+
+
+def _last_step(folder: pathlib.Path) -> int:
+    return max((row["step"] for row in workspace.rows(folder)), default=0)
 
 
 CASES = (
@@ -207,9 +250,9 @@ CASES = (
     ),
     cases.Case(
         18,
-        "several processes in one run",
-        "refused, as one process drives all devices",
-        _two_processes,
+        "one of two processes killed, or stopped",
+        "the other ends with a code of its own; the same commands resume both",
+        _lost_processes,
     ),
     cases.Case(
         20,

@@ -292,7 +292,7 @@ class _Batches:
 
     def __init__(
         self,
-        windows: grain.MapDataset[np.ndarray],
+        windows: grain.MapDataset,
         *,
         first: int,
         size: int,
@@ -306,7 +306,7 @@ class _Batches:
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = self._first + index * self._size
-        return np.stack([self._windows[start + row] for row in self._rows])
+        return np.stack([np.asarray(self._windows[start + row]) for row in self._rows])
 
 
 def eval_batches(

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if flags.address or flags.distributed:
                 processes.start(
                     flags.address,
+                    overrides.workdir_of(flags),
                     connect_timeout=flags.connect_timeout,
                     peer_timeout=flags.peer_timeout,
                 )

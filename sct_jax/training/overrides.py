@@ -473,10 +473,21 @@ def load_command(
     experiment = load(flags.config, pairs)
     if flags.profile is not None:
         profiling.check_range(flags.profile, num_steps=experiment.num_steps)
-    workdir = flags.workdir
-    if workdir is None:
-        workdir = default_workdir(flags.config)
-    return experiment, pathlib.Path(paths.expand("--workdir", workdir))
+    return experiment, workdir_of(flags)
+
+
+def workdir_of(flags: argparse.Namespace) -> pathlib.Path:
+    """Returns the folder of the run of a training command.
+
+    Raises:
+      UserError: for a path that makes no sense.
+    """
+    path = flags.workdir
+    return pathlib.Path(
+        paths.expand(
+            "--workdir", default_workdir(flags.config) if path is None else path
+        )
+    )
 
 
 def _add_processes(parser: FlagParser) -> None:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import socket
 import sys
 import threading
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from sct_jax import errors
+from sct_jax import errors, files
 from sct_jax.training import exit_codes
 
 PEER_TIMEOUT = 60.0
@@ -53,6 +54,7 @@ class Address(NamedTuple):
 # --- What the rest of the program calls.
 
 _peers: "Peers | None" = None
+_held = contextlib.ExitStack()  # locks of this process
 
 
 def index() -> int:
@@ -156,6 +158,7 @@ def has_agreed_stop() -> bool:
 
 def start(
     address: Address | None,
+    folder: pathlib.Path,
     *,
     connect_timeout: float = CONNECT_TIMEOUT,
     peer_timeout: float = PEER_TIMEOUT,
@@ -164,6 +167,7 @@ def start(
 
     Args:
       address: None asks the environment: SLURM, Cloud TPU, GKE, Open MPI.
+      folder: of the run, which all processes share.
       connect_timeout: seconds that the processes wait for each other.
       peer_timeout: seconds without a sign of life after which a process is lost.
 
@@ -176,6 +180,7 @@ def start(
     settings: dict[str, Any] = {}
     if address is not None:
         _check_address(address)
+        _claim(address, folder)
         _reach(address, timeout=connect_timeout)
         settings = {**address._asdict(), "cluster_detection_method": "deactivate"}
         settings["coordinator_address"] = settings.pop("coordinator")
@@ -223,6 +228,7 @@ def close() -> None:
     _peers.close()
     _peers = None
     jax.distributed.shutdown()
+    _held.close()
 
 
 def leave(code: int, reason: str) -> None:
@@ -268,6 +274,7 @@ class Peers:
         self._client = client
         self._calls: Counter[str] = Counter()
         self._closed = threading.Event()
+        self._lost: set[int] = set()
         self._contact = time.monotonic()
         self._lock = threading.Lock()  # of the four below
         self._step = 0
@@ -305,13 +312,16 @@ class Peers:
 
     def leave(self, code: int, reason: str) -> None:
         """Says that this process ends; process 0 waits for the others to end too."""
+        self._leave(code, f"process {self.index} has ended: {reason}")
+
+    def _leave(self, code: int, reason: str) -> None:
         self._closed.set()
         # In a thread, as nothing returns if process 0 is stopped.
         teller = threading.Thread(
             target=self._say_end, args=(code, reason), daemon=True
         )
         teller.start()
-        teller.join(_LINGER)
+        teller.join(_LINGER if self.index == 0 else 4 * _PERIOD)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -333,13 +343,13 @@ class Peers:
             now = self._contact = time.monotonic()
             for i, text in ended.items():
                 if i != self.index:
-                    code, reason = json.loads(text)
-                    self._end(code, f"process {i} has ended: {reason}")
+                    self._end(*json.loads(text))
             for i, beat in heard.items():
                 if seen[i][0] != beat:
                     seen[i] = beat, now
             for i in range(1, self.count) if self.index == 0 else ():
                 if now - seen[i][1] > self.timeout:
+                    self._lost.add(i)
                     reason = f"process {i} has not answered for {self.timeout:g} s"
                     self._end(exit_codes.ExitCode.PEER_LOST, reason)
 
@@ -355,7 +365,7 @@ class Peers:
         text = f"error: process {self.index} ends, as {reason}{hint}\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
-        self.leave(code, reason)
+        self._leave(code, reason)
         os._exit(code)
 
     def _heed_signals(self) -> None:
@@ -387,7 +397,9 @@ class Peers:
         with contextlib.suppress(Exception):
             text = json.dumps([int(code), reason])
             self._set(f"end/{self.index}", text, again=True)
-            while self.index == 0 and len(self._list("end")) < self.count:
+            while self.index == 0 and len(self._list("end")) < self.count - len(
+                self._lost
+            ):
                 time.sleep(0.1)
 
     def _set(self, key: str, text: str, *, again: bool = False) -> None:
@@ -432,6 +444,25 @@ def _check_address(address: Address) -> None:
     )
 
 
+def _claim(address: Address, folder: pathlib.Path) -> None:
+    """Takes the number of this process until it ends.
+
+    The runtime of JAX would abort one of two processes with the same number.
+    """
+    path = folder / f".lock-{address.process_id}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = _held.enter_context(files.lock(path, wait=False))
+    except OSError:  # reported where more is written there
+        return
+    errors.check(
+        "--process-id",
+        state != "busy",
+        f"another process of this run is number {address.process_id} already; give "
+        f"each one its own, from 0 to {address.num_processes - 1}",
+    )
+
+
 def _reach(address: Address, *, timeout: float) -> None:
     """Returns once process 0 listens; the runtime would abort where it does not.
 
@@ -448,6 +479,10 @@ def _reach(address: Address, *, timeout: float) -> None:
                 f"--coordinator: process 0 cannot listen on port {port}: "
                 f"{error.strerror}; choose another port, in all processes"
             ) from error
+        print(
+            f"waiting for {address.num_processes} processes at {address.coordinator}",
+            file=sys.stderr,
+        )
         return
     deadline, told = time.monotonic() + timeout, False
     while True:

@@ -286,7 +286,7 @@ def make(path: pathlib.Path) -> None:
 
 def _probe(path: pathlib.Path) -> None:
     """Raises OSError where no folder can be made, or no file in it, or no long name."""
-    probe = path / f".probe-{uuid.uuid4().hex}"
+    probe = path / f".probe-{uuid.uuid4().hex[:8]}"
     probe.mkdir(exist_ok=True)
     try:
         (probe / "file").touch()
@@ -301,7 +301,8 @@ def _is_shared(path: pathlib.Path) -> bool:
     """Whether this process sees what process 0 writes to a folder."""
     if processes.count() == 1:
         return True
-    seen = path / f".probe-{processes.from_first('probe', lambda: uuid.uuid4().hex)}"
+    name = processes.from_first("probe", lambda: uuid.uuid4().hex[:8])
+    seen = path / f".probe-{name}"
     if processes.is_first():
         seen.mkdir()
     processes.exchange("probe")
