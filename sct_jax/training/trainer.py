@@ -241,6 +241,18 @@ class Trainer:
         }
         return sizes | {"total_bytes": sum(sizes.values())}
 
+    def compiled_text(self, state: state_lib.TrainState) -> str | None:
+        """Returns the HLO of the step that `compile` made for a state.
+
+        `collectives.read` takes it. None if `step` is "layerwise".
+
+        Args:
+          state: abstract or not, of shapes that were compiled.
+        """
+        if self._jitted_step is None:
+            return None
+        return self._compiled[_shapes(state)].as_text()
+
     def step(
         self,
         state: state_lib.TrainState,
