@@ -1,10 +1,7 @@
 """Counts the bytes that a training step moves between devices, without the devices.
 
-python -m experiments.communication --config=configs/smollm_r128.py \\
-    --mesh=data:2,fsdp:2,tensor:2
-python -m experiments.communication --config=configs/llama70b_r32.py --mesh=fsdp:64 \\
-    --config.data.batch_size=64 --config.data.seq_len=4096 \\
-    --config.model.compute_dtype=bfloat16
+python -m experiments.communication --config=FILE --mesh=data:2,fsdp:2,tensor:2
+python -m experiments.communication --config=FILE --mesh=fsdp:64 --json=fsdp.json
 
 Compiles the step of a configuration, and of the dense model of the same shape, for as
 many CPU devices as the mesh has. Nothing is allocated. `sct_jax.training.collectives`
@@ -16,17 +13,18 @@ mesh in the same way, and that decides most collectives. Afterwards, this one wi
 arrays of 16 bits, makes no reduce-scatter, and moves nothing out of loops. The first is
 undone here, the second is a row of the second table.
 
-The last table is a model, not a measurement: FLOPs over a rate, and bytes on a ring over
-the bandwidth of the slowest link on it.
+The last table is a model, not a measurement: FLOPs over a rate, and bytes on a ring
+over the bandwidth of the slowest link on it.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,6 +131,8 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     flags, pairs = _parser().parse(sys.argv[1:] if argv is None else argv)
+    console = rich.console.Console()
+    say = functools.partial(console.print, highlight=False, markup=False)
     try:
         sizes = parse_mesh(flags.mesh, devices=flags.devices)
         rates = Rates(
@@ -154,24 +154,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiment = overrides.load(flags.config, pairs)
         experiment, notes = for_compilation(experiment, sizes)
         start(math.prod(sizes.values()))
-        console = rich.console.Console()
-        for note in notes:
-            console.print(f"note: {note}", highlight=False, markup=False)
-        steps = measure(
-            experiment,
-            models,
-            available=int(flags.memory_gb * 1e9),
-            split=not flags.once,
-            say=lambda text: console.print(text, highlight=False, markup=False),
+        mesh = experiment.mesh.build(math.prod(sizes.values()))
+        by_model, choices = runs(
+            experiment, models, mesh, available=int(flags.memory_gb * 1e9)
         )
+        notes += choices
+        for note in notes:
+            say(f"note: {note}")
+        steps = measure(by_model, mesh, split=not flags.once, say=say)
     except errors.UserError as error:
         overrides.fail(str(error))
     figures = {name: as_figures(*pair, rates) for name, pair in steps.items()}
     for table in tables(steps, figures, rates):
         console.print(table)
-    for name, pair in steps.items():
-        for note in notes_on_loops(name, pair[0]):
-            console.print(f"note: {note}", highlight=False, markup=False)
+    for name, (step, _) in steps.items():
+        if note := note_on_loops(name, step):
+            say(f"note: {note}")
     if flags.json:
         written = {
             "mesh": sizes,
@@ -360,37 +358,55 @@ def start(num_devices: int) -> None:
 # --- Figures.
 
 
-def measure(
+def runs(
     experiment: config.ExperimentConfig,
     models: Sequence[str],
+    mesh: Mesh,
     *,
     available: int,
-    split: bool,
-    say: Any = print,
-) -> dict[str, tuple[Step, Step | None]]:
-    """Returns model -> its compiled step, and that of a batch of twice the size.
+) -> tuple[dict[str, config.ExperimentConfig], list[str]]:
+    """Returns model -> its run without "auto" for `remat`, and notes on the choices.
 
     Args:
       experiment: from `for_compilation`.
       models: from `MODELS`.
-      available: bytes of memory of a device, for `remat = "auto"`.
-      split: whether to compile the second step; None otherwise.
-      say: receives one line per compilation.
+      mesh: the devices.
+      available: bytes of memory of each.
 
     Raises:
       UserError: where the mesh does not divide the batch or the parameters.
     """
-    mesh = experiment.mesh.build(_num_devices(experiment))
-    runs = {}
+    found, notes = {}, []
     for name in models:
         run = experiment
         if name == "dense":
             shape = accounting.dense_config(experiment.model)
             run = dataclasses.replace(experiment, model=shape)
-        run, reasons = _resolved(run, mesh, available)
-        for field, reason in reasons.items():
-            say(f"note: {name}: {field}={json.dumps(run.model.remat)} ({reason})")
-        runs[name] = run
+        state = trainer.Trainer(run, mesh).abstract_state
+        run, reasons = memory.resolve(run, mesh, state, available=available)
+        found[name] = run
+        notes += [
+            f"{name}: {field}={json.dumps(run.model.remat)} here ({reason})"
+            for field, reason in reasons.items()
+        ]
+    return found, notes
+
+
+def measure(
+    runs: Mapping[str, config.ExperimentConfig],
+    mesh: Mesh,
+    *,
+    split: bool,
+    say: Callable[[str], None],
+) -> dict[str, tuple[Step, Step | None]]:
+    """Returns model -> its compiled step, and that of a batch of twice the size.
+
+    Args:
+      runs: model -> its run.
+      mesh: the devices.
+      split: whether to compile the second step; None otherwise.
+      say: receives one line per compilation.
+    """
     steps = {}
     for name, run in runs.items():
         first = compile_step(run, mesh)
@@ -399,21 +415,9 @@ def measure(
         if split:
             data = dataclasses.replace(run.data, batch_size=2 * run.data.batch_size)
             second = compile_step(dataclasses.replace(run, data=data), mesh)
-            say(f"{name}: with a batch of twice the size, {second.seconds:.0f} s")
+            say(f"{name}: with a batch of twice the size, in {second.seconds:.0f} s")
         steps[name] = first, second
     return steps
-
-
-def _num_devices(experiment: config.ExperimentConfig) -> int:
-    return math.prod(dataclasses.asdict(experiment.mesh).values())
-
-
-def _resolved(
-    experiment: config.ExperimentConfig, mesh: Mesh, available: int
-) -> tuple[config.ExperimentConfig, dict[str, str]]:
-    """The run without "auto" for what memory decides."""
-    state = trainer.Trainer(experiment, mesh).abstract_state
-    return memory.resolve(experiment, mesh, state, available=available)
 
 
 def compile_step(experiment: config.ExperimentConfig, mesh: Mesh) -> Step:
@@ -494,18 +498,17 @@ def plan(step: Step, rates: Rates) -> dict[str, float]:
     }
 
 
-def notes_on_loops(name: str, step: Step) -> list[str]:
-    """Returns a sentence for each loop of unknown length that moves bytes."""
-    loops: dict[str, float] = {}
-    for c in step.most:
-        if c.loops:
-            where = c.loops[-1]
-            loops[where] = loops.get(where, 0) + c.count * c.wire_bytes
-    return [
-        f"{name}: a loop of unknown length moves {size / 1e6:,.1f} MB in the iterations "
-        f"that count, one per entry: {where}"
-        for where, size in sorted(loops.items(), key=lambda item: -item[1])
-    ]
+def note_on_loops(name: str, step: Step) -> str | None:
+    """Returns a sentence on the loops of unknown length that move bytes, if any do."""
+    inside = [c for c in step.most if c.loops]
+    if not inside:
+        return None
+    size = collectives.total(inside).wire_bytes
+    loops = dict.fromkeys(c.loops[-1] for c in inside)
+    return (
+        f"{name}: {size / 1e6:,.1f} MB of it are in loops of unknown length, and count "
+        f"for one iteration of each: {'; '.join(loops)}"
+    )
 
 
 # --- Tables.
@@ -526,7 +529,7 @@ def tables(
     step = next(iter(steps.values()))[0]
     mesh = " x ".join(f"{n} {s}" for n, s in step.mesh.shape.items())
     return [
-        _by_collective(figures, f"sent by each device per step, MB; {mesh}"),
+        _by_collective(figures, f"sent by each device per step; {mesh}"),
         _summary(figures, f"per device, for a step of {step.tokens:,} tokens"),
         _planned(figures, rates, step.mesh.size),
     ]
@@ -552,23 +555,22 @@ def _ratio(values: Sequence[float]) -> list[str]:
 def _by_collective(
     figures: Mapping[str, Mapping[str, Any]], title: str
 ) -> rich.table.Table:
-    table = _new_table(title, figures)
-    rows: dict[str, list[float]] = {}
-    counts: dict[str, list[int]] = {}
+    totals = [model["total"] for model in figures.values()]
+    large = max(total["wire_bytes"] for total in totals) >= 1e11
+    unit, scale = ("GB", 1e9) if large else ("MB", 1e6)
+    table = _new_table(f"{title}, {unit} in number of collectives", figures)
+    empty = collectives.Total(0, 0, 0.0)._asdict()
+    rows: dict[str, list[Mapping[str, float]]] = {}
     for column, model in enumerate(figures.values()):
         for part in model["collectives"]:
             row = f"{part['kind']}, {' + '.join(part['axes'])}"
-            rows.setdefault(row, [0.0] * len(figures))[column] = part["wire_bytes"]
-            counts.setdefault(row, [0] * len(figures))[column] = part["count"]
-    totals = [model["total"] for model in figures.values()]
-    rows["total"] = [total["wire_bytes"] for total in totals]
-    counts["total"] = [total["count"] for total in totals]
-    for row, values in rows.items():
+            rows.setdefault(row, [empty] * len(figures))[column] = part
+    for row, parts in (rows | {"total": totals}).items():
+        sent = [part["wire_bytes"] for part in parts]
         cells = [
-            f"{value / 1e6:,.1f} in {number:,}"
-            for value, number in zip(values, counts[row], strict=True)
+            f"{part['wire_bytes'] / scale:,.1f} in {part['count']:,}" for part in parts
         ]
-        table.add_row(row, *cells, *_ratio(values), end_section=row == "total")
+        table.add_row(row, *cells, *_ratio(sent))
     return table
 
 
