@@ -529,7 +529,7 @@ def tables(
     step = next(iter(steps.values()))[0]
     mesh = " x ".join(f"{n} {s}" for n, s in step.mesh.shape.items())
     return [
-        _by_collective(figures, f"sent by each device per step; {mesh}"),
+        _by_collective(figures, mesh),
         _summary(figures, f"per device, for a step of {step.tokens:,} tokens"),
         _planned(figures, rates, step.mesh.size),
     ]
@@ -553,12 +553,13 @@ def _ratio(values: Sequence[float]) -> list[str]:
 
 
 def _by_collective(
-    figures: Mapping[str, Mapping[str, Any]], title: str
+    figures: Mapping[str, Mapping[str, Any]], mesh: str
 ) -> rich.table.Table:
     totals = [model["total"] for model in figures.values()]
     large = max(total["wire_bytes"] for total in totals) >= 1e11
     unit, scale = ("GB", 1e9) if large else ("MB", 1e6)
-    table = _new_table(f"{title}, {unit} in number of collectives", figures)
+    title = f"{unit} that each device sends per step, in so many collectives\n({mesh})"
+    table = _new_table(title, figures)
     empty = collectives.Total(0, 0, 0.0)._asdict()
     rows: dict[str, list[Mapping[str, float]]] = {}
     for column, model in enumerate(figures.values()):
@@ -585,7 +586,7 @@ def _summary(figures: Mapping[str, Mapping[str, Any]], title: str) -> rich.table
         "payload, MB": (lambda f: f["total"]["payload_bytes"], megabytes),
         "sent, MB": (lambda f: f["total"]["wire_bytes"], megabytes),
         "- in every step": (lambda f: f["least"]["wire_bytes"], megabytes),
-        "- whatever the batch": (lambda f: f.get("fixed_bytes"), megabytes),
+        "- fixed per step": (lambda f: f.get("fixed_bytes"), megabytes),
         "- less by reduce-scatters": (lambda f: f["sliced_bytes"], megabytes),
         "- in types of this compiler": (lambda f: f["as_compiled_bytes"], megabytes),
         "sent by all per token, KB": (lambda f: f.get("bytes_per_token"), kilobytes),
@@ -605,7 +606,7 @@ def _planned(
     title = (
         f"a model, not measured: seconds per step on {num_devices} devices\n"
         f"({rates.flops:.3g} FLOP/s each; {rates.node_bandwidth / 1e9:g} GB/s among "
-        f"{rates.node_size}, {rates.network_bandwidth / 1e9:g} GB/s beyond)"
+        f"{rates.node_size},\n{rates.network_bandwidth / 1e9:g} GB/s beyond)"
     )
     table = _new_table(title, figures)
     names = {

@@ -156,6 +156,16 @@ def test_a_sum_in_float32_counts_in_float32():
     assert (found.element_type, found.operand_bytes) == ("f32", N)
 
 
+def test_a_sum_in_int32_counts_in_int32():
+    """The compiler widens no array of 8 bits, so the program did."""
+
+    def function(x):
+        return jax.lax.psum(x.astype(jnp.int32), "data").astype(jnp.int8)
+
+    (found,) = read(function, dtype=jnp.int8)
+    assert (found.element_type, found.operand_bytes) == ("s32", N)
+
+
 def test_a_variadic_collective_may_have_several_types():
     def function(x):
         return jax.lax.psum((x, x.astype(jnp.float32) + 1), "data")
@@ -367,3 +377,65 @@ def test_other_texts_are_refused():
         collectives.read("module @jit_f {}", AbstractMesh((1,), ("data",)))
     with pytest.raises(ValueError, match="for 8 devices, and the mesh has 4"):
         collectives.read(MODULE.format(body=""), AbstractMesh((4,), ("data",)))
+
+
+LOOP = """HloModule loop, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%less (i: s32[], n: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%ends (state: (s32[], f32[16])) -> pred[] {
+  %state = (s32[], f32[16]{0}) parameter(0)
+  %counter = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(11)
+  ROOT %more = pred[] fusion(%counter, %limit), kind=kLoop, calls=%less
+}
+
+%body (old: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %old = (s32[], f32[16]{0}) parameter(0)
+  %before = s32[] get-tuple-element(%old), index=0
+  %array = f32[16]{0} get-tuple-element(%old), index=1
+  %step = s32[] constant(3)
+  %after = s32[] add(%before, %step)
+  %reduced = f32[16]{0} all-reduce(%array), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %new = (s32[], f32[16]{0}) tuple(%after, %reduced)
+}
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %begin = s32[] constant(1)
+  %start = (s32[], f32[16]{0}) tuple(%begin, %x)
+  %end = (s32[], f32[16]{0}) while(%start), condition=%ends, body=%body
+  ROOT %result = f32[16]{0} get-tuple-element(%end), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "count"),
+    [
+        ("", "", 4),  # 1, 4, 7 and 10 are below 11
+        ("constant(11)", "constant(10)", 3),
+        ("constant(1)", "constant(11)", 0),
+        ("tuple(%after,", "tuple(%before,", None),
+        ("compare(%i, %n)", "compare(%n, %i)", None),
+        ("constant(3)", "constant(-3)", None),
+        ("fusion(%counter,", "fusion(%limit,", None),
+    ],
+)
+def test_a_counter_may_be_compared_inside_a_fusion(old, new, count):
+    assert old in LOOP
+    (found,) = collectives.read(LOOP.replace(old, new), mesh())
+    assert (found.count, bool(found.loops)) == (
+        1 if count is None else count,
+        count is None,
+    )

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -273,3 +275,15 @@ def test_bad_input_is_one_line_and_exit_code_2(case, capsys, monkeypatch, tmp_pa
     printed = capsys.readouterr().err
     assert message in printed
     assert "Traceback" not in printed
+
+
+def test_the_program_starts_as_many_devices_as_it_needs():
+    """In a process of its own, whatever XLA_FLAGS asks for."""
+    program = (
+        "import jax; from experiments import communication; "
+        "communication.start(12); print(jax.default_backend(), jax.device_count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["cpu", "12"], done.stderr
