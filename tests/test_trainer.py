@@ -107,6 +107,15 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         trainer.Trainer(config, mesh_of(8))
 
 
+def test_the_layerwise_step_is_no_single_program():
+    shape = dataclasses.replace(SHAPE, scan_layers=False)
+    config = dataclasses.replace(CONFIG, step="layerwise", model=shape)
+    run = trainer.Trainer(config, mesh_of())
+    assert run.compile(run.abstract_state) == 0
+    assert run.compiled_text(run.abstract_state) is None
+    assert run.compiled_memory(run.abstract_state) is None
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_at", "diagnose"])
 def test_the_layerwise_step_has_a_forward_pass_of_its_own(name):
     shape = dataclasses.replace(SHAPE, scan_layers=False)
