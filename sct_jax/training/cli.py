@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiment, workdir = overrides.load_command(flags, pairs)
         except errors.UserError as error:
             _refuse(error)
+    if flags.stall_timeout is None and processes.count() > 1:
+        flags.stall_timeout = processes.STALL_TIMEOUT  # who waits for whom is unknown
     try:
         with compilation.cached(process.say):
             result = loop.train(

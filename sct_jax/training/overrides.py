@@ -438,7 +438,8 @@ def parse_command(
         type=float,
         metavar="SECONDS",
         help="end the process if no step, evaluation or save ends for so long; more "
-        "than a compilation takes",
+        "than a compilation takes (default with several processes: "
+        f"{processes.STALL_TIMEOUT:g})",
     )
     parser.add_argument(
         "--profile",

@@ -38,6 +38,9 @@ PEER_TIMEOUT = 60.0
 CONNECT_TIMEOUT = 300.0
 """Seconds that processes wait for each other at the start."""
 
+STALL_TIMEOUT = 1800.0
+"""Seconds without a step after which several processes end, unless told otherwise."""
+
 _PERIOD = 0.5  # seconds between two beats
 _LINGER = 10.0  # seconds that process 0 serves the others once it has failed
 _ROOT = "sct_jax"
