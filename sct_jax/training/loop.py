@@ -461,6 +461,8 @@ class _Loop(NamedTuple):
     def _compile(self, state: state_lib.TrainState) -> None:
         if seconds := self.run.compile(state):
             self.progress.print(f"compiled in {seconds:.1f} s")
+        # Connections for collectives on CPU wait no longer than 30 seconds.
+        processes.exchange("compiled")
 
     def _peak_tokens_per_second(self) -> float | None:
         """What all FLOPs of the devices would train, at the ranks of the start."""
