@@ -8,14 +8,13 @@ document. The exit code is 0, or 2 for bad input.
 """
 
 import dataclasses
-import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sct_jax import errors, files, paths
+from experiments import json_file
+from sct_jax import errors
 from sct_jax.data import pipeline, sources, splits
 from sct_jax.training import (
     checkpoint,
@@ -67,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     flags = _parser().parse_flags(sys.argv[1:] if argv is None else argv)
     try:
-        output = _output_path(flags.json)
         errors.check(
             "--documents",
-            output is not None or not flags.documents,
+            flags.json is not None or not flags.documents,
             "needs --json, the file that they go to",
         )
         _check_positive("--max_documents", flags.max_documents)
@@ -92,11 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if text.source == run.config.data.source:
             _note_on_changes(record, text)
         result = evaluate(run, text, seq_len=seq_len, stride=stride, log=process.say)
-        if output is not None:
-            _write(output, to_json(text, result, documents=flags.documents))
+        print(describe(text, result))
+        if flags.json is not None:
+            values = to_json(text, result, documents=flags.documents)
+            json_file.write(flags.json, values)
     except errors.UserError as error:
         overrides.fail(str(error))
-    print(describe(text, result))
     return 0
 
 
@@ -133,7 +132,7 @@ def _parser() -> overrides.FlagParser:
     parser.add_argument(
         "--max_documents", type=int, help="evaluate so many, evenly spaced"
     )
-    parser.add_argument("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     parser.add_argument(
         "--documents",
         action="store_true",
@@ -312,23 +311,6 @@ def _note_on_changes(record: checkpoint.Record, text: Text) -> None:
             f"note: {text.source!r} has other text than the run began with, so some of "
             "its validation text may have been trained on"
         )
-
-
-def _output_path(name: str | None) -> pathlib.Path | None:
-    if name is None:
-        return None
-    path = pathlib.Path(paths.expand("--json", name))
-    errors.check("--json", path.parent.is_dir(), f"{path.parent} is not a folder")
-    return path
-
-
-def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
-    try:
-        files.replace_text(path, json.dumps(values, indent=2) + "\n")
-    except OSError as error:
-        raise errors.UserError(
-            f"--json: cannot write {path}: {error.strerror}; name another file"
-        ) from error
 
 
 def _check_positive(flag: str, value: int | None) -> None:

@@ -8,7 +8,6 @@ One prompt is continued as it is written; several are continued together. The ex
 is 0, or 2 for bad input.
 """
 
-import json
 import pathlib
 import sys
 import time
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 
-from sct_jax import data, decode, errors, files, paths, sampling
+from experiments import json_file
+from sct_jax import data, decode, errors, paths, sampling
 from sct_jax.interop import folders
 from sct_jax.training import huge_pages, overrides, process, workdir
 
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="keep R numbers per token and factorised k or v, not keys and values",
     )
-    parser.add_argument("--json", help="also write texts, ids and figures to this file")
+    json_file.add_flag(parser, "also write texts, ids and figures to this file")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         sampler = sampling.SamplingConfig(
@@ -93,13 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             latent=flags.latent_cache,
             output=sys.stdout,
         )
-        if flags.json:
-            figures = {"prompts": prompts, **done._asdict()}
-            path = pathlib.Path(paths.expand("--json", flags.json))
-            files.replace_text(path, json.dumps(figures, indent=2) + "\n")
+        process.say(describe(done))
+        if flags.json is not None:
+            json_file.write(flags.json, {"prompts": prompts, **done._asdict()})
     except errors.UserError as error:
         overrides.fail(str(error))
-    process.say(describe(done))
     return 0
 
 

@@ -8,8 +8,6 @@ from shapes. For the columns "measured", one step of Adam runs on one matrix, an
 arrays on the device are counted. Activations are not included.
 """
 
-import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +19,8 @@ import rich.console
 import rich.table
 
 from configs import llama70b_r32, smollm_r128
-from sct_jax import optimizers, spectral
+from experiments import json_file
+from sct_jax import errors, optimizers, spectral
 from sct_jax.training import accounting, config, layerwise, overrides
 
 # MLP matrices in the table of the SCT paper.
@@ -39,17 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     parser = overrides.FlagParser(__doc__ or "")
     parser.add_argument("--rank", type=int, default=32, help="rank of the matrices")
-    parser.add_argument("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     smallest = min(min(shape) for shape in MATRICES.values())
-    if not 1 <= flags.rank <= smallest:
-        overrides.fail(f"--rank: {flags.rank} is not in 1..{smallest}")
-    figures = {"matrices": matrices(flags.rank), "models": models()}
-    console = rich.console.Console()
-    console.print(_table(f"one MLP matrix at rank {flags.rank}", figures["matrices"]))
-    console.print(_table("whole models, as configured", figures["models"]))
-    if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
+    try:
+        holds = 1 <= flags.rank <= smallest
+        errors.check("--rank", holds, f"{flags.rank} is not in 1..{smallest}")
+        figures = {"matrices": matrices(flags.rank), "models": models()}
+        console = rich.console.Console()
+        title = f"one MLP matrix at rank {flags.rank}"
+        console.print(_table(title, figures["matrices"]))
+        console.print(_table("whole models, as configured", figures["models"]))
+        if flags.json is not None:
+            json_file.write(flags.json, figures)
+    except errors.UserError as error:
+        overrides.fail(str(error))
     return 0
 
 

@@ -11,8 +11,6 @@ depend on the machine, so its matmul rate and memory bandwidth are measured too.
 """
 
 import dataclasses
-import json
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +22,7 @@ import optax
 import rich.console
 import rich.table
 
-from experiments import first_tokens
+from experiments import first_tokens, json_file
 from experiments.benchmarks import machine, timing
 from sct_jax import errors, model, spectral, stiefel, transforms
 from sct_jax.training import (
@@ -112,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="leave out what follows the steps: the machine's rates, and the shares of "
         "Adam and the retraction, which take several more steps",
     )
-    parser.add_argument("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     flags, pairs = parser.parse(sys.argv[1:] if argv is None else argv)
     pairs += [
         (field, str(value))
@@ -130,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = make_job(experiment, reference_attention=flags.reference_attention)
         sizes = accounting.layerwise_bytes(job.stack, job.tx, job.batch)
         check_memory(sizes)
+        figures = measure(job, steps=flags.steps, compare=not flags.steps_only)
+        figures["bytes_by_formula"] = sizes
+        rich.console.Console().print(table(job, figures))
+        if flags.json is not None:
+            json_file.write(flags.json, figures)
     except errors.UserError as error:
         overrides.fail(str(error))
-    figures = measure(job, steps=flags.steps, compare=not flags.steps_only)
-    figures["bytes_by_formula"] = sizes
-    rich.console.Console().print(table(job, figures))
-    if flags.json:
-        pathlib.Path(flags.json).write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

@@ -11,7 +11,7 @@ import samples
 import saved_runs
 
 from experiments import evaluate
-from sct_jax import errors, model, scoring
+from sct_jax import errors, files, model, scoring
 from sct_jax.data import pipeline, sources
 from sct_jax.training import perplexity, workdir
 
@@ -319,6 +319,27 @@ def test_the_command_says_and_writes_figures(saved, run, json_lines, folder, cap
     assert f"{total:.4f} ± " in said and "4 documents" in said
 
 
+def test_figures_are_said_where_they_cannot_be_written(
+    saved, json_lines, tmp_path, monkeypatch, capsys
+):
+    def refuse(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "replace_text", refuse)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(
+            [
+                f"--workdir={saved}",
+                f"--data={json_lines}",
+                f"--json={tmp_path / 'figures.json'}",
+            ]
+        )
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert "bits per byte" in captured.out
+    assert "--json: cannot write" in captured.err
+
+
 def test_the_default_is_the_held_out_text_of_the_run(saved, run, corpus, capsys):
     said = call(capsys, f"--workdir={saved}")
     opened, summary = sources.scan(pipeline.open_source(run.config.data))
@@ -360,7 +381,7 @@ def test_documents_are_evenly_spaced(run, corpus):
         (["--data={lines}", "--stride=17"], "--stride: 17 must be in 1..16"),
         (["--data={lines}", "--max_documents=0"], "--max_documents: 0 must"),
         (["--data={lines}", "--documents"], "--documents: needs --json"),
-        (["--data={lines}", "--json=/nowhere/x.json"], "--json: /nowhere is not"),
+        (["--data={lines}", "--json=/nowhere/x.json"], "/nowhere is not a folder"),
         (["--data={lines}", "--split=test"], "split"),
     ],
 )

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import gc
-import json
 import os
 import pathlib
 import statistics
@@ -30,6 +29,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from experiments import json_file
 from sct_jax import attention, attention_kernels, errors, losses, model, spectral
 from sct_jax.training import accounting, hardware, optimizer_config
 from sct_jax.training import state as state_lib
@@ -118,7 +118,9 @@ class Report:
       deadline: on the clock of `time.monotonic`.
     """
 
-    def __init__(self, console: rich.console.Console, path: str | None, limit: float):
+    def __init__(
+        self, console: rich.console.Console, path: pathlib.Path | None, limit: float
+    ):
         self.deadline = time.monotonic() + limit
         self._console = console
         self._path = path
@@ -146,7 +148,11 @@ class Report:
                 self.say("  ".join(_cell(key, value) for key, value in row.items()))
 
     def finish(self, device: Mapping[str, Any]) -> None:
-        """Prints the tables and what was skipped, and writes the file; only once."""
+        """Prints the tables and what was skipped, and writes the file; only once.
+
+        Raises:
+          UserError: the file can no longer be written.
+        """
         with self._lock:
             if self._finished:  # by the timer or the parts, whichever came first
                 return
@@ -155,9 +161,9 @@ class Report:
                 self._console.print(_table(title, rows))
             if self._waiting:
                 self.say(f"skipped, for lack of time: {', '.join(self._waiting)}")
-            if self._path:
+            if self._path is not None:
                 figures = {"device": device, "skipped": self._waiting, **self._rows}
-                pathlib.Path(self._path).write_text(json.dumps(figures, indent=2))
+                json_file.write(self._path, figures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=LIMIT_S, help="at most")
     parser.add_argument("--batch_size", type=int, help="sequences per step")
-    parser.add_argument("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if not 0 < flags.seconds <= LIMIT_S:
         parser.error(f"--seconds: {flags.seconds} must be > 0 and <= {LIMIT_S:g}")
@@ -181,19 +187,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch.start()  # before JAX looks for devices, which may hang
     try:
         hardware.check_backend()
+        device = jax.devices()[0]
+        work = SMALL if device.platform == "cpu" else LARGE
+        if flags.batch_size is not None:
+            work = dataclasses.replace(work, batch_size=flags.batch_size)
+        described |= describe(device)
+        report.say("  ".join(_cell(key, value) for key, value in described.items()))
+        report.run(parts_of(work, device, report.deadline))
+        watch.cancel()
+        report.finish(described)
     except errors.UserError as error:
         watch.cancel()
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = jax.devices()[0]
-    work = SMALL if device.platform == "cpu" else LARGE
-    if flags.batch_size is not None:
-        work = dataclasses.replace(work, batch_size=flags.batch_size)
-    described |= describe(device)
-    report.say("  ".join(_cell(key, value) for key, value in described.items()))
-    report.run(parts_of(work, device, report.deadline))
-    watch.cancel()
-    report.finish(described)
     return 0
 
 
@@ -484,12 +490,16 @@ def _memory_stat(device: Any, name: str) -> int | None:
 
 def _give_up(report: Report, described: Mapping[str, Any]) -> None:
     """Ends the process: a compiler or a device cannot be interrupted otherwise."""
+    code = 0
     try:
         report.say("the time is up")
         report.finish(described)
         sys.stdout.flush()
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
     finally:
-        os._exit(0)
+        os._exit(code)
 
 
 def _terminal_width() -> int:

@@ -5,13 +5,12 @@ python -m experiments.benchmarks.optimizers --sets=smollm2-135m --rounds=9 \
     --json=bench.json
 
 Every figure is a ratio of median seconds; the functions take turns in one process. A
-row ends with "pass", "short", or "-" if it has no target. The exit code is always 0.
+row ends with "pass", "short", or "-" if it has no target. The exit code is 0,
+or 2 for bad input.
 """
 
 import dataclasses
 import functools
-import json
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import optax
 import rich.console
 
+from experiments import json_file
 from experiments.benchmarks import tables, timing
 from sct_jax import errors, linalg, model, optimizers, spectral, stiefel
 from sct_jax.training import accounting, huge_pages, overrides
@@ -90,25 +90,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=int, default=7, help="timed runs of each function"
     )
-    parser.add_argument("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         errors.check("--rounds", flags.rounds >= 1, f"{flags.rounds} must be >= 1")
         names = flags.sets.split(",")
         for name in names:
             errors.check_choice("--sets", name, tuple(SETS))
+        console = rich.console.Console()
+        results = {}
+        for name in names:
+            figures = measure(SETS[name], rounds=flags.rounds)
+            results[name] = figures
+            console.print(tables.table(SETS[name].title, figures))
+        if flags.json is not None:
+            titles = {name: SETS[name].title for name in names}
+            json_file.write(flags.json, tables.as_json(titles, results))
     except errors.UserError as error:
         overrides.fail(str(error))
-    console = rich.console.Console()
-    results = {}
-    for name in names:
-        figures = measure(SETS[name], rounds=flags.rounds)
-        results[name] = figures
-        console.print(tables.table(SETS[name].title, figures))
-    if flags.json:
-        titles = {name: SETS[name].title for name in names}
-        written = tables.as_json(titles, results)
-        pathlib.Path(flags.json).write_text(json.dumps(written, indent=2))
     return 0
 
 

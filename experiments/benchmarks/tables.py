@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import importlib.util
-import json
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax
 import rich.console
 import rich.table
 
+from experiments import json_file
 from experiments.benchmarks import machine
 from sct_jax import errors
 from sct_jax.training import overrides
@@ -92,10 +91,9 @@ def main(doc: str, rows: Mapping[str, Row], argv: Sequence[str]) -> int:
     parser = parser_of(doc, rows, rounds=7)
     flags = parser.parse_flags(argv)
     try:
-        names = selected(flags, rows)
+        measure(selected(flags, rows), rows, flags)
     except errors.UserError as error:
         overrides.fail(str(error))
-    measure(names, rows, flags)
     return 0
 
 
@@ -106,7 +104,7 @@ def parser_of(doc: str, rows: Mapping[str, Any], *, rounds: int) -> Any:
     parser.add_argument(
         "--rounds", type=int, default=rounds, help="timed runs of each function"
     )
-    parser.add_argument("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     return parser
 
 
@@ -126,16 +124,19 @@ def selected(flags: argparse.Namespace, rows: Mapping[str, Any]) -> list[str]:
 def measure(
     names: Sequence[str], rows: Mapping[str, Row], flags: argparse.Namespace
 ) -> None:
-    """Measures rows and prints each as it ends; writes JSON after each too."""
+    """Measures rows and prints each as it ends; writes JSON after each too.
+
+    Raises:
+      UserError: the file can no longer be written.
+    """
     console = rich.console.Console()
     titles = {name: rows[name].title for name in names}
     results: dict[str, Figures] = {}
     for name in names:
         results[name] = rows[name].measure(flags.rounds)
         console.print(table(titles[name], results[name], column="value"))
-        if flags.json:
-            written = as_json(titles, results)
-            pathlib.Path(flags.json).write_text(json.dumps(written, indent=2))
+        if flags.json is not None:
+            json_file.write(flags.json, as_json(titles, results))
         machine.release_memory()
 
 

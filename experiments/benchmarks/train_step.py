@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 (pathlib.Path(flags.before) / "sct_jax").is_dir(),
                 f"{flags.before!r} has no folder sct_jax",
             )
+        rows = ROWS
+        if flags.before is not None:
+            tiny = functools.partial(tiny_figures, before=flags.before)
+            rows = ROWS | {"tiny": dataclasses.replace(ROWS["tiny"], measure=tiny)}
+        tables.measure(names, rows, flags)
     except errors.UserError as error:
         overrides.fail(str(error))
-    rows = ROWS
-    if flags.before is not None:
-        tiny = functools.partial(tiny_figures, before=flags.before)
-        rows = ROWS | {"tiny": dataclasses.replace(ROWS["tiny"], measure=tiny)}
-    tables.measure(names, rows, flags)
     return 0
 
 

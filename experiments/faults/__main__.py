@@ -9,8 +9,6 @@ is real, and is judged by what must follow. All is written to a temporary folder
 """
 
 import dataclasses
-import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -22,8 +20,9 @@ import rich.console
 import rich.markup
 import rich.table
 
+from experiments import json_file
 from experiments.faults import cases, suite, workspace
-from sct_jax import errors, files
+from sct_jax import errors
 from sct_jax.training import exit_codes, overrides
 
 _WIDTH = 2000  # of a table in a file: no cell is wrapped
@@ -49,13 +48,11 @@ def main(
         help="run only the quick faults (under a minute)",
     )
     parser.add_argument("--only", metavar="N[,M...]", help="run only these faults")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to a file")
+    json_file.add_flag(parser, "also write the rows to this file")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     flags = parser.parse_flags(sys.argv[1:] if argv is None else argv)
     try:
         chosen = _choose(known, flags.only, quick=flags.quick)
-        if flags.json is not None:
-            _check_writable(flags.json)
     except errors.UserError as error:
         overrides.fail(str(error))
     console = rich.console.Console(width=None if sys.stdout.isatty() else _WIDTH)
@@ -72,13 +69,16 @@ def main(
                 f"{row.number:3} {row.result:7} {row.seconds:6.1f} s  {row.fault}",
             )
     rows.sort(key=lambda row: row.number)
-    if flags.json is not None:
-        values = [dataclasses.asdict(row) | {"seed": flags.seed} for row in rows]
-        files.replace_text(flags.json, json.dumps(values, indent=1) + "\n")
     with console.capture() as printed:
         console.print(_table(rows))
     lines = [line for line in printed.get().splitlines() if line.strip()]
     console.file.write("\n".join(["", *lines, "", ""]))
+    if flags.json is not None:
+        values = [dataclasses.asdict(row) | {"seed": flags.seed} for row in rows]
+        try:
+            json_file.write(flags.json, values)
+        except errors.UserError as error:
+            overrides.fail(str(error))
     counts = {
         result: sum(row.result == result for row in rows)
         for result in (cases.PASS, cases.FAIL, cases.SKIPPED)
@@ -114,15 +114,6 @@ def _choose(
         )
         wanted.append(int(word))
     return [case for case in known if case.number in wanted]
-
-
-def _check_writable(path: str) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    errors.check(
-        "--json",
-        bool(path) and os.access(folder, os.W_OK) and not os.path.isdir(path),
-        f"{path!r} cannot be written; name a file in a folder that can be",
-    )
 
 
 def _table(rows: Sequence[cases.Row]) -> rich.table.Table:
