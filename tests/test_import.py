@@ -537,14 +537,23 @@ def test_the_flag_is_ignored_once_there_are_steps(trained, experiment, tmp_path)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_a_run_starts_from_a_trained_one(trained, experiment, scan_layers):
-    """In either layout, on any mesh; its moments are left behind."""
+def test_a_run_starts_from_a_trained_one(trained, experiment, scan_layers, monkeypatch):
+    """In either layout, on any mesh; its moments are not even read."""
+    read, asked = array_files.read, []
+
+    def reading(folder, target):
+        asked.extend(target)
+        return read(folder, target)
+
+    monkeypatch.setattr(array_files, "read", reading)
     shape = dataclasses.replace(experiment.model, scan_layers=scan_layers)
     config = dataclasses.replace(experiment, model=shape)
     run = trainer.Trainer(config, sharding.MeshConfig(fsdp=-1, data=1).build())
     found, lines = origin.find(str(trained)), []
     state = origin.start(run, found, log=lines.append)
     assert lines == [f"starting from the parameters of step 3 in {trained}"]
+    assert any(name.startswith("params") for name in asked)
+    assert not any(name.startswith("opt_state") for name in asked)
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(
         lambda x: x.sharding, run.abstract_state
     )

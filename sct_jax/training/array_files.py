@@ -36,10 +36,14 @@ def write(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 def read(
     folder: pathlib.Path, target: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Returns the arrays of a folder, placed as `target` says, on every process."""
+    """Returns the arrays that `target` names, placed as it says, on every process."""
     ocp, path = _orbax(folder)
-    args = ocp.args.StandardRestore(target)
-    return _in_thread(lambda: ocp.StandardCheckpointHandler().restore(path, args=args))
+    args = ocp.args.PyTreeRestore(
+        target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    return _in_thread(lambda: ocp.PyTreeCheckpointHandler().restore(path, args=args))
 
 
 class Part:

@@ -428,6 +428,8 @@ class Checkpointer:
         self,
         abstract_at: Callable[[Record], state_lib.TrainState],
         mesh: Mesh,
+        *,
+        opt_state: bool = True,
     ) -> tuple[state_lib.TrainState, Record] | None:
         """Returns the newest whole checkpoint and its record; None if there is none.
 
@@ -439,6 +441,8 @@ class Checkpointer:
           abstract_at: from the record of a checkpoint to shapes and dtypes of its
             state, in the layout to return.
           mesh: the devices to restore to.
+          opt_state: False leaves out the state of the optimizer, which is then ().
+            Its files are checked all the same.
 
         Raises:
           UserError: where checkpoints exist but none can be read, so that no run
@@ -458,7 +462,11 @@ class Checkpointer:
             try:
                 record = self.read_record(step)
                 wanted = abstract_at(record)
-                state = self._restore_step(step, record, wanted, mesh)
+                if not opt_state:
+                    wanted = wanted.replace(opt_state=())
+                state = self._restore_step(
+                    step, record, wanted, mesh, opt_state=opt_state
+                )
             except (errors.UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the fault of the checkpoint
             except Exception as error:
@@ -503,12 +511,16 @@ class Checkpointer:
         record: dict[str, Any],
         abstract: state_lib.TrainState,
         mesh: Mesh,
+        *,
+        opt_state: bool,
     ) -> state_lib.TrainState:
         apart = jax.eval_shape(model.unstack_layers, abstract)
         target = arrays_lib.by_name(
             sharding.abstract(apart, sharding.shardings(apart, mesh))
         )
         saved = record["leaves"]
+        if not opt_state:
+            saved = {n: x for n, x in saved.items() if not n.startswith("opt_state")}
         later = set(filter(arrays_lib.is_of_guard, target.keys() - saved.keys()))
         stored = {name: leaf for name, leaf in target.items() if name not in later}
         arrays_lib.check_shapes(stored, saved, step)

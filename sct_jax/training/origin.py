@@ -152,12 +152,10 @@ def start(
       log: receives a line.
 
     Raises:
-      UserError: see `workdir.load_state`, and `check_arrays`.
+      UserError: see `workdir.load_params`, and `check_arrays`.
     """
-    state, record = workdir.load_state(origin.path)
+    params, record = workdir.load_params(origin.path)
     check_arrays(run, origin._replace(record=record))
-    params = state.params
-    del state  # frees the moments of the other run
     log(f"starting from the parameters of step {record['step']} in {origin.path}")
     if run.config.model.scan_layers:
         params = model.stack_layers({**params}, stack_arrays=arrays.stack_and_free)

@@ -69,7 +69,7 @@ def load_with_record(
 ) -> tuple[LoadedRun, checkpoint.Record]:
     """Returns what `load_run` does, and the record of the checkpoint it comes from."""
     path = pathlib.Path(paths.expand("workdir", path))
-    state, record = load_state(path)
+    params, record = load_params(path)
     config, tokenizer = config_of(record), read_tokenizer(path, record)
     errors.check(
         "workdir",
@@ -78,15 +78,13 @@ def load_with_record(
         f"beyond the {config.model.vocab_size} of the model; put back the tokenizer "
         "that it was trained with",
     )
-    return LoadedRun(config, state.params, tokenizer), record
+    return LoadedRun(config, params, tokenizer), record
 
 
-def load_state(
-    path: pathlib.Path,
-) -> tuple[state_lib.TrainState, checkpoint.Record]:
-    """Returns the newest whole checkpoint of a run and its record, as `load_run` does.
+def load_params(path: pathlib.Path) -> tuple[model.Params, checkpoint.Record]:
+    """Returns the parameters of the newest whole checkpoint of a run, and its record.
 
-    The optimizer state is empty where the checkpoint holds parameters alone.
+    The state of the optimizer stays on the disk.
 
     Raises:
       UserError: where the workdir holds no run with a checkpoint.
@@ -105,14 +103,14 @@ def load_state(
         # without the time that it takes to choose how to rematerialise.
         shape = dataclasses.replace(config.model, attention="auto", remat="none")
         config = dataclasses.replace(config, model=shape)
-        abstract = trainer.Trainer(config, mesh).abstract_at(record)
-        return abstract.replace(opt_state=()) if record.get(_ALONE) else abstract
+        return trainer.Trainer(config, mesh).abstract_at(record)
 
     with reading(path) as checkpoints:
-        restored = checkpoints.restore(abstract_at, mesh)
+        restored = checkpoints.restore(abstract_at, mesh, opt_state=False)
     if restored is None:
         raise errors.UserError(f"workdir: {path} has no checkpoint yet")
-    return restored
+    state, record = restored
+    return state.params, record
 
 
 def config_of(record: checkpoint.Record) -> config_lib.ExperimentConfig:
