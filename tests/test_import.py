@@ -14,10 +14,11 @@ import rich.console
 import samples
 
 from experiments import convert
-from sct_jax import data, errors, model, sharding, spectral
+from sct_jax import data, errors, model, rank, sharding, spectral
 from sct_jax.interop import importing, source
 from sct_jax.training import (
     array_files,
+    cli,
     loop,
     metrics,
     optimizer_config,
@@ -601,6 +602,167 @@ def test_another_tokenizer_is_refused(experiment, imported, tmp_path):
     message = refusal(other, tmp_path / "run", init_from=str(imported))
     assert message.startswith(f"data.tokenizer: {file!r} has hash ")
     assert str(imported / "tokenizer.json") in message
+
+
+# --- The command takes the model of the run.
+
+CONFIG = """
+from sct_jax import data, model
+from sct_jax.training import config, optimizer_config
+
+def get_config():
+    return config.ExperimentConfig(
+        num_steps=3,
+        log_every=1,
+        model=model.ModelConfig(
+            d_model=64,
+            num_layers=1,
+            rank=7,
+            rope_theta=5e5,
+            remat="none",
+            scan_layers=False,
+        ),
+        data=data.DataConfig(
+            source={source!r}, batch_size=8, seq_len=16, cache_dir={cache!r}
+        ),
+        optimizer=optimizer_config.Sct(warmup_steps=1, retraction="qr"),
+        checkpoint=config.CheckpointConfig(every=2),
+        eval=config.EvalConfig(every=100, num_batches=1),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(corpus, tmp_path_factory):
+    """A recipe for a model of another shape."""
+    folder = tmp_path_factory.mktemp("recipe")
+    path = folder / "recipe.py"
+    path.write_text(CONFIG.format(source=corpus, cache=str(folder / "cache")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def started(config_file, imported, tmp_path_factory):
+    path = tmp_path_factory.mktemp("started") / "run"
+    flags = [f"--config={config_file}", f"--workdir={path}"]
+    assert cli.main([*flags, f"--init-from={imported}"]) == 0
+    return path
+
+
+def test_the_model_and_the_tokenizer_are_those_of_the_run(started, imported):
+    found, wanted = (workdir.load_run(path).config for path in (started, imported))
+    own = {"remat": "none", "scan_layers": False}
+    assert found.model == dataclasses.replace(wanted.model, **own)
+    assert found.model.rope_theta == 10_000 and found.model.rank == 4
+    assert found.data.tokenizer == str(imported / "tokenizer.json")
+
+
+@pytest.mark.parametrize("with_flag", [False, True])
+@pytest.mark.parametrize("lost", [False, True])
+def test_such_a_run_is_resumed_with_and_without_the_flag(
+    started, config_file, imported, tmp_path, capsys, with_flag, lost
+):
+    path, source = tmp_path / "run", tmp_path / "imported"
+    shutil.copytree(started, path)
+    shutil.rmtree(path / "checkpoints" / "3")
+    if lost:  # the other run, and its tokenizer
+        values = json.loads((path / "config.json").read_text())
+        values["data"]["tokenizer"] = str(source / "tokenizer.json")
+        (path / "config.json").write_text(json.dumps(values))
+    else:
+        source = imported
+    flags = [f"--config={config_file}", f"--workdir={path}"]
+    assert cli.main([*flags, *[f"--init-from={source}"] * with_flag]) == 0
+    printed = capsys.readouterr()
+    assert "resumed at step 2" in printed.out
+    assert ("--init-from has no effect" in printed.out) == with_flag
+    assert workdir.load_run(path).config.model == workdir.load_run(started).config.model
+
+
+def command(config_file, imported, tmp_path, *flags):
+    return cli.main(
+        [
+            f"--config={config_file}",
+            f"--workdir={tmp_path / 'run'}",
+            f"--init-from={imported}",
+            "--dry_run",
+            *flags,
+        ]
+    )
+
+
+def test_what_the_file_says_of_another_model_is_noted(
+    config_file, imported, tmp_path, capsys
+):
+    assert command(config_file, imported, tmp_path) == 0
+    (note,) = (
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "configuration file" in line
+    )
+    fields = ("d_model", "num_layers", "rank", "rope_theta")
+    listed = ", ".join(f"model.{name}" for name in fields)
+    assert note.endswith(f"without effect in the configuration file: {listed}")
+    assert str(imported) in note
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.model.d_ff=64", "model.d_ff: 48 in {}, 64 now"),
+        ("--config.model.rank=5", "model.ranks.q: 4 in {}, 5 now"),
+        ("--config.model.tie_embeddings=false", "model.tie_embeddings: True in {}"),
+        ("--config.model.vocab_size=512", "model.vocab_size: 320 in {}, 512 now"),
+        ("--config.data.tokenizer={other}", "data.tokenizer: "),
+        (
+            "--config.model.factors=low_rank",
+            "model.factors: 'low_rank' does not fit optimizer.name",
+        ),
+    ],
+)
+def test_a_flag_that_asks_for_another_model_is_refused(
+    config_file, imported, tmp_path, capsys, flag, message
+):
+    other = tmp_path / "other.json"
+    data.Tokenizer.train(["other text"] * 9, vocab_size=290).save(str(other))
+    with pytest.raises(SystemExit) as end:
+        command(config_file, imported, tmp_path, flag.format(other=other))
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message.format(imported) in error
+    assert str(imported) in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_agrees_or_changes_rope_is_taken(
+    config_file, imported, tmp_path, capsys
+):
+    flags = ["--config.model.d_ff=48", "--config.model.rope_theta=2e4"]
+    assert command(config_file, imported, tmp_path, *flags) == 0
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "model.rope_theta was 10000.0" in printed
+
+
+def test_ranks_that_changed_in_training_are_taken(
+    experiment, imported, config_file, tmp_path
+):
+    adaptive = rank.AdaptiveRankConfig(
+        energy=0.5, every=1, warmup_steps=0, floor=1, multiple=1
+    )
+    shrinking = dataclasses.replace(
+        experiment,
+        optimizer=optimizer_config.Tsvd(warmup_steps=1),
+        adaptive_rank=adaptive,
+    )
+    train(shrinking, tmp_path / "shrunk", init_from=str(imported))
+    kept = workdir.newest_record(tmp_path / "shrunk")["ranks"]
+    assert 1 <= kept["layers/q"] < 4
+    assert command(config_file, tmp_path / "shrunk", tmp_path) == 0
+    path = tmp_path / "next"
+    flags = [f"--config={config_file}", f"--init-from={tmp_path / 'shrunk'}"]
+    assert cli.main([*flags, f"--workdir={path}"]) == 0
+    found = workdir.load_run(path).params["layers"][0]["q"].s
+    assert found.shape == (kept["layers/q"],)
 
 
 def test_parameters_alone_are_not_resumed(experiment, imported):

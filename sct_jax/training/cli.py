@@ -5,6 +5,7 @@ sct-train --config=my_config.py --config.seed=1
 """
 
 import errno
+import functools
 import os
 import pathlib
 import sys
@@ -23,6 +24,7 @@ from sct_jax.training import (
     compilation,
     exit_codes,
     loop,
+    origin,
     overrides,
     process,
     processes,
@@ -51,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     connect_timeout=flags.connect_timeout,
                     peer_timeout=flags.peer_timeout,
                 )
-            experiment, workdir = overrides.load_command(flags, pairs)
+            say = process.say if processes.is_first() else lambda line: None
+            experiment, workdir = overrides.load_command(
+                flags, pairs, inherit=functools.partial(origin.inherit, log=say)
+            )
         except errors.UserError as error:
             _refuse(error)
     if flags.stall_timeout is None and processes.count() > 1:

@@ -17,6 +17,9 @@ from sct_jax.training import state as state_lib
 # training goes on with a longer context.
 _ROPE = ("rope_theta", "rope_scaling")
 
+# Fields that say how a run computes, and not what its parameters mean.
+_OWN = ("rescale_init", "compute_dtype", "scan_layers", "remat", "attention")
+
 
 class Origin(NamedTuple):
     """The other run.
@@ -24,7 +27,7 @@ class Origin(NamedTuple):
     Attributes:
       path: its workdir.
       record: of its newest checkpoint.
-      config: of that checkpoint.
+      config: of that checkpoint, with the ranks that its parameters have now.
       tokenizer: the one it was trained with.
     """
 
@@ -48,11 +51,93 @@ def find(path: str) -> Origin:
     folder = pathlib.Path(paths.expand("--init-from", path)).absolute()
     try:
         record = workdir.newest_record(folder)
-        config = workdir.config_of(record)
+        config = _with_ranks(workdir.config_of(record), record)
         tokenizer = workdir.read_tokenizer(folder, record)
     except errors.UserError as error:
         raise errors.UserError(f"--init-from: {error}") from error
     return Origin(folder, record, config, tokenizer)
+
+
+def _with_ranks(
+    config: config_lib.ExperimentConfig, record: checkpoint.Record
+) -> config_lib.ExperimentConfig:
+    """The configuration with the ranks of a checkpoint, where all layers share them."""
+    if config.adaptive_rank.energy is None:
+        return config
+    found = {name: config.model.matrix_rank(name) for name in config.model.spectral}
+    stored: dict[str, set[int]] = {}
+    for name, value in record.get("ranks", {}).items():
+        stored.setdefault(name.rpartition("/")[2], set()).add(value)
+    found |= {name: min(values) for name, values in stored.items() if len(values) == 1}
+    shape = dataclasses.replace(
+        config.model,
+        ranks=model.MatrixRanks(**found),
+        rank_ratios=model.MatrixRankRatios(),
+    )
+    return dataclasses.replace(config, model=shape)
+
+
+def inherit(
+    config: config_lib.ExperimentConfig,
+    path: pathlib.Path,
+    init_from: str | None,
+    *,
+    log: Callable[[str], None],
+) -> config_lib.ExperimentConfig:
+    """Returns a configuration with the model of the run that it starts from.
+
+    All fields of the model are taken that say what its parameters are and compute. The
+    new run keeps its own dtype, layout, remat and attention. `data.tokenizer` is left
+    open, for `adopt` or `workdir.resolve` to fill in. A run that once started so and
+    has a checkpoint keeps its model. Otherwise nothing changes without `init_from`.
+
+    Args:
+      config: as its file says, before flags change it.
+      path: workdir of the new run.
+      init_from: workdir of the other run, if any.
+      log: receives a line that lists the fields of the file that have no effect.
+
+    Raises:
+      UserError: see `find`.
+    """
+    if earlier := workdir.started_elsewhere(path):
+        return _with_model(config, earlier.model)
+    if init_from is None or workdir.steps_done(path):
+        return config
+    origin = find(init_from)
+    inherited = _with_model(config, origin.config.model)
+    if unused := _overruled(config, inherited):
+        log(
+            f"note: --init-from takes the model and the tokenizer of {origin.path}; "
+            f"without effect in the configuration file: {', '.join(unused)}"
+        )
+    return inherited
+
+
+def _with_model(
+    config: config_lib.ExperimentConfig, other: model.ModelConfig
+) -> config_lib.ExperimentConfig:
+    own = {name: getattr(config.model, name) for name in _OWN}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(other, **own),
+        data=dataclasses.replace(config.data, tokenizer=None),
+    )
+
+
+def _overruled(
+    config: config_lib.ExperimentConfig, inherited: config_lib.ExperimentConfig
+) -> list[str]:
+    """The fields that a configuration sets, and that are others once inherited."""
+    unset, given, taken = (
+        config_lib.flatten(config_lib.to_dict(c))
+        for c in (config_lib.ExperimentConfig(), config, inherited)
+    )
+    return [
+        name
+        for name, value in given.items()
+        if value != taken[name] and value != unset.get(name)
+    ]
 
 
 def adopt(

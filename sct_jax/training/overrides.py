@@ -20,7 +20,7 @@ import traceback
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from sct_jax import errors, paths
@@ -46,21 +46,30 @@ V = TypeVar("V", bound=Validated)
 # --- Files.
 
 
-def load(spec: str, pairs: Pairs = ()) -> config_lib.ExperimentConfig:
+def load(
+    spec: str, pairs: Pairs = (), *, adapt: Callable[[Any], Any] = lambda config: config
+) -> config_lib.ExperimentConfig:
     """Returns the validated configuration of "path.py" or "path.py:variant".
 
     Args:
       spec: configuration file, with the variant after a colon.
       pairs: overrides, see `apply`.
+      adapt: changes what the file says, before the overrides.
 
     Raises:
       UserError: for an unknown file, variant or field, and for a value that does not
         fit.
     """
-    return load_as(config_lib.ExperimentConfig, spec, pairs)
+    return load_as(config_lib.ExperimentConfig, spec, pairs, adapt=adapt)
 
 
-def load_as(kind: type[V], spec: str, pairs: Pairs = ()) -> V:
+def load_as(
+    kind: type[V],
+    spec: str,
+    pairs: Pairs = (),
+    *,
+    adapt: Callable[[V], V] = lambda config: config,
+) -> V:
     """Returns what `load` does, for a file whose `get_config` returns a `kind`."""
     path, variant = split_spec(spec)
     config = _call_get_config(pathlib.Path(path), variant)
@@ -69,7 +78,7 @@ def load_as(kind: type[V], spec: str, pairs: Pairs = ()) -> V:
         isinstance(config, kind),
         f"get_config of {path} returned {type(config).__name__}, not {kind.__name__}",
     )
-    config = apply(config, pairs)
+    config = apply(adapt(config), pairs)
     config.validate()
     return config
 
@@ -430,8 +439,8 @@ def parse_command(
     parser.add_argument(
         "--init_from",
         metavar="RUN",
-        help="start from the parameters and with the tokenizer of another run, trained "
-        "or imported by experiments.convert; its model must have the same shapes",
+        help="start with the model, the parameters and the tokenizer of another run, "
+        "trained or imported by experiments.convert",
     )
     parser.add_argument(
         "--stall_timeout",
@@ -458,23 +467,42 @@ def parse_command(
     return flags, pairs
 
 
+Inherit = Callable[
+    [config_lib.ExperimentConfig, pathlib.Path, str | None], config_lib.ExperimentConfig
+]
+"""From a configuration file, a workdir and --init-from to what flags then override."""
+
+
 def load_command(
-    flags: argparse.Namespace, pairs: Pairs
+    flags: argparse.Namespace,
+    pairs: Pairs,
+    *,
+    inherit: Inherit = lambda config, workdir, init_from: config,
 ) -> tuple[config_lib.ExperimentConfig, pathlib.Path]:
     """Returns the configuration and the workdir of a training command.
 
     Args:
       flags: from `parse_command`, like `pairs`.
       pairs: the overrides.
+      inherit: see `origin.inherit`.
 
     Raises:
       UserError: for a value that makes no sense, and if JAX finds no devices.
     """
     hardware.check_backend()
-    experiment = load(flags.config, pairs)
+    workdir = workdir_of(flags)
+    adapt = lambda config: inherit(config, workdir, flags.init_from)
+    try:
+        experiment = load(flags.config, pairs, adapt=adapt)
+    except errors.UserError as error:
+        if flags.init_from and str(error).startswith("model."):
+            raise errors.UserError(
+                f"{error}; the model is that of --init-from={flags.init_from}"
+            ) from error
+        raise
     if flags.profile is not None:
         profiling.check_range(flags.profile, num_steps=experiment.num_steps)
-    return experiment, workdir_of(flags)
+    return experiment, workdir
 
 
 def workdir_of(flags: argparse.Namespace) -> pathlib.Path:

@@ -414,6 +414,15 @@ def committed_config(path: pathlib.Path) -> config_lib.ExperimentConfig | None:
         return config_of(checkpoints.read_record(step))
 
 
+def started_elsewhere(path: pathlib.Path) -> config_lib.ExperimentConfig | None:
+    """Returns what `committed_config` does, for a run that started from another run.
+
+    None where there is no such run.
+    """
+    newest = _newest_record(path)
+    return committed_config(path) if newest and origin_of(newest) else None
+
+
 def resolve(
     config: config_lib.ExperimentConfig, path: pathlib.Path
 ) -> config_lib.ExperimentConfig:
@@ -426,12 +435,11 @@ def resolve(
     split, tokenizer = config.data.split, config.data.tokenizer
     if split in kinds and tokenizer is not None:
         return config
-    earlier = committed_config(path)
     if split not in kinds:
+        earlier = committed_config(path)
         split = earlier.data.split if earlier else None
         split = split if split in kinds else kinds[0]
-    newest = _newest_record(path) if earlier and tokenizer is None else None
-    if earlier and newest and origin_of(newest):
+    if tokenizer is None and (earlier := started_elsewhere(path)):
         tokenizer = earlier.data.tokenizer
         if tokenizer is None or not os.path.isfile(tokenizer):
             tokenizer = str(path / "tokenizer.json")
