@@ -11,6 +11,11 @@ starts from it with --init-from. The exit code is 0, 2 for bad input, or 4 if th
 could not be written.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.convert")
+
 import argparse
 import pathlib
 import sys
@@ -27,9 +32,7 @@ from sct_jax.training import (
     checkpoint,
     console,
     exit_codes,
-    huge_pages,
     overrides,
-    process,
     workdir,
 )
 
@@ -196,8 +199,3 @@ def describe(config: model.ModelConfig, dense: model.ModelConfig) -> str:
     if count == before:
         return f"{count:,} parameters, all dense"
     return f"{count:,} parameters, of {before:,}"
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    process.run(main)

@@ -7,6 +7,11 @@ Every token of every document is scored once, by a window that slides over the
 document. The exit code is 0, or 2 for bad input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.evaluate")
+
 import dataclasses
 import sys
 import time
@@ -18,10 +23,8 @@ from sct_jax import errors
 from sct_jax.data import pipeline, sources, splits
 from sct_jax.training import (
     checkpoint,
-    huge_pages,
     overrides,
     perplexity,
-    process,
     workdir,
 )
 
@@ -315,8 +318,3 @@ def _note_on_changes(record: checkpoint.Record, text: Text) -> None:
 
 def _check_positive(flag: str, value: int | None) -> None:
     errors.check(flag, value is None or value >= 1, f"{value} must be at least 1")
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    process.run(main)

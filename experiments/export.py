@@ -7,6 +7,11 @@ python -m experiments.export --workdir=runs/smollm_r128-tiny --to=tiny --format=
 The exit code is 0, or 2 for bad input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.export")
+
 import os
 import pathlib
 import sys
@@ -14,7 +19,7 @@ from collections.abc import Sequence
 
 from sct_jax import errors, paths
 from sct_jax.interop import exporting, model_card
-from sct_jax.training import huge_pages, overrides, process, workdir
+from sct_jax.training import overrides, workdir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,8 +103,3 @@ def describe(folder: pathlib.Path) -> str:
     """Returns a line about what was written."""
     sizes = [file.stat().st_size for file in folder.iterdir()]
     return f"{folder}: {len(sizes)} files, {sum(sizes):,} bytes"
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    process.run(main)

@@ -8,6 +8,11 @@ One prompt is continued as it is written; several are continued together. The ex
 is 0, or 2 for bad input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.generate")
+
 import pathlib
 import sys
 import time
@@ -19,7 +24,7 @@ import jax
 from experiments import json_file
 from sct_jax import data, decode, errors, paths, sampling
 from sct_jax.interop import folders
-from sct_jax.training import huge_pages, overrides, process, workdir
+from sct_jax.training import overrides, workdir
 
 DEFAULT_TOKENS = 128
 
@@ -280,8 +285,3 @@ class _Writer:
         self._output.write(whole[self._written :] + "\n" * last)
         self._output.flush()
         self._written = max(self._written, len(whole))
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    process.run(main)

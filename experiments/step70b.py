@@ -10,6 +10,11 @@ the same window of real text, so a falling loss shows that the updates work. Sec
 depend on the machine, so its matmul rate and memory bandwidth are measured too.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.step70b")
+
 import dataclasses
 import statistics
 import sys
@@ -28,7 +33,6 @@ from sct_jax import errors, model, spectral, stiefel, transforms
 from sct_jax.training import (
     accounting,
     config,
-    huge_pages,
     layerwise,
     optimizer_config,
     overrides,
@@ -439,8 +443,3 @@ def _bounds(figures: dict[str, Any]) -> dict[str, str]:
             f"{rates['bytes_per_second'] / 1e9:.1f} GB/s"
         ),
     }
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    sys.exit(main())

@@ -36,3 +36,31 @@ def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again"))
     huge_pages.restart_with_huge_pages()
+
+
+PROGRAMS = [
+    *("convert", "evaluate", "export", "generate", "pretrain", "step70b"),
+    *(f"benchmarks.{name}" for name in ("decode", "optimizers", "train_step")),
+    *("studies.compare", "studies.scaling_laws"),
+]
+RESTARTED = """
+import os, runpy, sys
+os.execve = lambda *_: sys.exit("jax" in sys.modules and "after JAX" or "at once")
+runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize(
+    "program", [*(f"experiments.{name}" for name in PROGRAMS), "sct_jax.training"]
+)
+def test_every_program_restarts_before_its_slow_imports(program):
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    ended = subprocess.run(
+        [sys.executable, "-c", RESTARTED, program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stderr.strip() == "at once"

@@ -9,6 +9,11 @@ with "pass", "short", or "-" if it has no target. The exit code is 0, or 2 for b
 input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.benchmarks.decode")
+
 import dataclasses
 import functools
 import gc
@@ -28,7 +33,7 @@ from experiments.benchmarks import machine, programs, tables, timing
 from sct_jax import decode, model, sampling
 from sct_jax.interop import config_json, importing, names
 from sct_jax.interop import source as source_lib
-from sct_jax.training import accounting, huge_pages
+from sct_jax.training import accounting
 
 SHAPE = model.ModelConfig(  # SmolLM2-360M's
     d_model=960,
@@ -273,8 +278,3 @@ ROWS = {
         measure=import_figures,
     ),
 }
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    sys.exit(main())

@@ -9,6 +9,11 @@ row ends with "pass", "short", or "-" if it has no target. The exit code is 0,
 or 2 for bad input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.benchmarks.optimizers")
+
 import dataclasses
 import functools
 import sys
@@ -23,7 +28,7 @@ import rich.console
 from experiments import json_file
 from experiments.benchmarks import tables, timing
 from sct_jax import errors, linalg, model, optimizers, spectral, stiefel
-from sct_jax.training import accounting, huge_pages, overrides
+from sct_jax.training import accounting, overrides
 
 Call = Callable[[], Any]
 
@@ -314,8 +319,3 @@ def _make_backward(params, shape: model.ModelConfig) -> Call:
 
 def _median_seconds(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
     return timing.medians(timing.interleaved(calls, rounds=rounds))
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    sys.exit(main())

@@ -11,6 +11,11 @@ whole programs. `step` and `layerwise` need PyTorch and transformers, from the e
 0, or 2 for bad input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("experiments.benchmarks.train_step")
+
 import dataclasses
 import functools
 import gc
@@ -27,7 +32,7 @@ from configs import smollm_r128
 from experiments.benchmarks import machine, programs, tables, timing
 from sct_jax import attention, data, errors, model, sharding, spectral
 from sct_jax.training import config as config_lib
-from sct_jax.training import huge_pages, optimizer_config, overrides
+from sct_jax.training import optimizer_config, overrides
 from sct_jax.training import trainer as trainer_lib
 
 LEARNING_RATE = 1e-4
@@ -476,8 +481,3 @@ ROWS = {
         measure=tiny_figures,
     ),
 }
-
-
-if __name__ == "__main__":
-    huge_pages.restart_with_huge_pages()
-    sys.exit(main())

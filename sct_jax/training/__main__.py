@@ -2,20 +2,12 @@
 
 from typing import NoReturn
 
-from sct_jax.training import huge_pages, process
+from sct_jax.training import process
 
 
 def main() -> NoReturn:
-    """Ends the process with the code of `cli.main`, in huge pages where they help."""
-    huge_pages.restart_with_huge_pages()
-    process.run(_main)
-
-
-def _main() -> int:
-    # Only now, as a restart repeats every import.
-    from sct_jax.training import cli
-
-    return cli.main()
+    """Ends the process with the code of `cli.main`."""
+    process.start("sct_jax.training.cli")
 
 
 if __name__ == "__main__":

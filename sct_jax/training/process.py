@@ -1,5 +1,6 @@
 """How a program starts and ends: signals, output, exit code."""
 
+import importlib
 import os
 import sys
 import traceback
@@ -7,13 +8,32 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-from sct_jax.training import exit_codes, signals, streams
+from sct_jax.training import exit_codes, huge_pages, signals, streams
+
+
+def start(module: str) -> NoReturn:
+    """Runs `main` of a module as `run` does, in huge pages where they help.
+
+    Call it before any slow import, which a restart for huge pages would repeat:
+
+        from sct_jax.training import process
+
+        if __name__ == "__main__":
+            process.start("experiments.generate")
+
+        import jax
+
+    Args:
+      module: its full name. It is imported anew, once signals are answered.
+    """
+    huge_pages.restart_with_huge_pages()
+    run(lambda: importlib.import_module(module).main())
 
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and ends the process with the exit code that it returns.
 
-    Answers signals from the start, so `main` should do the slow imports. After anything
+    Answers signals from the start, so `main` should do slow imports. After anything
     but an ordinary end, the threads of libraries cannot keep the process alive.
     """
     streams.forgive_all()
