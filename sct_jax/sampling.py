@@ -42,6 +42,7 @@ class SamplingConfig:
     def validate(self, prefix: str = "") -> None:
         """Raises UserError naming the first invalid field, after `prefix`."""
         errors.check_bounds(prefix, self, "temperature", least=0, below=2**20)
+        errors.check_float32(f"{prefix}temperature", self.temperature)
         errors.check_bounds(prefix, self, "top_k", least=1)
         errors.check_bounds(prefix, self, "top_p", above=0, most=1)
         errors.check_bounds(prefix, self, "min_p", least=0, most=1)
@@ -77,7 +78,7 @@ def filtered(
     seen_BV: Bool[Array, "B V"],
     config: SamplingConfig,
 ) -> Float[Array, "B V"]:
-    """Returns the logits of the distribution that `draw` draws from.
+    """Returns the logits of the distribution that `draw` draws from; the largest is 0.
 
     At temperature 0 they are only penalised.
     """
@@ -85,6 +86,8 @@ def filtered(
         logits_BV = penalise(logits_BV, seen_BV, config.repetition_penalty)
     if config.temperature == 0:
         return logits_BV
+    # At most 0, as a quotient of two of them could be infinite.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = logits_BV / config.temperature
     if config.top_k is not None:
         logits_BV = keep_top_k(logits_BV, config.top_k)

@@ -73,6 +73,16 @@ def test_temperature_zero_takes_the_likeliest():
     assert sampling.draw(jax.random.key(0), jnp.array([LOGITS]), seen, config)[0] == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-37, 2.0**-126])
+def test_the_least_temperatures_take_the_likeliest_too(temperature):
+    config = sampling.SamplingConfig(temperature=temperature, top_p=0.9)
+    config.validate()
+    logits = jnp.array([[100.0, 150.0, 200.0, -50.0]])
+    seen = jnp.zeros(logits.shape, bool)
+    drawn = sampling.draw(jax.random.key(0), logits, seen, config)
+    assert drawn.tolist() == [2]
+
+
 def test_a_penalty_lowers_logits_of_both_signs():
     logits = jnp.array([[2.0, -2.0, 1.0]])
     seen = jnp.array([[True, True, False]])
@@ -84,6 +94,7 @@ def test_a_penalty_lowers_logits_of_both_signs():
     [
         ("temperature", -1.0),
         ("temperature", float("nan")),
+        ("temperature", 1e-40),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.5),
