@@ -551,7 +551,7 @@ def test_a_run_starts_from_a_trained_one(trained, experiment, scan_layers, monke
     config = dataclasses.replace(experiment, model=shape)
     run = trainer.Trainer(config, sharding.MeshConfig(fsdp=-1, data=1).build())
     found, lines = origin.find(str(trained)), []
-    state = origin.start(run, found, log=lines.append)
+    state, _ = origin.start(run, found, log=lines.append)
     assert lines == [f"starting from the parameters of step 3 in {trained}"]
     assert any(name.startswith("params") for name in asked)
     assert not any(name.startswith("opt_state") for name in asked)
@@ -564,6 +564,20 @@ def test_a_run_starts_from_a_trained_one(trained, experiment, scan_layers, monke
     fresh = state_lib.start(state.params, run.tx)
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, fresh.opt_state)
     assert state.step == 0 and state.guard.count == 0
+
+
+def test_the_checkpoint_that_was_read_is_remembered(trained, experiment, tmp_path):
+    """Not the newest one, which is damaged."""
+    path = tmp_path / "damaged"
+    shutil.copytree(trained, path)
+    for file in (path / "checkpoints" / "3" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[::-1])
+    short = dataclasses.replace(experiment, num_steps=1)
+    with pytest.warns(UserWarning, match="checkpoint 3 is damaged"):
+        train(short, tmp_path / "run", init_from=str(path))
+    kept = workdir.origin_of(workdir.newest_record(tmp_path / "run"))
+    assert kept == {"workdir": str(path), "step": 2}
 
 
 def refusal(config, path, **options) -> str:

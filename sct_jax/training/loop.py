@@ -279,6 +279,13 @@ def _attempt(
     """Trains from the newest checkpoint; no state if that is the last step."""
     run, path, config, source = call.run, call.path, call.run.config, call.source
     identity = _identity(corpus)
+
+    def begin() -> state_lib.TrainState:
+        nonlocal source
+        assert source is not None
+        begun, source = origin.start(run, source, log=call.say)
+        return begun
+
     with contextlib.ExitStack() as stack:
         closing = lambda x: stack.enter_context(contextlib.closing(x))
         checkpoints = closing(
@@ -290,7 +297,7 @@ def _attempt(
             identity,
             log=call.say,
             allow_change=call.allow_change,
-            start=source and functools.partial(origin.start, run, source, log=call.say),
+            start=None if source is None else begin,
         )
         if start >= config.num_steps:
             return None, Result("finished", config.num_steps)

@@ -228,8 +228,11 @@ def check_arrays(run: trainer.Trainer, origin: Origin) -> None:
 
 def start(
     run: trainer.Trainer, origin: Origin, *, log: Callable[[str], None]
-) -> state_lib.TrainState:
+) -> tuple[state_lib.TrainState, Origin]:
     """Returns the state before the first step of a run that `adopt` has passed.
+
+    Also returns the other run with the record of the checkpoint that was read. It is
+    another one than `find` saw if that was damaged, or a newer one came.
 
     Args:
       run: the trainer of the new run.
@@ -240,7 +243,8 @@ def start(
       UserError: see `workdir.load_params`, and `check_arrays`.
     """
     params, record = workdir.load_params(origin.path)
-    check_arrays(run, origin._replace(record=record))
+    origin = origin._replace(record=record)
+    check_arrays(run, origin)
     log(f"starting from the parameters of step {record['step']} in {origin.path}")
     if run.config.model.scan_layers:
         params = model.stack_layers({**params}, stack_arrays=arrays.stack_and_free)
@@ -253,7 +257,7 @@ def start(
         out_shardings=placed,
         donate_argnums=0,
     )
-    return begin(params)
+    return begin(params), origin
 
 
 def _place(x: jax.Array, placed: jax.sharding.Sharding) -> jax.Array:
