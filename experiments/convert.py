@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = _parse(sys.argv[1:] if argv is None else argv)
     try:
         rules = parse_rules(flags)
+        errors.check("--workdir", flags.workdir != "", "must not be empty")
         path = pathlib.Path(paths.expand("--workdir", flags.workdir))
         workdir.check_new(path)
         source = source_lib.open_folder(flags.source)

@@ -12,6 +12,7 @@ from sct_jax.training import process
 if __name__ == "__main__":
     process.start("experiments.export")
 
+import math
 import os
 import pathlib
 import sys
@@ -74,10 +75,16 @@ def export_workdir(
     """
     errors.check_choice("--format", form, exporting.FORMATS)
     errors.check_choice("--dtype", dtype, exporting.DTYPES)
-    errors.check("--max_shard_gb", max_shard_gb > 0, f"{max_shard_gb} must be above 0")
+    errors.check(
+        "--max_shard_gb",
+        0 < max_shard_gb < math.inf,
+        f"{max_shard_gb} must be above 0 and finite",
+    )
+    errors.check("--to", to != "", "must not be empty; name a folder")
+    written = paths.expand("--to", to)
+    workdir.check_new(pathlib.Path(written), flag="--to")
     # Absolute, so that "." and "run/" have a name to write beside.
-    folder = pathlib.Path(os.path.abspath(paths.expand("--to", to)))
-    exporting.check_target(folder)
+    folder = pathlib.Path(os.path.abspath(written))
     run, record = workdir.load_with_record(path)
     source = pathlib.Path(paths.expand("--workdir", path))
     progress = model_card.read_progress(source, record, seq_len=run.config.data.seq_len)

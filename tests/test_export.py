@@ -578,6 +578,9 @@ def test_an_existing_folder_is_left_alone(trained, tmp_path, capsys):
         ({"dtype": "float16"}, "--dtype: unknown value 'float16'"),
         ({"max_shard_gb": 0}, "--max_shard_gb: 0.0 must be above 0"),
         ({"max_shard_gb": "nan"}, "--max_shard_gb: nan must be above 0"),
+        ({"max_shard_gb": "inf"}, "--max_shard_gb: inf must be above 0 and finite"),
+        ({"to": ""}, "--to: must not be empty"),
+        ({"to": "gs://bucket/model"}, "--to: gs:/bucket/model looks like the address"),
         ({"workdir": "/nowhere/run"}, "holds no run"),
         ({"to": "~nobody-here/x"}, "--to: "),
     ],
@@ -585,6 +588,16 @@ def test_an_existing_folder_is_left_alone(trained, tmp_path, capsys):
 def test_what_cannot_be_exported_is_refused(trained, tmp_path, capsys, flags, message):
     assert message in refusal(capsys, trained, tmp_path / "out", **flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_run_is_read(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(workdir, "load_with_record", lambda _: pytest.fail("was read"))
+    (tmp_path / "file").touch()
+    message = refusal(capsys, trained, tmp_path / "file" / "deep" / "model")
+    assert f"--to: cannot write to {tmp_path / 'file'}: Not a directory" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("damage", ["checkpoints", "mark", "metrics"])

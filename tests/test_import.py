@@ -407,8 +407,27 @@ def test_a_workdir_that_exists_is_refused(folders, tmp_path, capsys):
     path = tmp_path / "run"
     path.mkdir()
     message = refused(capsys, f"--from={folders / 'tied'}", f"--workdir={path}")
-    assert message == f"workdir: {path} exists; choose another --workdir, or remove it"
+    assert message == f"--workdir: {path} exists; remove it, or name another"
     assert os.listdir(tmp_path) == ["run"] and not os.listdir(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "--workdir: must not be empty"),
+        ("gs://bucket/run", "--workdir: gs:/bucket/run looks like the address of a st"),
+        ("file/deep/run", "/file: Not a directory; name another folder"),
+    ],
+)
+def test_a_workdir_that_cannot_be_made_is_refused_before_the_import(
+    folders, tmp_path, monkeypatch, capsys, name, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(source.Source, "read", lambda *_: pytest.fail("was read"))
+    found = refused(capsys, f"--from={folders / 'tied'}", f"--workdir={name}")
+    assert message in found
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, capsys):

@@ -73,7 +73,7 @@ def export(
       UserError: the folder exists or cannot be written, or the model has no
         description in the format.
     """
-    check_target(folder)
+    workdir.check_new(folder, flag="--to")
     described = _config_json(run, form=form, dtype=dtype)
     partial = pathlib.Path(files.partial_path(folder))
     try:
@@ -91,6 +91,7 @@ def export(
         workdir.write_json(partial / config_json.CONFIG, described)
         files.sync_folder(partial)
         os.rename(partial, folder)
+        files.sync_folder(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise errors.UserError(
@@ -99,15 +100,6 @@ def export(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_target(folder: pathlib.Path) -> None:
-    """Raises UserError where the folder of an export is there already."""
-    errors.check(
-        "--to",
-        not os.path.lexists(folder),
-        f"{folder} exists; remove it, or choose another folder",
-    )
 
 
 def architecture(config: model.ModelConfig, form: str) -> str:

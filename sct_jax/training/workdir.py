@@ -165,8 +165,9 @@ def create(
       UserError: the workdir exists, or cannot be written.
       checkpoint.SaveError: the parameters cannot be written.
     """
-    path = pathlib.Path(paths.expand("workdir", path)).absolute()
+    path = pathlib.Path(paths.expand("workdir", path))
     check_new(path)
+    path = path.absolute()
     partial = pathlib.Path(files.partial_path(path))
     state = state_lib.TrainState(
         step=np.zeros([], np.int32), params=params, opt_state=(), guard=guard.init()
@@ -190,12 +191,35 @@ def create(
         raise
 
 
-def check_new(path: pathlib.Path) -> None:
-    """Raises UserError where a new run would write over something."""
+def check_new(path: pathlib.Path, *, flag: str = "--workdir") -> None:
+    """Raises UserError unless a folder can be made at a path where nothing is yet.
+
+    Args:
+      path: as it was written: a relative one shows the address of a store.
+      flag: where it was given, for messages.
+    """
+    _check_local(path, flag)
     errors.check(
-        "workdir",
-        not os.path.lexists(path),
-        f"{path} exists; choose another --workdir, or remove it",
+        flag, not os.path.lexists(path), f"{path} exists; remove it, or name another"
+    )
+    parent = next(p for p in path.absolute().parents if os.path.lexists(p))
+    try:
+        _probe(parent)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise errors.UserError(
+            f"{flag}: cannot write to {parent}: {reason}; name another folder"
+        ) from error
+
+
+def _check_local(path: pathlib.Path, flag: str) -> None:
+    scheme = path.parts[0] if path.parts else ""
+    errors.check(
+        flag,
+        # "gs://bucket" has become "gs:/bucket".
+        not (len(scheme) > 2 and scheme.endswith(":") and len(path.parts) > 1),
+        f"{path} looks like the address of a store, but only a folder can be written; "
+        "mount the store, or give an absolute path",
     )
 
 
@@ -244,14 +268,7 @@ def make(path: pathlib.Path) -> None:
     Raises:
       UserError: where nothing can be written to it, or a file of the run cannot be.
     """
-    scheme = path.parts[0] if path.parts else ""
-    errors.check(
-        "workdir",
-        # "gs://bucket" has become "gs:/bucket".
-        not (len(scheme) > 2 and scheme.endswith(":") and len(path.parts) > 1),
-        f"{path} looks like the address of a store, but a run needs a folder; mount "
-        "the store, or give an absolute path",
-    )
+    _check_local(path, "workdir")
     try:
         path.mkdir(parents=True, exist_ok=True)
         _probe(path)
