@@ -29,6 +29,7 @@ from sct_jax.training import (
 )
 
 SPLITS = (*splits.SPLITS, "all")
+MAX_SEQ_LEN = 2**20
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -159,6 +160,11 @@ def window(
     """
     context = run.config.data.seq_len
     _check_positive("--seq_len", seq_len)
+    errors.check(
+        "--seq_len",
+        seq_len is None or seq_len <= MAX_SEQ_LEN,
+        f"{seq_len} is above {MAX_SEQ_LEN}, beyond any window; lower it",
+    )
     seq_len = context if seq_len is None else seq_len
     errors.check(
         "--seq_len",

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import pathlib
 import sys
 import time
+import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "the hub",
     )
     parser.add_argument(
+        "--tokenizer", help="with --hf: a tokenizer.json, if not that of the folder"
+    )
+    parser.add_argument(
         "--prompt", action="append", default=[], help="text to continue; repeatable"
     )
     parser.add_argument("--prompt_file", help="file with one prompt")
@@ -87,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             **{name: getattr(flags, name) for name in vars(defaults)}
         )
         sampler.validate("--")
+        errors.check_bounds("--", flags, "seed", least=0, below=2**32)
         prompts = read_prompts(flags.prompt, flags.prompt_file, sys.stdin)
-        run = load(flags.workdir, flags.hf)
+        run = load(flags.workdir, flags.hf, flags.tokenizer)
         done = continue_prompts(
             run,
             prompts,
@@ -106,24 +111,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(path: str | None, checkpoint: str | None) -> workdir.LoadedRun:
+def load(
+    path: str | None, checkpoint: str | None, tokenizer: str | None = None
+) -> workdir.LoadedRun:
     """Returns the model of a run, or of a Hugging Face checkpoint.
 
+    Args:
+      path: workdir of the run.
+      checkpoint: folder, or name on the hub.
+      tokenizer: of the checkpoint; None for its own.
+
     Raises:
-      UserError: both are given or neither, or it cannot be read.
+      UserError: both models are given or neither, or one cannot be read.
     """
     errors.check(
         "--workdir",
         (path is None) != (checkpoint is None),
         "give a run, or a Hugging Face checkpoint with --hf, and not both",
     )
+    errors.check(
+        "--tokenizer",
+        tokenizer is None or checkpoint is not None,
+        "belongs to --hf, as a run has its own; leave it out",
+    )
     if checkpoint is not None:
-        return folders.load(checkpoint)
+        return folders.load(checkpoint, tokenizer)
     return workdir.load_run(path or "")
 
 
 def read_prompts(
-    given: Sequence[str], file: str | None, standard_input: TextIO
+    given: Sequence[str], file: str | None, standard_input: TextIO | None
 ) -> list[str]:
     """Returns the prompts of the command line, else that of a file, else of a pipe.
 
@@ -147,10 +164,10 @@ def read_prompts(
     elif not prompts:
         errors.check(
             "--prompt",
-            not standard_input.isatty(),
+            standard_input is not None and not standard_input.isatty(),
             "give a prompt, a --prompt_file, or text on standard input",
         )
-        prompts = [standard_input.read()]
+        prompts = [typing.cast(TextIO, standard_input).read()]
     for prompt in prompts:
         errors.check("--prompt", prompt != "", "is empty; give some text to continue")
         try:

@@ -377,6 +377,10 @@ def test_documents_are_evenly_spaced(run, corpus):
             "--seq_len: 17 is above the context",
         ),
         (["--data={lines}", "--seq_len=0"], "--seq_len: 0 must"),
+        (
+            ["--data={lines}", "--beyond_context", "--seq_len=99999999999"],
+            "--seq_len: 99999999999 is above 1048576",
+        ),
         (["--data={lines}", "--stride=0"], "--stride: 0 must be in 1..16"),
         (["--data={lines}", "--stride=17"], "--stride: 17 must be in 1..16"),
         (["--data={lines}", "--max_documents=0"], "--max_documents: 0 must"),

@@ -73,12 +73,53 @@ def test_an_exported_checkpoint_continues_as_its_run(saved, wanted, capsys, tmp_
     assert capsys.readouterr().out == f"kato{wanted[0]}\n"
 
 
+def test_a_checkpoint_may_have_its_tokenizer_elsewhere(saved, wanted, capsys, tmp_path):
+    target, file = tmp_path / "checkpoint", tmp_path / "elsewhere.json"
+    flags = [f"--workdir={saved}", f"--to={target}", "--format=merged"]
+    assert export.main(flags) == 0
+    (target / "tokenizer.json").rename(file)
+    flags = [f"--hf={target}", "--prompt=kato", *COLD]
+    with pytest.raises(SystemExit) as end:
+        generate.main(flags)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--hf: {target} has no tokenizer.json; name one with --tokenizer" in error
+    assert generate.main([*flags, f"--tokenizer={file}"]) == 0
+    assert capsys.readouterr().out == f"kato{wanted[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "has neither model.safetensors nor"),
+    ],
+)
+def test_the_flag_of_a_damaged_checkpoint_is_named(
+    saved, capsys, tmp_path, removed, message
+):
+    target = tmp_path / "checkpoint"
+    flags = [f"--workdir={saved}", f"--to={target}", "--format=merged"]
+    assert export.main(flags) == 0
+    (target / removed).unlink()
+    with pytest.raises(SystemExit) as end:
+        generate.main([f"--hf={target}", "--prompt=kato"])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert f"error: --hf: {target} {message}" in error
+
+
 def test_a_prompt_comes_from_a_file_or_a_pipe(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("from a file")
     assert generate.read_prompts([], str(path), io.StringIO("")) == ["from a file"]
     assert generate.read_prompts([], None, io.StringIO("piped")) == ["piped"]
     assert generate.read_prompts(["a", "b"], None, io.StringIO("")) == ["a", "b"]
+
+
+def test_a_closed_standard_input_has_no_prompt():
+    with pytest.raises(errors.UserError, match="--prompt: give a prompt"):
+        generate.read_prompts([], None, None)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +147,9 @@ def test_prompts_that_cannot_be_continued_are_refused(given, file, message):
         (["--prompt=kato", "--top_p=x"], "--top_p"),
         (["--promt=kato"], "did you mean '--prompt'"),
         (["--prompt=kato", "--hf=/nowhere"], "and not both"),
+        (["--prompt=kato", "--tokenizer=x.json"], "--tokenizer: belongs to --hf"),
+        (["--prompt=kato", f"--seed={1 << 70}"], "--seed: "),
+        (["--prompt=kato", "--seed=-1"], "--seed: -1 must be >= 0"),
     ],
 )
 def test_flags_that_cannot_be_met_exit_with_2(saved, capsys, flags, message):

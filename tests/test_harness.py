@@ -148,6 +148,8 @@ def test_a_long_context_leaves_room_to_generate(lm):
         ({"max_length": 1}, "max_length: "),
         ({"stride": 0}, "stride: "),
         ({"batch_size": 0}, "batch_size: "),
+        ({"batch_size": "four"}, "batch_size: 'four'"),
+        ({"seed": 1 << 70}, "seed: "),
         ({"strid": 2}, "did you mean 'stride'"),
     ],
 )

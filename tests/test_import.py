@@ -447,14 +447,17 @@ def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, cap
     [
         (["--rank=0"], "--rank: 0 must be >= 1"),
         (["--energy=1.5"], "--energy: 1.5 must be > 0 and <= 1"),
-        (["--rank=3", "--energy=.5"], "rank and energy is set"),
+        (
+            ["--rank=3", "--energy=.5"],
+            "--rank: set one of rank, rank_ratio, energy, not rank and energy",
+        ),
         (["--matrices=q"], "--matrices: has no effect alone"),
         (["--rank=3", "--matrices=query"], "--matrices: unknown value 'query'"),
         (["--matrix=down"], "--matrix=down: unknown value ''"),
         (["--matrix=x:rank=3"], "unknown value 'x'"),
         (["--matrix=q:rank=a"], "--matrix=q:rank=a: 'a' is not a value of type int"),
         (["--matrix=q:rank_ratio=0"], "rank_ratio: 0.0 must be > 0"),
-        (["--matrix=head:rank=3"], "head"),
+        (["--matrix=head:rank=3"], "matrix 'head': the head of this model is its tr"),
     ],
 )
 def test_bad_flags_are_refused(folders, tmp_path, capsys, flags, said):

@@ -11,19 +11,26 @@ from sct_jax.training import config as config_lib
 from sct_jax.training import workdir
 
 
-def load(path: str | os.PathLike[str]) -> workdir.LoadedRun:
+def load(
+    path: str | os.PathLike[str], tokenizer: str | None = None
+) -> workdir.LoadedRun:
     """Returns the dense model in a folder, as `workdir.load_run` does for a run.
+
+    Args:
+      path: the folder, or a name of the hub.
+      tokenizer: a tokenizer.json, if not that of the folder.
 
     Raises:
       UserError: see `source.open_folder`, `Source.read` and `load_tokenizer`.
     """
     source = source_lib.open_folder(path, flag="--hf")
-    tokenizer = load_tokenizer(source, None)
+    loaded = load_tokenizer(source, tokenizer)
     imported = importing.load(source, {})
-    config = run_config(
-        imported.config, source.max_length, source.folder / "tokenizer.json"
-    )
-    return workdir.LoadedRun(config, imported.params, tokenizer)
+    file = source.folder / "tokenizer.json"
+    if tokenizer is not None:
+        file = pathlib.Path(paths.expand("--tokenizer", tokenizer))
+    config = run_config(imported.config, source.max_length, file)
+    return workdir.LoadedRun(config, imported.params, loaded)
 
 
 def load_tokenizer(source: source_lib.Source, given: str | None) -> data.Tokenizer:
@@ -35,7 +42,7 @@ def load_tokenizer(source: source_lib.Source, given: str | None) -> data.Tokeniz
     """
     own = source.folder / "tokenizer.json"
     errors.check(
-        "--from",
+        source.flag,
         given is not None or own.exists(),
         f"{source.folder} has no tokenizer.json"
         + " (tokenizer.model is of another kind)"

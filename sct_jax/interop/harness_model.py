@@ -73,8 +73,14 @@ class HarnessModel(harness.TemplateLM):
             f"{stride} must be in 1..{self.max_length}",
         )
         automatic = str(batch_size).startswith("auto")
-        self.batch_size = 16 if automatic else int(batch_size)
-        errors.check("batch_size", self.batch_size > 0, f"{batch_size} must be > 0")
+        number = "16" if automatic else str(batch_size)
+        errors.check(
+            "batch_size",
+            number.isdecimal() and int(number) > 0,
+            f'{batch_size!r} must be "auto" or an integer > 0',
+        )
+        self.batch_size = int(number)
+        errors.check("seed", 0 <= seed < 2**32, f"{seed} must be >= 0 and < 2^32")
         self._key = jax.random.key(seed)
 
     @property

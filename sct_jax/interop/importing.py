@@ -32,13 +32,13 @@ class Rule(NamedTuple):
     energy: float | None = None
 
     def validate(self, where: str) -> None:
-        """Raises UserError, naming the setting after `where`."""
+        """Raises UserError, naming the setting after the prefix `where`."""
         given = [name for name in self._fields if getattr(self, name) is not None]
         errors.check(
-            where or "--rank",
+            f"{where}rank",
             len(given) == 1,
-            f"{' and '.join(given) or 'nothing'} is set; set one of "
-            f"{', '.join(self._fields)}",
+            f"set one of {', '.join(self._fields)}, not "
+            f"{' and '.join(given) or 'none of them'}",
         )
         errors.check_bounds(where, self, "rank", least=1)
         errors.check_bounds(where, self, "rank_ratio", above=0)
@@ -110,7 +110,12 @@ def load(
     """
     shapes = source.config.matrix_shapes()
     for name, rule in rules.items():
-        errors.check_choice("--matrices", name, tuple(shapes))
+        errors.check_choice("--matrices", name, model.MATRICES)
+        errors.check(
+            f"matrix {name!r}",
+            name in shapes,
+            "the head of this model is its transposed embedding; leave it out",
+        )
         rule.validate("")
     ranks, notes = _ranks(source, rules, log=log)
     config = _with_ranks(source.config, ranks, scan_layers=scan_layers)

@@ -32,12 +32,14 @@ class Source(NamedTuple):
       config: the dense model.
       max_length: longest context, in tokens.
       places: name of a tensor -> its file.
+      flag: where the folder was given, for messages.
     """
 
     folder: pathlib.Path
     config: model.ModelConfig
     max_length: int
     places: Mapping[str, pathlib.Path]
+    flag: str = "--from"
 
     def read(self, tensor: names.Tensor) -> Float[np.ndarray, "..."]:
         """Returns a tensor in float32; matrices are (fan_in, fan_out).
@@ -71,10 +73,15 @@ def open_folder(path: str | os.PathLike[str], *, flag: str = "--from") -> Source
     """
     folder = hub.local_folder(path, flag=flag)
     file = folder / config_json.CONFIG
+    errors.check(
+        flag,
+        os.path.lexists(file),
+        f"{folder} has no {file.name}, so it holds no checkpoint of Hugging Face",
+    )
     values = _read_json(file)
     config = config_json.from_config_json(values, str(file))
     max_length = config_json.max_length(values, str(file))
-    source = Source(folder, config, max_length, _locate(folder))
+    source = Source(folder, config, max_length, _locate(folder, flag), flag)
     _check_tensors(source)
     return source
 
@@ -88,11 +95,6 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
             size = os.fstat(opened.fileno()).st_size
             errors.check(str(file), size <= _MAX_JSON_BYTES, f"has {size:,} bytes")
             values = json.loads(opened.read().decode())
-    except FileNotFoundError as error:
-        raise errors.UserError(
-            f"--from: {file.parent} has no {file.name}, so it holds no checkpoint of "
-            "Hugging Face"
-        ) from error
     except errors.UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -101,12 +103,12 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def _locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def _locate(folder: pathlib.Path, flag: str) -> dict[str, pathlib.Path]:
     """The file of every tensor; as in transformers, a single file comes first."""
     if (folder / SINGLE).exists():
         return dict.fromkeys(_names_in(folder / SINGLE), folder / SINGLE)
     if not (folder / INDEX).exists():
-        raise _no_tensors(folder)
+        raise _no_tensors(folder, flag)
     index = folder / INDEX
     shards = _read_json(index).get("weight_map")
     errors.check(
@@ -133,20 +135,19 @@ def _locate(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return places
 
 
-def _no_tensors(folder: pathlib.Path) -> errors.UserError:
+def _no_tensors(folder: pathlib.Path, flag: str) -> errors.UserError:
     found = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in found if name.endswith(_PICKLES)]
     if pickles:
         return errors.UserError(
-            f"--from: {folder} has {pickles[0]}, a pickle, and no {SINGLE}; a pickle "
+            f"{flag}: {folder} has {pickles[0]}, a pickle, and no {SINGLE}; a pickle "
             "runs code of its author when it is opened, so it is not read: save the "
             "model again with safetensors"
         )
-    others = [name for name in found if name.endswith(".safetensors")]
-    return errors.UserError(
-        f"--from: {folder} has neither {SINGLE} nor {INDEX}"
-        + f" (but {others[0]}, whose tensors may have other names)" * bool(others[:1])
-    )
+    message = f"{flag}: {folder} has neither {SINGLE} nor {INDEX}"
+    if others := [name for name in found if name.endswith(".safetensors")]:
+        message += f" (but {others[0]}, whose tensors may have other names)"
+    return errors.UserError(f"{message}; download the weights again")
 
 
 @contextlib.contextmanager
