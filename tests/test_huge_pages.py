@@ -52,7 +52,12 @@ runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
 @pytest.mark.parametrize(
-    "program", [*(f"experiments.{name}" for name in PROGRAMS), "sct_jax.training"]
+    "program",
+    [
+        *(f"experiments.{name}" for name in PROGRAMS),
+        "sct_jax.interop.harness",
+        "sct_jax.training",
+    ],
 )
 def test_every_program_restarts_before_its_slow_imports(program):
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}

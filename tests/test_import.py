@@ -322,6 +322,15 @@ def index_elsewhere(folder):
     edit_json(folder / source.INDEX, weight_map={"lm_head.weight": "../x.safetensors"})
 
 
+def index_of_no_text(folder):
+    edit_json(folder / source.INDEX, weight_map={"lm_head.weight": "\ud800"})
+
+
+def as_a_pipe(folder):
+    shards(folder)[1].unlink()
+    os.mkfifo(folder / "model-00002-of-00012.safetensors")
+
+
 DAMAGE = {
     "missing shard": (
         lambda f: shards(f)[1].unlink(),
@@ -363,6 +372,8 @@ DAMAGE = {
     ),
     "pickles": (as_pickles, "has pytorch_model.bin, a pickle"),
     "index": (index_elsewhere, "weight_map: is not a map"),
+    "index of no text": (index_of_no_text, "weight_map: is not a map"),
+    "pipe": (as_a_pipe, "00002-of-00012.safetensors: cannot be read ([Errno 22] Not a"),
     "no tokenizer": (
         lambda f: (f / "tokenizer.json").unlink(),
         "has no tokenizer.json; name one with --tokenizer=FILE",

@@ -7,10 +7,15 @@ The harness looks for no models of other packages, so this command tells it of o
 hands over its flags. The exit code is that of the harness, or 2 for bad input.
 """
 
+from sct_jax.training import process
+
+if __name__ == "__main__":
+    process.start("sct_jax.interop.harness")
+
 import sys
 
 from sct_jax import errors
-from sct_jax.training import overrides, process
+from sct_jax.training import overrides
 
 MODEL = "sct_jax"
 
@@ -36,6 +41,7 @@ def register() -> None:
 
 def main() -> int:
     """Runs the command line of the harness; exits with code 2 for bad input."""
+    sys.argv[0] = "sct_jax.interop.harness"  # for its help
     try:
         register()
         import lm_eval.__main__  # pyright: ignore[reportMissingImports]
@@ -44,8 +50,3 @@ def main() -> int:
     except errors.UserError as error:
         overrides.fail(str(error))
     return 0
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "sct_jax.interop.harness"
-    process.run(main)

@@ -115,9 +115,7 @@ def _locate(folder: pathlib.Path, flag: str) -> dict[str, pathlib.Path]:
         f"{index}: weight_map",
         isinstance(shards, dict)
         and bool(shards)
-        and all(
-            isinstance(x, str) and os.path.basename(x) == x for x in shards.values()
-        ),
+        and all(map(_is_file_name, shards.values())),
         "is not a map from tensors to files of this folder",
     )
     assert isinstance(shards, dict)
@@ -133,6 +131,11 @@ def _locate(folder: pathlib.Path, flag: str) -> dict[str, pathlib.Path]:
     for name, shard in shards.items():
         errors.check(str(folder / shard), name in places, f"lacks {name}, see {INDEX}")
     return places
+
+
+def _is_file_name(x: Any) -> bool:
+    plain = isinstance(x, str) and x.isprintable() and os.path.basename(x) == x
+    return plain and x not in ("", ".", "..")
 
 
 def _no_tensors(folder: pathlib.Path, flag: str) -> errors.UserError:
@@ -153,6 +156,7 @@ def _no_tensors(folder: pathlib.Path, flag: str) -> errors.UserError:
 @contextlib.contextmanager
 def _opened(file: pathlib.Path) -> Iterator[Any]:
     try:
+        files.open_regular(file).close()  # safetensors would wait for a pipe
         # Not held open: pages that were read would count as memory of the process.
         with safetensors.safe_open(file, framework="numpy") as opened:
             yield opened
