@@ -95,7 +95,7 @@ def inherit(
       config: as its file says, before flags change it.
       path: workdir of the new run.
       init_from: workdir of the other run, if any.
-      log: receives a line that lists the fields of the file that have no effect.
+      log: receives a line that lists the fields of the file that change.
 
     Raises:
       UserError: see `find`.
@@ -106,10 +106,10 @@ def inherit(
         return config
     origin = find(init_from)
     inherited = _with_model(config, origin.config.model)
-    if unused := _overruled(config, inherited):
+    if changed := _changed(config, inherited):
         log(
-            f"note: --init-from takes the model and the tokenizer of {origin.path}; "
-            f"without effect in the configuration file: {', '.join(unused)}"
+            f"note: the model and the tokenizer are those of {origin.path}; without "
+            f"effect in the configuration file: {', '.join(changed)}"
         )
     return inherited
 
@@ -125,19 +125,13 @@ def _with_model(
     )
 
 
-def _overruled(
+def _changed(
     config: config_lib.ExperimentConfig, inherited: config_lib.ExperimentConfig
 ) -> list[str]:
-    """The fields that a configuration sets, and that are others once inherited."""
-    unset, given, taken = (
-        config_lib.flatten(config_lib.to_dict(c))
-        for c in (config_lib.ExperimentConfig(), config, inherited)
+    before, after = (
+        config_lib.flatten(config_lib.to_dict(c)) for c in (config, inherited)
     )
-    return [
-        name
-        for name, value in given.items()
-        if value != taken[name] and value != unset.get(name)
-    ]
+    return [name for name in before if before[name] != after[name]]
 
 
 def adopt(
