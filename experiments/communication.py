@@ -22,7 +22,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ import rich.console
 import rich.table
 from jax.sharding import Mesh
 
+from experiments import json_file
 from sct_jax import errors, sharding
 from sct_jax.training import (
     accounting,
@@ -148,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             0 < flags.memory_gb < math.inf,
             f"{flags.memory_gb} must be above 0 and finite",
         )
-        _check_json(flags.json)
         _check_pairs(pairs)
         with overrides.notes_on_renames():
             experiment = overrides.load(flags.config, pairs)
@@ -162,22 +161,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in notes:
             say(f"note: {note}")
         steps = measure(by_model, mesh, split=not flags.once, say=say)
+        figures = {name: as_figures(*pair, rates) for name, pair in steps.items()}
+        for table in tables(steps, figures, rates):
+            console.print(table)
+        for name, (step, _) in steps.items():
+            if note := note_on_loops(name, step):
+                say(f"note: {note}")
+        if flags.json is not None:
+            written = {
+                "mesh": sizes,
+                "rates": dataclasses.asdict(rates),
+                "notes": notes,
+                "models": figures,
+            }
+            json_file.write(flags.json, written)
     except errors.UserError as error:
         overrides.fail(str(error))
-    figures = {name: as_figures(*pair, rates) for name, pair in steps.items()}
-    for table in tables(steps, figures, rates):
-        console.print(table)
-    for name, (step, _) in steps.items():
-        if note := note_on_loops(name, step):
-            say(f"note: {note}")
-    if flags.json:
-        written = {
-            "mesh": sizes,
-            "rates": dataclasses.asdict(rates),
-            "notes": notes,
-            "models": figures,
-        }
-        pathlib.Path(flags.json).write_text(json.dumps(written, indent=2) + "\n")
     return 0
 
 
@@ -230,7 +229,7 @@ def _parser() -> overrides.FlagParser:
         help="bytes/s that a device sends to other nodes (default: %(default)g, one "
         "port of 400 Gb/s)",
     )
-    add("--json", help="also write the figures to this file")
+    json_file.add_flag(parser)
     return parser
 
 
@@ -280,19 +279,6 @@ def _selected(text: str) -> list[str]:
     for name in names:
         errors.check_choice("--models", name, MODELS)
     return names
-
-
-def _check_json(path: str | None) -> None:
-    """Raises UserError before minutes of compilation, not after."""
-    if path is None:
-        return
-    folder = pathlib.Path(path).parent
-    errors.check(
-        "--json", folder.is_dir(), f"there is no folder {str(folder)!r}; create it"
-    )
-    errors.check(
-        "--json", not pathlib.Path(path).is_dir(), f"{path!r} is a folder, not a file"
-    )
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:

@@ -245,9 +245,12 @@ REFUSED = {
     "batch": (["--mesh=data:3"], "data.batch_size: 8 in 1 micro-batches"),
     "folder": (
         ["--mesh=data:2", "--json=missing/x.json"],
-        "--json: there is no folder",
+        "missing is not a folder",
     ),
-    "a folder": (["--mesh=data:2", "--json=."], "--json: '.' is a folder"),
+    "a folder": (
+        ["--mesh=data:2", "--json=."],
+        "'.': it is not a regular file",
+    ),
     "model": (["--mesh=data:2", "--models=sparse"], "--models: unknown value 'sparse'"),
     "rate": (["--mesh=data:2", "--flops=0"], "--flops: 0.0 must be above 0"),
     "not a number": (

@@ -12,6 +12,7 @@ from sct_jax.training import overrides
 
 PROGRAMS = {
     "generate": ["--workdir=/nowhere", "--prompt=a"],
+    "communication": ["--config=/nowhere.py", "--mesh=data:2"],
     "evaluate": ["--workdir=/nowhere"],
     "memory_table": [],
     "step70b": [],
