@@ -61,6 +61,7 @@ def head_cross_entropy(
     mask: Real[Array, "B L"] | Bool[Array, "B L"] | None = None,
     z_loss: float = 0.0,
     tokens_per_chunk: int = TOKENS_PER_CHUNK,
+    row_shards: int = 1,
 ) -> Scalar:
     """Returns `next_token_cross_entropy(head(params, x), targets)` without its logits.
 
@@ -78,20 +79,35 @@ def head_cross_entropy(
       targets: as in `next_token_cross_entropy`.
       mask: likewise.
       z_loss: likewise.
-      tokens_per_chunk: rounded up to a whole number of positions of every sequence.
+      tokens_per_chunk: rounded up to a whole number of positions of every sequence; on
+        a mesh, of each shard.
+      row_shards: number of parts of the batch that lie on different devices; divides B.
+        Each sums the gradient of `params` over its own tokens, and the parts are added
+        once, instead of once per chunk.
 
     Raises:
-      ValueError: for a z_loss that is negative or not finite, or a size below 1.
+      ValueError: for a z_loss that is negative or not finite, for a size below 1, or
+        for shards that do not divide the batch.
     """
     _check_z_loss(z_loss)
     if tokens_per_chunk < 1:
         raise ValueError(f"tokens_per_chunk must be at least 1, got {tokens_per_chunk}")
     batch, length = targets.shape
-    size = min(length, -(-tokens_per_chunk // batch))
+    if row_shards < 1 or batch % row_shards:
+        raise ValueError(f"row_shards = {row_shards} must divide the batch of {batch}")
+    size = min(length, -(-tokens_per_chunk * row_shards // batch))
     weights = _weights(targets, mask)
-    chunks = [remat.in_chunks(array, size) for array in (x, targets, weights)]
-    nats: Array = _chunked_nats(head, z_loss, params, *chunks)  # pyright: ignore
-    return nats / _total(weights)
+    arrays = (x, targets, weights)
+    nats_of = functools.partial(_chunked_nats, head, z_loss)
+    if row_shards == 1:
+        chunks = [remat.in_chunks(array, size) for array in arrays]
+        nats: Array = nats_of(params, *chunks)  # pyright: ignore
+        return nats / _total(weights)
+    shards = [array.reshape(row_shards, -1, *array.shape[1:]) for array in arrays]
+    of_shard = lambda *arrays: nats_of(
+        params, *[remat.in_chunks(array, size) for array in arrays]
+    )
+    return jnp.sum(jax.vmap(of_shard)(*shards)) / _total(weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

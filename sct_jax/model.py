@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Scalar
 
-from sct_jax import attention, errors, losses, remat, spectral
+from sct_jax import attention, errors, losses, remat, sharding, spectral
 
 Params = dict[str, Any]
 Linear = Callable[[Array, spectral.Weight], Array]  # x (..., I), W to x @ W (..., O)
@@ -475,6 +475,7 @@ def forward(
     *,
     segment_ids: Int[Array, "B L"] | None = None,
     linear: Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L V"]:
     """Returns the logits of the next token at every position, in float32.
 
@@ -485,8 +486,16 @@ def forward(
       segment_ids: document id of each position. Attention does not cross documents.
       linear: multiplies by every matrix of the layers, and by the head. The embedding
         lookup does not use it.
+      placement: where arrays are on a mesh; XLA is to choose if None.
     """
-    x_BLD = hidden(params, tokens_BL, config, segment_ids=segment_ids, linear=linear)
+    x_BLD = hidden(
+        params,
+        tokens_BL,
+        config,
+        segment_ids=segment_ids,
+        linear=linear,
+        placement=placement,
+    )
     return logits(params, x_BLD, config, linear=linear)
 
 
@@ -496,6 +505,7 @@ def loss(
     config: ModelConfig,
     *,
     linear: Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Scalar:
     """Returns the mean next-token loss of a batch, in nats per token.
 
@@ -507,6 +517,7 @@ def loss(
       batch: `inputs`, `targets` and, where documents are packed, `segment_ids`.
       config: architecture of the model.
       linear: as in `forward`. Derivatives do not reach what it closes over in the head.
+      placement: as in `forward`.
     """
     x_BLD = hidden(
         params,
@@ -514,8 +525,11 @@ def loss(
         config,
         segment_ids=batch.get("segment_ids"),
         linear=linear,
+        placement=placement,
     )
-    return head_loss(params, x_BLD, batch["targets"], config, linear=linear)
+    return head_loss(
+        params, x_BLD, batch["targets"], config, linear=linear, placement=placement
+    )
 
 
 def head_loss(
@@ -525,11 +539,19 @@ def head_loss(
     config: ModelConfig,
     *,
     linear: Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Scalar:
     """Returns the mean loss, in nats per token, from the result of `hidden`."""
     ends = {name: params[name] for name in head_keys(config)}
-    head = lambda ends, x: logits(ends, x, config, linear=linear)
-    return losses.head_cross_entropy(head, ends, x_BLD, targets_BL)
+    if placement:
+        ends = placement.weights(ends, x_BLD.dtype)
+    return losses.head_cross_entropy(
+        lambda ends, x: logits(ends, x, config, linear=linear),
+        ends,
+        x_BLD,
+        targets_BL,
+        row_shards=placement.row_shards if placement else 1,
+    )
 
 
 def head_keys(config: ModelConfig) -> tuple[str, str]:
@@ -544,12 +566,15 @@ def hidden(
     *,
     segment_ids: Int[Array, "B L"] | None = None,
     linear: Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after the last layer; arguments as in `forward`."""
     x_BLD = embed(params, tokens_BL, config)
+    if placement:
+        x_BLD = placement.stream(x_BLD)
     rope = rotary_table(tokens_BL.shape[1], config)
-    plain = functools.partial(block, config=config, linear=linear)
-    layers, apply = params[LAYERS], _rematerialised(plain, config.remat)
+    plain = functools.partial(block, config=config, linear=linear, placement=placement)
+    layers, apply = params[LAYERS], _rematerialised(plain, config.remat, placement)
     if isinstance(layers, tuple):
         for layer in layers:
             x_BLD = apply(layer, x_BLD, rope, segment_ids)
@@ -604,11 +629,14 @@ def block(
     *,
     config: ModelConfig,
     linear: Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after one layer: causal attention, then SwiGLU.
 
     `linear` multiplies by the seven matrices, in the order q, k, v, o, gate, up, down.
     """
+    if placement:
+        params = placement.weights(params, x_BLD.dtype)
     batch, length, _ = x_BLD.shape
     q_BLHK, k_BMGK, v_BMGK = attention_inputs(
         params, x_BLD, config=config, linear=linear
@@ -621,7 +649,9 @@ def block(
         implementation=config.attention,
     )
     x_BLD = x_BLD + linear(attended_BLHK.reshape(batch, length, -1), params["o"])
-    mlp = functools.partial(add_mlp, config=config, linear=linear)
+    if placement:
+        x_BLD = placement.stream(x_BLD)
+    mlp = functools.partial(add_mlp, config=config, linear=linear, placement=placement)
     if config.remat != "full":
         return mlp(params, x_BLD)
     matrices = {name: params[name] for name in ("mlp_norm", *MLP)}
@@ -653,12 +683,14 @@ def add_mlp(
     *,
     config: ModelConfig,
     linear: Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream plus the SwiGLU of one layer."""
     h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
     gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
     up_BLF = linear(h_BLD, params["up"])
-    return x_BLD + linear(gate_BLF * up_BLF, params["down"])
+    x_BLD = x_BLD + linear(gate_BLF * up_BLF, params["down"])
+    return placement.stream(x_BLD) if placement else x_BLD
 
 
 def rms_norm(
@@ -728,7 +760,10 @@ def rotate(
     return jnp.concatenate(turned, axis=-1).astype(x_BLHK.dtype)
 
 
-def _rematerialised(apply, remat: str):
+_CHEAP = ("convert_element_type", "sharding_constraint", "transpose")
+
+
+def _rematerialised(apply, remat: str, placement: sharding.Placement | None):
     if remat == "full":
         return jax.checkpoint(apply)
     if remat == "dots":
@@ -737,5 +772,9 @@ def _rematerialised(apply, remat: str):
             policies.dots_with_no_batch_dims_saveable,
             policies.save_only_these_names(attention.SAVED),
         )
+        return jax.checkpoint(apply, policy=policy)
+    if placement and placement.gathers_weights:
+        # Gathered again for the backward pass: those of all layers are all parameters.
+        policy = lambda primitive, *_, **__: primitive.name not in _CHEAP
         return jax.checkpoint(apply, policy=policy)
     return apply

@@ -3,12 +3,15 @@
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from sct_jax import errors
+
+T = TypeVar("T")  # a pytree of parameters
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -25,16 +28,39 @@ BATCH = PartitionSpec(ROWS)
 # crosses `tensor`.
 _IN = r"(q|k|v|gate|up|head)"  # from D to heads, F or V
 _OUT = r"(o|down|embedding)"  # from heads, F or V to D
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (rf"{_IN}\.(u|a)", PartitionSpec("fsdp", None)),
-    (rf"{_IN}\.(v|b)", PartitionSpec(("tensor", "fsdp"), None)),
-    (rf"{_OUT}\.(u|a)", PartitionSpec(("tensor", "fsdp"), None)),
-    (rf"{_OUT}\.(v|b)", PartitionSpec("fsdp", None)),
-    (r"\w+\.(s|active|right_a|right_b|ns_coeffs)", PartitionSpec(None)),
-    (r"\w+_norm", PartitionSpec(None)),
-    (_IN, PartitionSpec("fsdp", "tensor")),
-    (_OUT, PartitionSpec("tensor", "fsdp")),
-)
+_STREAM = "(attention|mlp|final)_norm"  # one scale per entry of D
+
+
+def _rules(
+    stream: str | None, thin: PartitionSpec
+) -> tuple[tuple[str, PartitionSpec], ...]:
+    """The table of a layout.
+
+    Args:
+      stream: axis over which the entries of the residual stream are divided.
+      thin: spec of the factors that face the stream.
+    """
+    wide = PartitionSpec((HEADS, "fsdp"), None)
+    return (
+        (rf"{_IN}\.(u|a)", thin),
+        (rf"{_IN}\.(v|b)", wide),
+        (rf"{_OUT}\.(u|a)", wide),
+        (rf"{_OUT}\.(v|b)", thin),
+        (r"\w+\.(s|active|right_a|right_b|ns_coeffs)", PartitionSpec(None)),
+        (_STREAM, PartitionSpec(stream)),
+        (r"\w+_norm", PartitionSpec(None)),
+        (_IN, PartitionSpec("fsdp", HEADS)),
+        (_OUT, PartitionSpec(HEADS, "fsdp")),
+    )
+
+
+RULES = {
+    "thin_replicated": _rules(None, PartitionSpec("fsdp", None)),
+    "fully_sharded": _rules(HEADS, PartitionSpec((HEADS, "fsdp"), None)),
+}
+"""For each layout of tensor parallelism, the spec of every leaf by its path."""
+
+LAYOUTS = tuple(RULES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,15 +71,22 @@ class MeshConfig:
       data: replicas of the parameters; shards the batch.
       fsdp: shards parameters, optimizer state and the batch.
       tensor: shards heads, d_ff and vocabulary.
+      tensor_layout: what `tensor` does to the side of a matrix that faces the residual
+        stream. "thin_replicated" replicates that factor and the stream: a block sums
+        2 R numbers per token over `tensor` in its forward pass and 7 R in a step, one R
+        after attention and one after the MLP. "fully_sharded" shards the rows of every
+        factor, and the stream over d_model: 7 R forward and 14 R in a step, while
+        parameters and FLOPs are divided exactly.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    tensor_layout: str = "thin_replicated"
 
     def validate(self) -> None:
         """Raises UserError naming the first invalid field."""
-        sizes = dataclasses.asdict(self)
+        sizes = self._sizes()
         for name, size in sizes.items():
             errors.check(
                 f"mesh.{name}", size == -1 or size >= 1, f"{size} must be >= 1, or -1"
@@ -61,6 +94,7 @@ class MeshConfig:
         errors.check(
             "mesh", list(sizes.values()).count(-1) <= 1, "only one axis may be -1"
         )
+        errors.check_choice("mesh.tensor_layout", self.tensor_layout, LAYOUTS)
 
     def build(self, num_devices: int | None = None) -> Mesh:
         """Returns a mesh over all devices, or the first `num_devices`, with Auto axes.
@@ -69,7 +103,7 @@ class MeshConfig:
           UserError: if the product of the sizes is not the number of devices.
         """
         devices = jax.device_count() if num_devices is None else num_devices
-        sizes = dataclasses.asdict(self)
+        sizes = self._sizes()
         fixed = math.prod(size for size in sizes.values() if size != -1)
         product = " x ".join(f"{n} {s}" for n, s in sizes.items())
         sizes = {n: devices // fixed if s == -1 else s for n, s in sizes.items()}
@@ -82,6 +116,9 @@ class MeshConfig:
         return jax.make_mesh(
             tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
         )
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in AXES}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -97,7 +134,9 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "".join(parts).lstrip("/.")
 
 
-def partition_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
+def partition_spec(
+    name: str, shape: tuple[int, ...], layout: str = LAYOUTS[0]
+) -> PartitionSpec:
     """Returns the spec of a leaf from the first rule that matches.
 
     Scalars are replicated. Additional leading axes are layers, which are not sharded.
@@ -105,13 +144,14 @@ def partition_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
     Args:
       name: path of the leaf, from `path_name`.
       shape: shape of the leaf.
+      layout: one of `LAYOUTS`.
 
     Raises:
       ValueError: if no rule covers the leaf.
     """
     if not shape:
         return PartitionSpec()
-    for pattern, spec in RULES:
+    for pattern, spec in RULES[layout]:
         if re.search(rf"(^|/){pattern}$", name):
             if len(spec) > len(shape):
                 continue
@@ -119,8 +159,13 @@ def partition_spec(name: str, shape: tuple[int, ...]) -> PartitionSpec:
     raise ValueError(f"no sharding rule covers {name!r} of shape {shape}")
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, layout: str = LAYOUTS[0]) -> Any:
     """Returns the sharding of every leaf of a tree of arrays or abstract arrays.
+
+    Args:
+      tree: parameters, or a state that mirrors them.
+      mesh: the devices.
+      layout: one of `LAYOUTS`.
 
     Raises:
       UserError: if an axis is not divisible by its mesh axes; names the leaf.
@@ -129,18 +174,118 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     def one(path, leaf):
         name = path_name(path)
-        spec = partition_spec(name, leaf.shape)
+        spec = partition_spec(name, leaf.shape, layout)
         for axis, names in enumerate(spec):
             names = (names,) if isinstance(names, str) else names or ()
             parts = math.prod(mesh.shape[n] for n in names)
+            used = [n for n in names if mesh.shape[n] > 1] or names
+            size = leaf.shape[axis]
             errors.check(
-                f"mesh.{'/'.join(names)}",
-                leaf.shape[axis] % parts == 0,
-                f"axis {axis} of {name} {leaf.shape} is not divisible by {parts}",
+                f"mesh.{'/'.join(used)}",
+                size % parts == 0,
+                f"axis {axis} of {name} {leaf.shape} is not divisible by {parts}: "
+                f"{_nearest_sizes(size, parts)}",
             )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _nearest_sizes(size: int, parts: int) -> str:
+    """What to change where `parts` devices do not divide an axis."""
+    below = size // parts * parts
+    sizes = f"{below} or {below + parts}" if below else f"{parts}"
+    fewer = max((n for n in range(1, parts) if size % n == 0), default=1)
+    return f"{sizes} would be, or {size} by {fewer}"
+
+
+def check_heads(
+    mesh: Mesh | AbstractMesh, *, num_heads: int, num_kv_heads: int
+) -> None:
+    """Raises UserError unless each device gets whole heads of queries, keys and values.
+
+    Rows of q.v divide by `tensor` even where heads do not. Attention would then move
+    parts of heads between devices.
+    """
+    parts = mesh.shape[HEADS]
+    for field, weights, heads in (
+        ("num_heads", "q and o", num_heads),
+        ("num_kv_heads", "k and v", num_kv_heads),
+    ):
+        errors.check(
+            f"mesh.{HEADS}",
+            heads % parts == 0,
+            f"model.{field} = {heads}, the heads of {weights}, is not divisible by "
+            f"{parts}: {_nearest_sizes(heads, parts)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the model's arrays are, for functions that XLA partitions.
+
+    XLA may choose another division for what nothing constrains: of activations by the
+    axis of the weights, for example.
+
+    Attributes:
+      mesh: the devices.
+      layout: one of `LAYOUTS`.
+    """
+
+    mesh: Mesh | AbstractMesh
+    layout: str = LAYOUTS[0]
+
+    @property
+    def row_shards(self) -> int:
+        """Number of parts of a batch."""
+        return math.prod(self.mesh.shape[name] for name in ROWS)
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether `weights` moves anything."""
+        return self.mesh.shape["fsdp"] > 1
+
+    def stream(self, x: Float[Array, "B ... D"]) -> Float[Array, "B ... D"]:
+        """Divides the residual stream: rows over `ROWS`, D as the layout says."""
+        columns = HEADS if self.layout == "fully_sharded" else None
+        return self._constrain(x, ROWS, *[None] * (x.ndim - 2), columns)
+
+    def bottleneck(self, h: Float[Array, "... R"]) -> Float[Array, "... R"]:
+        """Gives all devices along `tensor` all R numbers of their rows.
+
+        So too for the gradient. Those of a replicated factor are then local, not sums
+        over `tensor`.
+        """
+        return self._constrain(h, *[PartitionSpec.UNCONSTRAINED] * (h.ndim - 1), None)
+
+    def weights(self, tree: T, dtype: jax.typing.DTypeLike) -> T:
+        """Gathers matrices and factors over `fsdp`, in the dtype of products.
+
+        Each device gets its own rows of the gradients, not all of them.
+        """
+        if not self.gathers_weights:
+            return tree
+
+        def one(path, leaf):
+            spec = partition_spec(path_name(path), leaf.shape, self.layout)
+            whole = [_without(axes, "fsdp") for axes in spec]
+            if whole == list(spec):
+                return leaf
+            rows = self._constrain(leaf, *spec)
+            return self._constrain(rows.astype(dtype), *whole)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def _constrain(self, x: Array, *spec: Any) -> Array:
+        place = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.lax.with_sharding_constraint(x, place)
+
+
+def _without(axes: str | tuple[str, ...] | None, name: str) -> Any:
+    """The axes of one dimension without this one."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    left = tuple(n for n in names if n != name)
+    return left[0] if len(left) == 1 else left or None
 
 
 def abstract(tree: Any, tree_shardings: Any) -> Any:

@@ -8,7 +8,7 @@ factors of a weight together with
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
@@ -61,7 +61,11 @@ def is_spectral(x: Any) -> TypeGuard[SpectralFactors]:
 
 
 def linear(
-    x: Shaped[ArrayLike, "... I"], w: Weight, *, flatten_rows: bool = False
+    x: Shaped[ArrayLike, "... I"],
+    w: Weight,
+    *,
+    flatten_rows: bool = False,
+    constrain: Callable[[Array], Array] | None = None,
 ) -> Inexact[Array, "... O"]:
     """Returns x @ W in the dtype of x, at 2 R (I + O) FLOPs per row for factors.
 
@@ -75,11 +79,14 @@ def linear(
         this on one device: for gradients over several axes of rows, XLA on CPU
         transposes the activations. Leave it unset if rows may be sharded: joining
         sharded axes moves activations between devices.
+      constrain: places the bottleneck x @ u on a mesh, where XLA is to choose if None;
+        see `sharding.Placement`.
     """
     x = _as_activations(x, w)
     rows = x.reshape(-1, x.shape[-1]) if flatten_rows else x
     if is_factors(w):
-        y = expand(contract(rows, w), w)
+        h = contract(rows, w)
+        y = expand(constrain(h) if constrain else h, w)
     else:
         y = rows @ jnp.asarray(w, x.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -239,6 +239,7 @@ RESUMABLE = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "mesh.tensor_layout",
 )
 
 # Earlier names of fields and values. Files that hold them open for good; flags accept

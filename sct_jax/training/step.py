@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from sct_jax import model, spectral
+from sct_jax import model, sharding, spectral
 from sct_jax.training import guard as guard_lib
 from sct_jax.training import state as state_lib
 
@@ -27,9 +27,10 @@ def loss_fn(
     config: model.ModelConfig,
     *,
     linear: model.Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Float[Array, ""]:
     """Returns the mean next-token loss of a batch, in nats per token."""
-    return model.loss(params, batch, config, linear=linear)
+    return model.loss(params, batch, config, linear=linear, placement=placement)
 
 
 def diagnose(old: Any, new: Any) -> Metrics:
@@ -53,6 +54,7 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     linear_at: Callable[[Int[Array, ""]], model.Linear] = lambda _: spectral.linear,
+    placement: sharding.Placement | None = None,
     diagnose: Diagnose = diagnose,
     guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> TrainStep:
@@ -71,6 +73,7 @@ def make_train_step(
       num_microbatches: divides the batch size.
       linear_at: number of steps so far -> function that multiplies by every matrix
         of the layers and the head, for methods that change the forward pass.
+      placement: where arrays are on a mesh, as in `model.forward`.
       diagnose: (old parameters, new parameters) -> dict of scalars to report.
       guard: decides which steps are applied.
     """
@@ -78,7 +81,9 @@ def make_train_step(
 
     def accumulate(params, batch, linear):
         def value_and_grad(params, batch):
-            return jax.value_and_grad(loss_fn)(params, batch, config, linear=linear)
+            return jax.value_and_grad(loss_fn)(
+                params, batch, config, linear=linear, placement=placement
+            )
 
         if num_microbatches == 1:
             return value_and_grad(params, batch)
@@ -131,6 +136,7 @@ def make_eval_step(
     *,
     num_microbatches: int = 1,
     linear: model.Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
 ) -> Callable[[model.Params, Batch], Float[Array, ""]]:
     """Returns `eval_step(params, batch) -> loss` in nats per token; jit it.
 
@@ -139,10 +145,13 @@ def make_eval_step(
       num_microbatches: number of shares of the batch, evaluated in sequence, so that
         evaluation fits into memory wherever training does.
       linear: multiplies by every matrix of the layers and the head.
+      placement: where arrays are on a mesh, as in `model.forward`.
     """
 
     def eval_step(params, batch):
-        share_loss = lambda share: loss_fn(params, share, config, linear=linear)
+        share_loss = lambda share: loss_fn(
+            params, share, config, linear=linear, placement=placement
+        )
         if num_microbatches == 1:
             return share_loss(batch)
         return jnp.mean(jax.lax.map(share_loss, _shares(batch, num_microbatches)))

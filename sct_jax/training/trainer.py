@@ -78,10 +78,22 @@ class Trainer:
         self.config = config
         self.mesh = mesh
         self.tx = config.build_optimizer() if tx is None else tx
+        placement = None
+        if mesh.size > 1:
+            placement = sharding.Placement(mesh, config.mesh.tensor_layout)
         if linear is None:
-            linear = functools.partial(spectral.linear, flatten_rows=mesh.size == 1)
+            linear = functools.partial(
+                spectral.linear,
+                flatten_rows=placement is None,
+                constrain=placement and placement.bottleneck,
+            )
         _check_batch(config.data, mesh)
         self.rows = _rows_of_process(config.data.batch_size, mesh)
+        sharding.check_heads(
+            mesh,
+            num_heads=config.model.num_heads,
+            num_kv_heads=config.model.num_kv_heads,
+        )
         name, reason = _select_attention(config, mesh)
         self.choices = {"attention": f"{name} ({reason})"}
         # Without documents the ids are all alike, and cuDNN does not take them.
@@ -116,6 +128,7 @@ class Trainer:
                 self.tx,
                 num_microbatches=config.data.num_microbatches,
                 linear_at=linear_at or (lambda _: linear),
+                placement=placement,
                 diagnose=diagnose,
                 guard=config.optimizer.guard,
             )
@@ -138,6 +151,7 @@ class Trainer:
                     self.model,
                     num_microbatches=config.data.num_microbatches,
                     linear=linear,
+                    placement=placement,
                 )
             )
         )
@@ -339,7 +353,7 @@ class Trainer:
         if self.mesh.size == 1:  # custom parameters need no sharding rule
             whole = NamedSharding(self.mesh, PartitionSpec())
             return jax.tree.map(lambda _: whole, tree)
-        return sharding.shardings(tree, self.mesh)
+        return sharding.shardings(tree, self.mesh, self.config.mesh.tensor_layout)
 
     def _with_shardings(self, tree: Any) -> Any:
         return sharding.abstract(tree, self._shardings(tree))
