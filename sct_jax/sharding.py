@@ -55,12 +55,21 @@ def _rules(
 
 
 RULES = {
-    "thin_replicated": _rules(None, PartitionSpec("fsdp", None)),
     "fully_sharded": _rules(HEADS, PartitionSpec((HEADS, "fsdp"), None)),
+    "thin_replicated": _rules(None, PartitionSpec("fsdp", None)),
 }
 """For each layout of tensor parallelism, the spec of every leaf by its path."""
 
 LAYOUTS = tuple(RULES)
+"""The default comes first.
+
+A block of SmolLM2-1.7B with all matrices of rank 128, on tensor 4, compiled: against
+one device, "fully_sharded" divides FLOPs by 4.0, parameters by 4.0 and activations by
+4.1, "thin_replicated" by 2.2, 2.1 and 2.9. It moves 7 R numbers more per token and
+step, and saves about 3,000 FLOPs for each of their bytes on the wire. The links between
+accelerators of one machine have a byte for every 1,000 to 2,500. Between machines they
+have one for 10,000 or more, where "thin_replicated" is the faster one.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,17 +81,17 @@ class MeshConfig:
       fsdp: shards parameters, optimizer state and the batch.
       tensor: shards heads, d_ff and vocabulary.
       tensor_layout: what `tensor` does to the side of a matrix that faces the residual
-        stream. "thin_replicated" replicates that factor and the stream: a block sums
-        2 R numbers per token over `tensor` in its forward pass and 7 R in a step, one R
-        after attention and one after the MLP. "fully_sharded" shards the rows of every
-        factor, and the stream over d_model: 7 R forward and 14 R in a step, while
-        parameters and FLOPs are divided exactly.
+        stream. "fully_sharded" shards the rows of every factor, and the stream over
+        d_model: parameters and FLOPs are divided exactly, and a block sums 7 R numbers
+        per token over `tensor` in its forward pass, 14 R in a step. "thin_replicated"
+        replicates the stream and the factors that face it: 2 R forward, one R after
+        attention and one after the MLP, and 7 R in a step.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    tensor_layout: str = "thin_replicated"
+    tensor_layout: str = LAYOUTS[0]
 
     def validate(self) -> None:
         """Raises UserError naming the first invalid field."""

@@ -41,7 +41,11 @@ class _Reader:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             with workdir_lib.reading(folder) as checkpoints:
-                found = checkpoints.restore(self._run.abstract_at, self._run.mesh)
+                found = checkpoints.restore(
+                    self._run.abstract_at,
+                    self._run.mesh,
+                    layout=self._run.config.mesh.tensor_layout,
+                )
         assert found is not None
         state, record = found
         sums = {

@@ -429,6 +429,7 @@ class Checkpointer:
         abstract_at: Callable[[Record], state_lib.TrainState],
         mesh: Mesh,
         *,
+        layout: str = sharding.LAYOUTS[0],
         opt_state: bool = True,
     ) -> tuple[state_lib.TrainState, Record] | None:
         """Returns the newest whole checkpoint and its record; None if there is none.
@@ -441,6 +442,7 @@ class Checkpointer:
           abstract_at: from the record of a checkpoint to shapes and dtypes of its
             state, in the layout to return.
           mesh: the devices to restore to.
+          layout: of tensor parallelism on them, see `sharding.LAYOUTS`.
           opt_state: False leaves out the state of the optimizer, which is then ().
             Its files are checked all the same.
 
@@ -465,7 +467,7 @@ class Checkpointer:
                 if not opt_state:
                     wanted = wanted.replace(opt_state=())
                 state = self._restore_step(
-                    step, record, wanted, mesh, opt_state=opt_state
+                    step, record, wanted, mesh, layout, opt_state=opt_state
                 )
             except (errors.UserError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # not the fault of the checkpoint
@@ -495,7 +497,7 @@ class Checkpointer:
                 state = model.stack_layers(
                     state, stack_arrays=arrays_lib.stack_and_free
                 )
-                state = jax.device_put(state, sharding.shardings(wanted, mesh))
+                state = jax.device_put(state, sharding.shardings(wanted, mesh, layout))
             return state, record
         errors.check(
             "workdir",
@@ -511,12 +513,13 @@ class Checkpointer:
         record: dict[str, Any],
         abstract: state_lib.TrainState,
         mesh: Mesh,
+        layout: str,
         *,
         opt_state: bool,
     ) -> state_lib.TrainState:
         apart = jax.eval_shape(model.unstack_layers, abstract)
         target = arrays_lib.by_name(
-            sharding.abstract(apart, sharding.shardings(apart, mesh))
+            sharding.abstract(apart, sharding.shardings(apart, mesh, layout))
         )
         saved = record["leaves"]
         if not opt_state:

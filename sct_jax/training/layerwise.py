@@ -59,16 +59,31 @@ class Stack(NamedTuple):
     head_keys: tuple[str, ...]
 
 
-def stack_of(config: model.ModelConfig) -> Stack:
-    """Returns the pieces of the transformer in `model`."""
+def stack_of(
+    config: model.ModelConfig, placement: sharding.Placement | None = None
+) -> Stack:
+    """Returns the pieces of the transformer in `model`.
+
+    Args:
+      config: shape of the model.
+      placement: where arrays are on a mesh, as in `model.forward`.
+    """
+
+    def embed(ends, batch):
+        x = model.embed(ends, batch["inputs"], config)
+        return placement.stream(x) if placement else x
 
     def block(layer, x, batch, linear):
         rope = model.rotary_table(x.shape[1], config)
         segments = batch.get("segment_ids")
-        return model.block(layer, x, rope, segments, config=config, linear=linear)
+        return model.block(
+            layer, x, rope, segments, config=config, linear=linear, placement=placement
+        )
 
     def head_loss(ends, x, batch, linear):
-        return model.head_loss(ends, x, batch["targets"], config, linear=linear)
+        return model.head_loss(
+            ends, x, batch["targets"], config, linear=linear, placement=placement
+        )
 
     return Stack(
         num_layers=config.num_layers,
@@ -78,7 +93,7 @@ def stack_of(config: model.ModelConfig) -> Stack:
         init_layer=lambda key: model.orthonormalize(
             model.init_block(key, config), config
         ),
-        embed=lambda ends, batch: model.embed(ends, batch["inputs"], config),
+        embed=embed,
         block=block,
         head_loss=head_loss,
         embed_keys=("embedding",),
@@ -115,6 +130,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
+    layout: str = sharding.LAYOUTS[0],
     guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> "LayerwiseStep":
     """Returns `step(state, batch, diagnose) -> (state, metrics)`; do not jit it.
@@ -129,11 +145,14 @@ def make_train_step(
       stack: the model, see `stack_of`.
       tx: a chain with local rules.
       mesh: devices over which the state is sharded; None for one device.
+      layout: of tensor parallelism on them, see `sharding.LAYOUTS`.
       guard: decides which steps are applied. It judges a spike by the loss alone.
     """
     # The same rule as in `spectral.linear`: joining a sharded axis moves activations.
     flatten_rows = mesh is None or mesh.size == 1
-    return LayerwiseStep(stack, tx, guard, mesh=mesh, flatten_rows=flatten_rows)
+    return LayerwiseStep(
+        stack, tx, guard, mesh=mesh, layout=layout, flatten_rows=flatten_rows
+    )
 
 
 class LayerwiseStep:
@@ -146,12 +165,14 @@ class LayerwiseStep:
         guard: guard_lib.Guard,
         *,
         mesh: Mesh | None,
+        layout: str,
         flatten_rows: bool,
     ):
         self._stack = stack
         self._tx = optax.with_extra_args_support(tx)
         self._guard = guard
         self._mesh = mesh
+        self._layout = layout
         self._linear = functools.partial(spectral.linear, flatten_rows=flatten_rows)
         self._head_only = tuple(k for k in stack.head_keys if k not in stack.embed_keys)
         self._tied = tuple(k for k in stack.head_keys if k in stack.embed_keys)
@@ -389,7 +410,7 @@ class LayerwiseStep:
     def _place(self, tree):
         if self._mesh is None:
             return tree
-        shardings = sharding.shardings(tree, self._mesh)
+        shardings = sharding.shardings(tree, self._mesh, self._layout)
         return jax.lax.with_sharding_constraint(tree, shardings)
 
 

@@ -138,11 +138,12 @@ class Trainer:
                 out_shardings=(self._shardings(abstract), None),
             )
         else:
-            stack = layerwise.stack_of(self.model)
+            stack = layerwise.stack_of(self.model, placement)
             self._layerwise_step = layerwise.make_train_step(
                 stack._replace(block=place(stack.block)),
                 self.tx,
                 mesh=mesh,
+                layout=config.mesh.tensor_layout,
                 guard=config.optimizer.guard,
             )
         self._eval_step = jax.jit(

@@ -524,7 +524,9 @@ def restore_or_init(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            restored = checkpoints.restore(run.abstract_at, run.mesh)
+            restored = checkpoints.restore(
+                run.abstract_at, run.mesh, layout=run.config.mesh.tensor_layout
+            )
         finally:
             for warning in caught:
                 log(f"warning: {warning.message}")
@@ -569,7 +571,9 @@ def is_finished(path: pathlib.Path, run: trainer.Trainer) -> bool:
         return False
     with reading(path) as checkpoints, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # repeated when the run resumes
-        restored = checkpoints.restore(run.abstract_at, run.mesh)
+        restored = checkpoints.restore(
+            run.abstract_at, run.mesh, layout=run.config.mesh.tensor_layout
+        )
     return restored is not None and restored[1]["step"] == step
 
 

@@ -157,44 +157,62 @@ def _admissible_scales(
     retraction: str,
 ) -> list[Float[Array, "*L"]]:
     """The c of every weight, by one search over the small matrices of all weights."""
-    operands: list[tuple[Array, ...]] = []
-    valid = []
+    factors = [
+        jax.tree.map(lambda x: x.astype(jnp.float32), (p, d)) for p, d in factors
+    ]
+    sides, valid = [], []
     for p, d in factors:
-        p, d = jax.tree.map(lambda x: x.astype(jnp.float32), (p, d))
         peaks_u, peaks_v = _peak(d.u, (-2,)), _peak(d.v, (-2,))
         peak = jnp.maximum(_peak(peaks_u, (-1,)), _peak(peaks_v, (-1,)))
         finite = peak + _peak(d.s, (-1,)) < _TOO_LARGE
-        p_u, q_u, units_u = _small_side(p.u, d.u, peaks_u, finite)
-        p_v, q_v, units_v = _small_side(p.v, d.v, peaks_v, finite)
-        ds = jnp.where(finite[..., None], d.s, 0)
-        eye = jnp.broadcast_to(jnp.eye(p.s.shape[-1], dtype=jnp.float32), p_u.shape)
-        diagonals = [x[..., None] * eye for x in (units_u, units_v, p.s, ds)]
-        operands.append((p_u, q_u, p_v, q_v, *diagonals))
+        sides.append(_in_units(p.u, d.u, peaks_u, finite))
+        sides.append(_in_units(p.v, d.v, peaks_v, finite))
         valid.append(finite)
+    alongs = [linalg.gram(x, d) for x, d, _ in sides]
+    # A branch is a computation of its own. Within one, XLA merges sums over devices in
+    # an order of its own: one weight's x.T d with the E.T E of another, one by one.
+    squares = jax.lax.cond(
+        jnp.any(jnp.stack([jnp.any(finite) for finite in valid])),
+        lambda: [
+            linalg.gram(d - linalg.matmul(x, along))
+            for (x, d, _), along in zip(sides, alongs, strict=True)
+        ],
+        lambda: [0 * along for along in alongs],
+    )
+    operands: list[tuple[Array, ...]] = []
+    for i, ((p, d), finite) in enumerate(zip(factors, valid, strict=True)):
+        u, v = 2 * i, 2 * i + 1
+        ds = jnp.where(finite[..., None], d.s, 0)
+        eye = jnp.eye(p.s.shape[-1], dtype=jnp.float32)
+        eye = jnp.broadcast_to(eye, alongs[u].shape)
+        diagonals = [x[..., None] * eye for x in (sides[u][2], sides[v][2], p.s, ds)]
+        operands.append((alongs[u], squares[u], alongs[v], squares[v], *diagonals))
     search = functools.partial(_search_scales, bound=bound, retraction=retraction)
     found = linalg.map_batched(search, *zip(*operands, strict=True), fill=0.0)
     return [jnp.where(ok, c, 0.0) for c, ok in zip(found, valid, strict=True)]
 
 
-def _small_side(
+def _in_units(
     x: Float[Array, "*L n R"],
     d: Float[Array, "*L n R"],
     peaks: Float[Array, "*L R"],
     finite: Bool[Array, "*L"],
-) -> tuple[Float[Array, "*L R R"], Float[Array, "*L R R"], Float[Array, "*L R"]]:
-    """p, q and units with x.T d = p units and E.T E = units q units, by columns.
+) -> tuple[Float[Array, "*L n R"], Float[Array, "*L n R"], Float[Array, "*L R"]]:
+    """x, the columns of d over units, and the units.
 
     In units of their largest entries, squares of huge columns cannot overflow, nor can
     those of other columns vanish beside them.
     """
     units = jnp.where(finite[..., None], jnp.maximum(peaks, 1.0), 1.0)
     wide = finite[..., None, None]
-    p, e = spectral.split_along(x, jnp.where(wide, d * (1 / units)[..., None, :], 0))
-    return p, linalg.gram(e), units
+    return x, jnp.where(wide, d * (1 / units)[..., None, :], 0), units
 
 
 class _Side(NamedTuple):
-    """The update of u or of v in the small space, as in `_small_side`."""
+    """The update of u or of v in the small space.
+
+    x.T d = p units and E.T E = units q units, by columns.
+    """
 
     p: Float[Array, "N K K"]
     q: Float[Array, "N K K"]
