@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sct_jax import optimizers, spectral, transforms
+from sct_jax.training import collectives
 
 EPS = float(np.finfo(np.float32).eps)
 ORTHONORMAL = 4e-6
@@ -208,6 +209,28 @@ def test_no_factor_is_gathered(on_eight_devices):
     assert not gathered(text)
     # No other operation makes a whole factor on a device either.
     assert not [found for found in instructions(text) if found[1] & FANS]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gram_matrices_are_summed_at_once(mode):
+    """One all-reduce per stage, whatever the number of factors and of their ranks."""
+    mesh = jax.make_mesh((DEVICES,), ("fsdp",), axis_types=(MODES[mode],))
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        str(i): spectral.init(key, 64, 48, RANK + i % 2) for i, key in enumerate(keys)
+    }
+    tx = optimizers.sct(RATE, max_update_norm=MAX_NORM)
+    with jax.set_mesh(mesh):
+        params = place(jax.device_get(params), mesh)
+        lowered = make_step(tx).lower(params, tx.init(params), params)
+    found = collectives.read(lowered.compile().as_text(), mesh)
+    found = collectives.most([c for c in found if not c.loops])  # without the guard
+    assert {c.kind for c in found} == {"all-reduce"}
+    grams = 2 * 2 * (RANK**2 + (RANK + 1) ** 2) * 4  # bytes of u.T u and v.T v of all
+    sizes = sorted(c.payload_bytes for c in found)
+    # Clipping first needs norms and largest entries, then u.T du, then E.T E.
+    assert sizes[2:] == [grams] * 3
+    assert sum(sizes[:2]) < grams
 
 
 def test_a_gather_would_be_found():

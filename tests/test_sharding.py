@@ -59,21 +59,25 @@ EXPECTED = {
 COLUMNS = {"q", "k", "v", "gate", "up", "head"}
 
 
-def expected_spec(path, leaf) -> P:
+def expected_spec(path, leaf, layout="fully_sharded") -> P:
     """The spec from the last keys of a path, for parameters and moments."""
     if leaf.ndim == 0:
         return P()
     last = path[-1]
+    full = layout == "fully_sharded"
     if isinstance(last, jax.tree_util.GetAttrKey):
         matrix, factor = path[-2].key, last.name
         if factor == "s":
             spec = P(None)
         elif (matrix in COLUMNS) == (factor == "u"):
-            spec = P("fsdp", None)  # the side of d_model
+            # The side of d_model.
+            spec = P(("tensor", "fsdp"), None) if full else P("fsdp", None)
         else:
             spec = P(("tensor", "fsdp"), None)  # heads, d_ff or vocabulary
     else:
         spec = EXPECTED[last.key]
+        if full and last.key.endswith("_norm"):
+            spec = P("tensor")
     return P(*[None] * (leaf.ndim - len(spec)), *spec)
 
 
@@ -89,13 +93,15 @@ def expected_spec(path, leaf) -> P:
     ],
     ids=["clipped", "plain", "scaled"],
 )
-def test_every_leaf_of_a_state_is_placed_by_the_table(config, optimizer, mesh):
+@pytest.mark.parametrize("layout", sharding.LAYOUTS)
+def test_every_leaf_of_a_state_is_placed_by_the_table(config, optimizer, layout, mesh):
     state = state_lib.abstract(config, build(optimizer))
-    placed = sharding.shardings(state, mesh)
+    placed = sharding.shardings(state, mesh, layout)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     for (path, leaf), place in zip(leaves, jax.tree.leaves(placed), strict=True):
         assert isinstance(place, NamedSharding) and place.mesh == mesh
-        assert place.spec == expected_spec(path, leaf), sharding.path_name(path)
+        wanted = expected_spec(path, leaf, layout)
+        assert place.spec == wanted, sharding.path_name(path)
 
 
 def test_moments_lie_where_their_parameters_do(mesh):
@@ -147,6 +153,39 @@ def test_an_indivisible_axis_names_the_leaf(changes, leaf, mesh):
     assert leaf in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("size", "parts", "said"),
+    [
+        (46, 4, "44 or 48 would be, or 46 by 2"),
+        (9, 4, "8 or 12 would be, or 9 by 3"),
+        (3, 4, "4 would be, or 3 by 3"),
+        (7, 2, "6 or 8 would be, or 7 by 1"),
+    ],
+)
+def test_an_indivisible_axis_names_sizes_that_work(size, parts, said):
+    devices = jax.make_mesh((1, 1, parts), sharding.AXES, devices=jax.devices()[:parts])
+    weight = {"down": spectral.LowRankFactors(jnp.zeros((size, 2)), jnp.zeros((4, 2)))}
+    with pytest.raises(errors.UserError) as caught:
+        sharding.shardings(weight, devices)
+    assert str(caught.value) == (
+        f"mesh.tensor: axis 0 of down.a ({size}, 2) is not divisible by {parts}: {said}"
+    )
+
+
+def test_heads_are_not_divided():
+    """SmolLM2-135M: 576 rows of q.v are divisible by 4, its 9 heads are not."""
+    devices = sharding.MeshConfig(data=1, tensor=4).build(4)
+    sharding.check_heads(devices, num_heads=8, num_kv_heads=4)
+    with pytest.raises(errors.UserError) as caught:
+        sharding.check_heads(devices, num_heads=9, num_kv_heads=3)
+    assert str(caught.value) == (
+        "mesh.tensor: model.num_heads = 9, the heads of q and o, is not divisible by "
+        "4: 8 or 12 would be, or 9 by 3"
+    )
+    with pytest.raises(errors.UserError, match=r"num_kv_heads = 2, .* k and v"):
+        sharding.check_heads(devices, num_heads=8, num_kv_heads=2)
+
+
 def test_mesh_axes():
     mesh = sharding.MeshConfig(data=-1, fsdp=2, tensor=2).build()
     assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -163,6 +202,7 @@ def test_mesh_axes():
         ({"fsdp": -2}, "mesh.fsdp"),
         ({"tensor": 0}, "mesh.tensor"),
         ({"data": -1, "tensor": -1}, "mesh"),
+        ({"tensor_layout": "thin"}, "mesh.tensor_layout"),
     ],
     ids=str,
 )
