@@ -569,9 +569,7 @@ def hidden(
     placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after the last layer; arguments as in `forward`."""
-    x_BLD = embed(params, tokens_BL, config)
-    if placement:
-        x_BLD = placement.stream(x_BLD)
+    x_BLD = embed(params, tokens_BL, config, placement=placement)
     rope = rotary_table(tokens_BL.shape[1], config)
     plain = functools.partial(block, config=config, linear=linear, placement=placement)
     layers, apply = params[LAYERS], _rematerialised(plain, config.remat, placement)
@@ -596,11 +594,20 @@ def check_tokens(tokens: Sequence[int], config: ModelConfig) -> None:
 
 
 def embed(
-    params: Params, tokens_BL: Int[Array, "B L"], config: ModelConfig
+    params: Params,
+    tokens_BL: Int[Array, "B L"],
+    config: ModelConfig,
+    *,
+    placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream before the first layer, in the compute dtype."""
-    x_BLD = spectral.lookup(tokens_BL, params["embedding"])
-    return x_BLD.astype(jnp.dtype(config.compute_dtype))
+    table = {"embedding": params["embedding"]}
+    if placement:
+        # In float32: the gradient of a row is a sum over all tokens that read it.
+        table = placement.weights(table, jnp.float32)
+    x_BLD = spectral.lookup(tokens_BL, table["embedding"])
+    x_BLD = x_BLD.astype(jnp.dtype(config.compute_dtype))
+    return placement.stream(x_BLD) if placement else x_BLD
 
 
 def logits(

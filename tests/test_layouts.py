@@ -227,14 +227,21 @@ MESHES = {
 }
 NUM_STEPS = 50
 
+# At small steps: at large ones, Adam doubles a difference of rounding every few steps.
+TRAINED = dataclasses.replace(SHAPE, vocab_size=96)
+RATE = 1e-3
+
 
 @functools.cache
 def losses(**mesh):
-    config = experiment(**mesh)
+    config = experiment(TRAINED, **mesh)
+    optimizer = dataclasses.replace(config.optimizer, peak_learning_rate=RATE)
+    config = dataclasses.replace(config, optimizer=optimizer)
     run = trainer.Trainer(config, config.mesh.build(8 if mesh else 1))
     state, rng, found = run.init(jax.random.key(0)), np.random.default_rng(0), []
     for _ in range(NUM_STEPS):
-        tokens = rng.integers(V, size=(ROWS, LENGTH + 1), dtype=np.int32)
+        first = rng.integers(TRAINED.vocab_size, size=(ROWS, 1), dtype=np.int32)
+        tokens = (first + np.arange(LENGTH + 1, dtype=np.int32)) % TRAINED.vocab_size
         batch = {
             "inputs": tokens[:, :-1],
             "targets": tokens[:, 1:],
@@ -248,7 +255,7 @@ def losses(**mesh):
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_eight_devices_lose_what_one_does(mesh):
     one = losses()
-    assert one[-1] < one[0] - 0.01
+    assert one[-1] < one[0] - 0.1
     np.testing.assert_allclose(losses(**mesh), one, rtol=1e-5)
 
 

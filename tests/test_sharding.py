@@ -251,7 +251,9 @@ def run(mesh: Mesh, *, num_steps: int):
     init = jax.jit(lambda key: state_lib.init(key, TRAINED, tx), out_shardings=placed)
     first = init(jax.random.key(0))
     step = jax.jit(
-        step_lib.make_train_step(TRAINED, tx, num_microbatches=2),
+        step_lib.make_train_step(
+            TRAINED, tx, num_microbatches=2, placement=sharding.Placement(mesh)
+        ),
         out_shardings=(placed, None),
     )
     rng = np.random.default_rng(0)

@@ -70,8 +70,7 @@ def stack_of(
     """
 
     def embed(ends, batch):
-        x = model.embed(ends, batch["inputs"], config)
-        return placement.stream(x) if placement else x
+        return model.embed(ends, batch["inputs"], config, placement=placement)
 
     def block(layer, x, batch, linear):
         rope = model.rotary_table(x.shape[1], config)

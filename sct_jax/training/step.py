@@ -73,7 +73,8 @@ def make_train_step(
       num_microbatches: divides the batch size.
       linear_at: number of steps so far -> function that multiplies by every matrix
         of the layers and the head, for methods that change the forward pass.
-      placement: where arrays are on a mesh, as in `model.forward`.
+      placement: where arrays are on a mesh, as in `model.forward`. Pass it there: XLA
+        (jaxlib 0.10.2) has computed wrong gradients of a sharded embedding without it.
       diagnose: (old parameters, new parameters) -> dict of scalars to report.
       guard: decides which steps are applied.
     """
