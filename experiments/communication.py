@@ -313,7 +313,8 @@ def for_compilation(
         for field, value in after.items()
         if before[field] != value
     ]
-    meshed = dataclasses.replace(changed, mesh=sharding.MeshConfig(**sizes))
+    mesh = dataclasses.replace(changed.mesh, **sizes)
+    meshed = dataclasses.replace(changed, mesh=mesh)
     meshed.validate()
     return meshed, notes
 

@@ -658,11 +658,19 @@ def block(
     x_BLD = x_BLD + linear(attended_BLHK.reshape(batch, length, -1), params["o"])
     if placement:
         x_BLD = placement.stream(x_BLD)
-    mlp = functools.partial(add_mlp, config=config, linear=linear, placement=placement)
+    mlp = functools.partial(add_mlp, config=config, linear=linear)
     if config.remat != "full":
-        return mlp(params, x_BLD)
-    matrices = {name: params[name] for name in ("mlp_norm", *MLP)}
-    return remat.by_chunks(mlp, matrices, x_BLD, tokens_per_chunk=MLP_TOKENS)
+        x_BLD = mlp(params, x_BLD)
+    else:
+        matrices = {name: params[name] for name in ("mlp_norm", *MLP)}
+        x_BLD = remat.by_chunks(
+            mlp,
+            matrices,
+            x_BLD,
+            tokens_per_chunk=MLP_TOKENS,
+            row_shards=placement.row_shards if placement else 1,
+        )
+    return placement.stream(x_BLD) if placement else x_BLD
 
 
 def attention_inputs(
@@ -690,14 +698,12 @@ def add_mlp(
     *,
     config: ModelConfig,
     linear: Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream plus the SwiGLU of one layer."""
     h_BLD = rms_norm(x_BLD, params["mlp_norm"], config.norm_eps)
     gate_BLF = jax.nn.silu(linear(h_BLD, params["gate"]))
     up_BLF = linear(h_BLD, params["up"])
-    x_BLD = x_BLD + linear(gate_BLF * up_BLF, params["down"])
-    return placement.stream(x_BLD) if placement else x_BLD
+    return x_BLD + linear(gate_BLF * up_BLF, params["down"])
 
 
 def rms_norm(

@@ -69,6 +69,7 @@ def by_chunks(
     x: Float[Array, "B L D"],
     *,
     tokens_per_chunk: int,
+    row_shards: int = 1,
 ) -> Float[Array, "B L D"]:
     """Returns fn(params, x) of a function of each position, computed piece by piece.
 
@@ -79,14 +80,24 @@ def by_chunks(
       fn: (params, x (B, C, D)) -> (B, C, D), independent for every position.
       params: all parameters of the function.
       x: its input.
-      tokens_per_chunk: rounded up to a whole number of positions of every sequence.
+      tokens_per_chunk: rounded up to a whole number of positions of every sequence; on
+        a mesh, of each shard.
+      row_shards: number of parts of the batch that lie on different devices; divides B.
+        Each sums the gradient of `params` over its own chunks, and the parts are added
+        once, instead of once per chunk. `fn` then gets the rows of one part.
     """
     batch, length, _ = x.shape
-    size = -(-tokens_per_chunk // batch)
+    size = -(-tokens_per_chunk * row_shards // batch)
     if size >= length:
         return fn(params, x)
-    chunks: Array = _by_chunks(fn, params, in_chunks(x, size))  # pyright: ignore
-    return chunks.swapaxes(0, 1).reshape(batch, -1, x.shape[-1])[:, :length]
+
+    def of_rows(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        chunks: Array = _by_chunks(fn, params, in_chunks(x, size))  # pyright: ignore
+        return chunks.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[-1])[:, :length]
+
+    if row_shards == 1:
+        return of_rows(x)
+    return jax.vmap(of_rows)(x.reshape(row_shards, -1, *x.shape[1:])).reshape(x.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -172,6 +172,15 @@ def test_the_head_sums_its_gradient_once():
     assert ends < 2.01 * V * D * BYTES  # of the embedding and of the head
 
 
+def test_an_mlp_by_chunks_sums_its_gradients_once(monkeypatch):
+    monkeypatch.setattr(model, "MLP_TOKENS", 4)  # six chunks of each device
+    shape = dataclasses.replace(SHAPE, remat="full", rope_theta=20_000.0)
+    found = [c for c in in_blocks(moved(shape, data=4)) if not c.branches]
+    assert {c.count for c in found} == {SHAPE.num_layers}
+    once = num_parameters(shape, "layers") * BYTES
+    assert collectives.total(found).payload_bytes <= 1.01 * once
+
+
 # --- FSDP.
 
 

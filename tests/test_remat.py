@@ -67,9 +67,12 @@ def test_layers_keep_their_inputs_alone():
     assert sorted(kept) == [(7, 5, 5), (7, 11, 5)]
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 7, 20, 33, 100])
+@pytest.mark.parametrize(
+    ("tokens", "shards"),
+    [(1, 1), (6, 1), (7, 1), (20, 1), (33, 1), (100, 1), (1, 3), (2, 3), (20, 3)],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_chunks_have_the_value_and_gradient_of_the_whole(dtype, tokens):
+def test_chunks_have_the_value_and_gradient_of_the_whole(dtype, tokens, shards):
     params = {"up": jnp.ones((5, 9)) / 3, "down": jnp.ones((9, 5)) / 3}
     x = x_of(dtype, rows=33).reshape(3, 11, 5)
 
@@ -83,7 +86,7 @@ def test_chunks_have_the_value_and_gradient_of_the_whole(dtype, tokens):
 
     plain = lambda params, x: total(fn(params, x))
     lean = lambda params, x: total(
-        remat.by_chunks(fn, params, x, tokens_per_chunk=tokens)
+        remat.by_chunks(fn, params, x, tokens_per_chunk=tokens, row_shards=shards)
     )
     wanted = jax.jit(jax.value_and_grad(plain, (0, 1)))(params, x)
     found = jax.jit(jax.value_and_grad(lean, (0, 1)))(params, x)
