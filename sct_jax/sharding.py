@@ -61,7 +61,7 @@ RULES = {
 """For each layout of tensor parallelism, the spec of every leaf by its path."""
 
 LAYOUTS = tuple(RULES)
-"""The default comes first.
+"""The default of a run comes first.
 
 A block of SmolLM2-1.7B with all matrices of rank 128, on tensor 4, compiled: against
 one device, "fully_sharded" divides FLOPs by 4.0, parameters by 4.0 and activations by
@@ -69,6 +69,13 @@ one device, "fully_sharded" divides FLOPs by 4.0, parameters by 4.0 and activati
 step, and saves about 3,000 FLOPs for each of their bytes on the wire. The links between
 accelerators of one machine have a byte for every 1,000 to 2,500. Between machines they
 have one for 10,000 or more, where "thin_replicated" is the faster one.
+"""
+
+UNAIDED = "thin_replicated"
+"""The layout for functions that XLA divides without a `Placement`.
+
+With "fully_sharded", what XLA (jaxlib 0.10.2) chooses by itself has given wrong
+gradients in steps with micro-batches.
 """
 
 
@@ -144,7 +151,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def partition_spec(
-    name: str, shape: tuple[int, ...], layout: str = LAYOUTS[0]
+    name: str, shape: tuple[int, ...], layout: str = UNAIDED
 ) -> PartitionSpec:
     """Returns the spec of a leaf from the first rule that matches.
 
@@ -168,7 +175,7 @@ def partition_spec(
     raise ValueError(f"no sharding rule covers {name!r} of shape {shape}")
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh, layout: str = LAYOUTS[0]) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, layout: str = UNAIDED) -> Any:
     """Returns the sharding of every leaf of a tree of arrays or abstract arrays.
 
     Args:
@@ -242,7 +249,7 @@ class Placement:
     """
 
     mesh: Mesh | AbstractMesh
-    layout: str = LAYOUTS[0]
+    layout: str = UNAIDED
 
     @property
     def row_shards(self) -> int:

@@ -441,7 +441,7 @@ def test_a_state_beyond_the_memory_is_refused_before_it_is_made(
 ):
     monkeypatch.setattr(hardware, "host_bytes", lambda: 1000)
     monkeypatch.setattr(data, "prepare", lambda *_, **__: pytest.fail("read the text"))
-    with pytest.raises(errors.UserError, match=r"^model: .* 1,000 bytes of memory"):
+    with pytest.raises(errors.UserError, match=r"^model: .* which has 1 KB; "):
         train(experiment, tmp_path / "run")
     assert train(experiment, tmp_path / "run", dry_run=True)[0].status == "dry_run"
 

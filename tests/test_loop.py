@@ -470,7 +470,7 @@ def test_a_longer_run_prints_the_change_in_learning_rate(experiment):
         def __init__(self):
             pass
 
-        def restore(self, abstract_at, mesh):
+        def restore(self, abstract_at, mesh, **options):
             zeros = lambda x: np.zeros(x.shape, x.dtype)
             guard = jax.tree.map(zeros, run.abstract_state.guard)
             return run.abstract_state.replace(guard=guard), record

@@ -59,7 +59,7 @@ EXPECTED = {
 COLUMNS = {"q", "k", "v", "gate", "up", "head"}
 
 
-def expected_spec(path, leaf, layout="fully_sharded") -> P:
+def expected_spec(path, leaf, layout=sharding.UNAIDED) -> P:
     """The spec from the last keys of a path, for parameters and moments."""
     if leaf.ndim == 0:
         return P()
@@ -251,9 +251,7 @@ def run(mesh: Mesh, *, num_steps: int):
     init = jax.jit(lambda key: state_lib.init(key, TRAINED, tx), out_shardings=placed)
     first = init(jax.random.key(0))
     step = jax.jit(
-        step_lib.make_train_step(
-            TRAINED, tx, num_microbatches=2, placement=sharding.Placement(mesh)
-        ),
+        step_lib.make_train_step(TRAINED, tx, num_microbatches=2),
         out_shardings=(placed, None),
     )
     rng = np.random.default_rng(0)

@@ -429,7 +429,7 @@ class Checkpointer:
         abstract_at: Callable[[Record], state_lib.TrainState],
         mesh: Mesh,
         *,
-        layout: str = sharding.LAYOUTS[0],
+        layout: str = sharding.UNAIDED,
         opt_state: bool = True,
     ) -> tuple[state_lib.TrainState, Record] | None:
         """Returns the newest whole checkpoint and its record; None if there is none.

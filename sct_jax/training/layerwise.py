@@ -129,7 +129,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
-    layout: str = sharding.LAYOUTS[0],
+    layout: str = sharding.UNAIDED,
     guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> "LayerwiseStep":
     """Returns `step(state, batch, diagnose) -> (state, metrics)`; do not jit it.

@@ -73,9 +73,8 @@ def make_train_step(
       num_microbatches: divides the batch size.
       linear_at: number of steps so far -> function that multiplies by every matrix
         of the layers and the head, for methods that change the forward pass.
-      placement: where arrays are on a mesh, as in `model.forward`. Needed where the
-        layout is "fully_sharded": what XLA (jaxlib 0.10.2) chooses by itself has given
-        wrong gradients with micro-batches.
+      placement: where arrays are on a mesh, as in `model.forward`. Needed for
+        any layout but `sharding.UNAIDED`.
       diagnose: (old parameters, new parameters) -> dict of scalars to report.
       guard: decides which steps are applied.
     """
