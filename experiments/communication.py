@@ -285,7 +285,7 @@ def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     for field, _ in pairs:
         errors.check(
             f"--config.{field}",
-            field.partition(".")[0] != "mesh",
+            field not in [f"mesh.{axis}" for axis in sharding.AXES],
             "the mesh is that of --mesh; set it there",
         )
 
