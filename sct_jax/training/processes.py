@@ -279,11 +279,11 @@ class Peers:
         self._closed = threading.Event()
         self._lost: set[int] = set()
         self._contact = time.monotonic()
-        self._lock = threading.Lock()  # of the four below
+        self._agreeing = False
+        self._lock = threading.Lock()  # of the three below
         self._step = 0
         self._signal: int | None = None
         self._stop: tuple[int, int] | None = None  # step and signal
-        self._agreeing = False
         for target in (self._talk, self._listen):
             threading.Thread(target=target, daemon=True).start()
 
@@ -333,7 +333,8 @@ class Peers:
     # --- Threads.
 
     def _talk(self) -> None:
-        beats, seen = 0, {i: ("", time.monotonic()) for i in range(self.count)}
+        beats, begun = 0, time.monotonic()
+        seen = {str(i): ("", begun) for i in range(self.count)}
         while not self._closed.wait(_PERIOD):
             beats += 1
             try:
@@ -345,13 +346,13 @@ class Peers:
                 continue
             now = self._contact = time.monotonic()
             for i, text in ended.items():
-                if i != self.index:
+                if int(i) != self.index:
                     self._end(*json.loads(text))
             for i, beat in heard.items():
                 if seen[i][0] != beat:
                     seen[i] = beat, now
             for i in range(1, self.count) if self.index == 0 else ():
-                if now - seen[i][1] > self.timeout:
+                if now - seen[str(i)][1] > self.timeout:
                     self._lost.add(i)
                     reason = f"process {i} has not answered for {self.timeout:g} s"
                     self._end(exit_codes.ExitCode.PEER_LOST, reason)
@@ -373,13 +374,14 @@ class Peers:
 
     def _heed_signals(self) -> None:
         """Passes on a signal, and begins to agree on a step if there was one."""
+        if self._agreeing:
+            return
         with self._lock:
-            signal, agreeing = self._signal, self._agreeing
-        if signal is not None and not agreeing:
+            signal = self._signal
+        if signal is not None:
             self._set("stop/signal", str(signal), again=True)
-        if not agreeing and "signal" in self._list("stop", int_keys=False):
-            with self._lock:
-                self._agreeing = True
+        if "signal" in self._list("stop"):
+            self._agreeing = True
             threading.Thread(target=self._agree, daemon=True).start()
 
     def _agree(self) -> None:
@@ -417,11 +419,10 @@ class Peers:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
 
-    def _list(self, key: str, *, int_keys: bool = True) -> dict[Any, str]:
-        """The values below a key."""
+    def _list(self, key: str) -> dict[str, str]:
+        """The values below a key, by the last part of theirs."""
         found = self._client.key_value_dir_get(f"{_ROOT}/{key}/")
-        names = {name.rpartition("/")[2]: text for name, text in found}
-        return {int(n): text for n, text in names.items()} if int_keys else names
+        return {name.rpartition("/")[2]: text for name, text in found}
 
 
 # --- Addresses.
