@@ -98,16 +98,15 @@ def head_cross_entropy(
     size = min(length, -(-tokens_per_chunk * row_shards // batch))
     weights = _weights(targets, mask)
     arrays = (x, targets, weights)
-    nats_of = functools.partial(_chunked_nats, head, z_loss)
-    if row_shards == 1:
+
+    def of_rows(*arrays: Array) -> Array:
         chunks = [remat.in_chunks(array, size) for array in arrays]
-        nats: Array = nats_of(params, *chunks)  # pyright: ignore
-        return nats / _total(weights)
+        return _chunked_nats(head, z_loss, params, *chunks)  # pyright: ignore
+
+    if row_shards == 1:
+        return of_rows(*arrays) / _total(weights)
     shards = [array.reshape(row_shards, -1, *array.shape[1:]) for array in arrays]
-    of_shard = lambda *arrays: nats_of(
-        params, *[remat.in_chunks(array, size) for array in arrays]
-    )
-    return jnp.sum(jax.vmap(of_shard)(*shards)) / _total(weights)
+    return jnp.sum(jax.vmap(of_rows)(*shards)) / _total(weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -112,25 +113,38 @@ class MeshConfig:
         )
         errors.check_choice("mesh.tensor_layout", self.tensor_layout, LAYOUTS)
 
-    def build(self, num_devices: int | None = None) -> Mesh:
+    def build(
+        self,
+        num_devices: int | None = None,
+        *,
+        devices: Sequence[Any] | None = None,
+    ) -> Mesh:
         """Returns a mesh over all devices, or the first `num_devices`, with Auto axes.
+
+        Args:
+          num_devices: how many; all by default.
+          devices: to choose from; those of all processes by default.
 
         Raises:
           UserError: if the product of the sizes is not the number of devices.
         """
-        devices = jax.device_count() if num_devices is None else num_devices
+        if num_devices is None:
+            num_devices = jax.device_count() if devices is None else len(devices)
         sizes = self._sizes()
         fixed = math.prod(size for size in sizes.values() if size != -1)
         product = " x ".join(f"{n} {s}" for n, s in sizes.items())
-        sizes = {n: devices // fixed if s == -1 else s for n, s in sizes.items()}
+        sizes = {n: num_devices // fixed if s == -1 else s for n, s in sizes.items()}
         errors.check(
             "mesh",
-            math.prod(sizes.values()) == devices,
-            f"{product} does not match {devices} devices: the sizes must multiply to "
-            f"{devices}",
+            math.prod(sizes.values()) == num_devices,
+            f"{product} does not match {num_devices} devices: the sizes must multiply "
+            f"to {num_devices}",
         )
         return jax.make_mesh(
-            tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+            tuple(sizes.values()),
+            AXES,
+            axis_types=(AxisType.Auto,) * len(AXES),
+            devices=devices,
         )
 
     def _sizes(self) -> dict[str, int]:
@@ -269,8 +283,8 @@ class Placement:
     def bottleneck(self, h: Float[Array, "... R"]) -> Float[Array, "... R"]:
         """Gives all devices along `tensor` all R numbers of their rows.
 
-        So too for the gradient. Those of a replicated factor are then local, not sums
-        over `tensor`.
+        The gradient is placed alike. Gradients of a replicated factor are then local,
+        not sums over `tensor`.
         """
         return self._constrain(h, *[PartitionSpec.UNCONSTRAINED] * (h.ndim - 1), None)
 

@@ -258,17 +258,17 @@ def _train(call: _Call) -> Result:
             f"{call.path}"
         )
         return result._replace(status="interrupted", signal=received[0])
-    if result.status == "finished" and processes.count() > 1:
-        say(
-            "sample: python -m experiments.generate --prompt=... "
-            f"--workdir={call.path} prints one"
-        )
-        say(f"finished: {config.num_steps} steps; results are in {call.path}")
-    elif result.status == "finished":
-        document = sample.sample_document(
-            state.params, config.model, corpus.tokenizer, seed=config.seed
-        )
-        say(f"sample:\n{document}")
+    if result.status == "finished":
+        if processes.count() > 1:  # no process has all of the parameters
+            say(
+                "sample: python -m experiments.generate --prompt=... "
+                f"--workdir={call.path} prints one"
+            )
+        else:
+            document = sample.sample_document(
+                state.params, config.model, corpus.tokenizer, seed=config.seed
+            )
+            say(f"sample:\n{document}")
         say(f"finished: {config.num_steps} steps; results are in {call.path}")
     return result
 

@@ -90,12 +90,7 @@ def load_params(path: pathlib.Path) -> tuple[model.Params, checkpoint.Record]:
       UserError: where the workdir holds no run with a checkpoint.
     """
     read_config(path)  # says it where there is no run
-    mesh = jax.make_mesh(
-        (1,) * len(sharding.AXES),
-        sharding.AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
-        devices=jax.local_devices()[:1],
-    )
+    mesh = sharding.MeshConfig().build(1, devices=jax.local_devices())
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
         config = config_of(record)
