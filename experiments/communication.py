@@ -386,7 +386,7 @@ def measure(
     split: bool,
     say: Callable[[str], None],
 ) -> dict[str, tuple[Step, Step | None]]:
-    """Returns model -> its compiled step, and that of a batch of twice the size.
+    """Returns the compiled step of every model, and the step of a doubled batch.
 
     Args:
       runs: model -> its run.

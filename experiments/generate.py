@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "the hub",
     )
     parser.add_argument(
-        "--tokenizer", help="with --hf: a tokenizer.json, if not that of the folder"
+        "--tokenizer", help="with --hf: use this tokenizer.json, not the folder's"
     )
     parser.add_argument(
         "--prompt", action="append", default=[], help="text to continue; repeatable"

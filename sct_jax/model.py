@@ -787,7 +787,7 @@ def _rematerialised(apply, remat: str, placement: sharding.Placement | None):
         )
         return jax.checkpoint(apply, policy=policy)
     if placement and placement.gathers_weights:
-        # Gathered again for the backward pass: those of all layers are all parameters.
+        # Gather again in the backward pass: kept, all layers would be the whole model.
         policy = lambda primitive, *_, **__: primitive.name not in _CHEAP
         return jax.checkpoint(apply, policy=policy)
     return apply

@@ -262,8 +262,8 @@ def train_batches(
       seed: of the order.
       start_step: number of steps so far.
       windows_before: see above.
-      rows: those of each batch to read, where other processes read the rest; all by
-        default.
+      rows: numbers of the rows to read of each batch, if other processes read the
+        rest; all by default.
 
     Raises:
       UserError: the training windows do not fill one batch, or the seed is not in

@@ -18,7 +18,7 @@ def load(
 
     Args:
       path: the folder, or a name of the hub.
-      tokenizer: a tokenizer.json, if not that of the folder.
+      tokenizer: path of a tokenizer.json; None takes the one in the folder.
 
     Raises:
       UserError: see `source.open_folder`, `Source.read` and `load_tokenizer`.

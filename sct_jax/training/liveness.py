@@ -112,7 +112,7 @@ def _flatten(jaxpr: Any, widen: bool) -> _Flat:
 
 
 def _params(eqn: Any) -> dict[str, Any]:
-    """Parameters of an equation; those of a scan have the counts of JAX up to 0.11.
+    """Parameters of an equation; a scan gets the counts that JAX up to 0.11 gives.
 
     Constants and carries have the shapes that they have in the body. What is scanned
     over, and what is stacked, has one axis more.
