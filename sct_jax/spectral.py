@@ -192,24 +192,34 @@ def from_dense(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    second_moment: Float[Array, "*layers M M"] | None = None,
 ) -> SpectralFactors:
-    """Returns the best rank-R approximation of w in Frobenius norm, s descending.
+    """Returns the best approximation W' of w of rank R, s descending.
 
-    The rank is full by default.
+    Best in Frobenius norm, ||w - W'||_F. With `second_moment` the outputs are closest
+    instead: E ||x @ w - x @ W'||^2 is the least that rank R allows, for inputs x with
+    that moment. The rank is full by default.
 
     Args:
       w: dense weight or a stack of dense weights.
       rank: number of singular values to keep.
-      energy: alternative to `rank`: fraction of the sum of s^2 to keep, in (0, 1]. All
-        layers of a stack get the largest rank that any of them needs. Does not work
-        under jit.
+      energy: alternative to `rank`: fraction of the sum of s^2 to keep, in (0, 1]; with
+        `second_moment`, of E ||x @ w||^2. All layers of a stack get the largest rank
+        that any of them needs. Does not work under jit.
+      second_moment: mean of x.T x over inputs x, or any multiple of it, (*layers, I, I);
+        symmetric and positive semidefinite, of any rank. See `compression.Inputs`.
 
     Raises:
       ValueError: if both `rank` and `energy` are given, for a rank outside
-        1..min(I, O), or for an energy outside (0, 1].
+        1..min(I, O), for an energy outside (0, 1], and for a second moment of another
+        shape or, outside jit, with a NaN or an infinity.
 
     References:
       Eckart, Young, The approximation of one matrix by another of lower rank, 1936
+      Wang et al., SVD-LLM, arXiv 2403.07378, 2024, section 3 (whitening by inputs).
+      `Deviation:` the paper divides by a Cholesky factor of the moment, which has to be
+      regular. Here W' = w Q Q.T with the leading right singular vectors Q of
+      sqrt(moment) w: the same matrix, without a division.
     """
     if rank is not None and energy is not None:
         raise ValueError("rank and energy exclude each other: give only one")
@@ -218,13 +228,97 @@ def from_dense(
     full = min(w.shape[-2:])
     if rank is not None and not 1 <= rank <= full:
         raise ValueError(f"rank must be in 1..{full} for shape {w.shape}, got {rank}")
-    u, s, vt = jnp.linalg.svd(linalg.as_float32(w), full_matrices=False)
+    w = linalg.as_float32(w)
+    seen = w
+    if second_moment is not None:
+        seen = linalg.matmul(_square_root(second_moment, w.shape[-2]), w)
+    u, s, vt = jnp.linalg.svd(seen, full_matrices=False)
     if energy is not None:
         rank = int(jnp.max(energy_rank(s, energy)))
     rank = rank or full
-    return SpectralFactors(
-        u[..., :rank], s[..., :rank], linalg.transpose(vt)[..., :rank]
-    )
+    v = linalg.transpose(vt)[..., :rank]
+    if second_moment is None:
+        return SpectralFactors(u[..., :rank], s[..., :rank], v)
+    u, s, turn = jnp.linalg.svd(linalg.matmul(w, v), full_matrices=False)
+    return SpectralFactors(u, s, linalg.matmul(v, linalg.transpose(turn)))
+
+
+def truncate(
+    w: Weight,
+    rank: int,
+    *,
+    second_moment: Float[Array, "*layers M M"] | None = None,
+) -> SpectralFactors:
+    """Returns `from_dense` of W without forming it: the best approximation of rank R.
+
+    Args:
+      w: dense weight, or factors of any rank; u and v must be orthonormal.
+      rank: number of singular values to keep, at most that of the factors.
+      second_moment: see `from_dense`.
+
+    Raises:
+      ValueError: see `from_dense`.
+    """
+    if not is_factors(w):
+        return from_dense(w, rank=rank, second_moment=second_moment)
+    left, v = _left_and_basis(w)
+    small = from_dense(left, rank=rank, second_moment=second_moment)
+    return small._replace(v=linalg.matmul(v, small.v))
+
+
+def singular_values(
+    w: Weight, *, second_moment: Float[Array, "*layers M M"] | None = None
+) -> Float[Array, "*layers K"]:
+    """Returns the singular values of W, descending: min(I, O) of them, or R of factors.
+
+    With `second_moment` those of sqrt(moment) W, whose squares say what each rank of
+    `from_dense` adds to E ||x @ W||^2.
+
+    Args:
+      w: dense weight, or factors; u and v must be orthonormal.
+      second_moment: see `from_dense`.
+
+    Raises:
+      ValueError: see `from_dense`.
+    """
+    left = _left_and_basis(w)[0] if is_factors(w) else linalg.as_float32(w)
+    if second_moment is not None:
+        root = _square_root(second_moment, left.shape[-2])
+        left = linalg.matmul(root, left)
+    return jnp.linalg.svd(left, compute_uv=False)
+
+
+def _left_and_basis(
+    w: SpectralFactors | LowRankFactors,
+) -> tuple[Float[Array, "*layers I R"], Float[Array, "*layers O R"]]:
+    """x and v with W = x v.T and orthonormal v: W is approximated as well as x is."""
+    if isinstance(w, SpectralFactors):
+        return w.u * w.s[..., None, :], w.v
+    v, mixed = jnp.linalg.qr(linalg.as_float32(w.b))
+    return linalg.matmul(w.a, linalg.transpose(mixed)), v
+
+
+_DAMPING = 1e-6
+"""Weight of directions that no input has, relative to the mean over directions."""
+
+
+def _square_root(
+    moment: Float[Array, "*layers M M"], fan_in: int
+) -> Float[Array, "*layers M M"]:
+    """Returns c with c.T c = moment, a little damped; moments may be singular."""
+    if moment.shape[-2:] != (fan_in, fan_in):
+        raise ValueError(
+            f"second_moment must have shape (..., {fan_in}, {fan_in}), as the weight "
+            f"has {fan_in} inputs; got {moment.shape}"
+        )
+    if not isinstance(moment, jax.core.Tracer) and not jnp.all(jnp.isfinite(moment)):
+        raise ValueError("second_moment has a NaN or an infinity")
+    moment = linalg.as_float32(moment)
+    mean = jnp.mean(jnp.diagonal(moment, axis1=-2, axis2=-1), axis=-1)
+    unit = linalg.safe_divisor(mean)[..., None]
+    squares, directions = jnp.linalg.eigh(moment / unit[..., None])
+    roots = jnp.sqrt(unit) * jnp.sqrt(jnp.maximum(squares, 0) + _DAMPING)
+    return roots[..., :, None] * linalg.transpose(directions)
 
 
 def init(

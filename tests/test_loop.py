@@ -476,7 +476,9 @@ def test_a_longer_run_prints_the_change_in_learning_rate(experiment):
             return run.abstract_state.replace(guard=guard), record
 
     lines = []
-    _, step = workdir_lib.restore_or_init(run, Saved(), {}, log=lines.append)
+    _, step = workdir_lib.restore_or_init(
+        run.config, lambda _: run, Saved(), {}, log=lines.append
+    )
     assert step == 3
     # Of the one step of decay nothing is left; of two, a half.
     assert "num_steps changed from 3 to 4" in lines[1]

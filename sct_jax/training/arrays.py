@@ -101,9 +101,15 @@ def _is_finite(array: np.ndarray) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def check_step(arrays: dict[str, Any], step: int) -> None:
-    """Raises DamagedError where the state itself is of another step."""
-    applied = step - int(arrays.get("guard.skipped", 0))
+def check_step(arrays: dict[str, Any], step: int, *, first: int = 0) -> None:
+    """Raises DamagedError where the state itself is of another step.
+
+    Args:
+      arrays: by name.
+      step: that the state claims to be of.
+      first: steps before its phase, which its optimizer does not count.
+    """
+    applied = step - first - int(arrays.get("guard.skipped", 0))
     for name, leaf in arrays.items():
         counts = leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
         if name == "step":

@@ -16,6 +16,7 @@ from sct_jax import errors, sharding
 from sct_jax import model as model_lib
 from sct_jax import rank as rank_lib
 from sct_jax.training import layerwise, optimizer_config
+from sct_jax.training import phases as phases_lib
 
 T = TypeVar("T")
 
@@ -93,6 +94,28 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TruncationConfig:
+    """How dense matrices become factors, between phases or with --init-from.
+
+    Attributes:
+      method: "whitened" approximates each matrix where its inputs are, so that its
+        outputs change least; "plain" ignores them. Embedding and head are always plain.
+      num_batches: batches of training text that "whitened" measures inputs on.
+      sequential: whether "whitened" takes the inputs behind layers that are truncated
+        already, which later ones then make up for.
+    """
+
+    method: str = "whitened"
+    num_batches: int = 16
+    sequential: bool = True
+
+    def validate(self) -> None:
+        """Raises UserError, naming the field."""
+        errors.check_choice("truncation.method", self.method, ("whitened", "plain"))
+        errors.check_bounds("truncation.", self, "num_batches", least=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
     """Everything that determines a run.
 
@@ -106,7 +129,9 @@ class ExperimentConfig:
       model: shape of the model.
       data: text, tokenizer and batches.
       optimizer: chain, learning rate and schedule.
-      adaptive_rank: whether and how ranks change during training.
+      adaptive_rank: whether and how ranks change during training, in the last phase.
+      phases: earlier phases, dense or of larger ranks.
+      truncation: how matrices lose rank between phases.
       mesh: devices along each axis.
       checkpoint: when to save.
       eval: when and how to evaluate.
@@ -121,6 +146,8 @@ class ExperimentConfig:
     data: data_lib.DataConfig = data_lib.DataConfig()
     optimizer: optimizer_config.OptimizerConfig = optimizer_config.Sct()
     adaptive_rank: rank_lib.AdaptiveRankConfig = rank_lib.AdaptiveRankConfig()
+    phases: phases_lib.PhasesConfig = phases_lib.PhasesConfig()
+    truncation: TruncationConfig = TruncationConfig()
     mesh: sharding.MeshConfig = sharding.MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
@@ -149,6 +176,7 @@ class ExperimentConfig:
             self.data,
             self.optimizer,
             self.adaptive_rank,
+            self.truncation,
             self.mesh,
             self.checkpoint,
             self.eval,
@@ -164,11 +192,14 @@ class ExperimentConfig:
         if self.step == "layerwise":
             self._validate_layerwise()
         self._validate_factors()
+        self.phases.validate(num_steps=self.num_steps, shape=self.model)
+        for phase in phases_of(self)[:-1]:
+            phase.config.validate()
 
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
         unused = self.optimizer.unused_fields() + self.adaptive_rank.unused_fields()
-        unused += self.log.unused_fields()
+        unused += self.phases.unused_fields() + self.log.unused_fields()
         split = self.data.split
         if split not in (None, *self.data.kinds_of_split):
             unused.append(
@@ -209,6 +240,62 @@ class ExperimentConfig:
             f"{factors!r} does not fit optimizer.name = {name!r}; set it to "
             f"{wanted!r}, or set model.spectral to () for dense matrices",
         )
+
+
+class Phase(NamedTuple):
+    """A part of a run, with one model and one optimizer.
+
+    Attributes:
+      first: steps before it.
+      last: steps at its end.
+      config: the phase as a run of its own, of `last - first` steps.
+    """
+
+    first: int
+    last: int
+    config: ExperimentConfig
+
+
+def phases_of(config: ExperimentConfig) -> tuple[Phase, ...]:
+    """Returns the phases of a run, of which all but the last are dense or wider.
+
+    Raises:
+      UserError: see `phases.PhasesConfig.ends`.
+    """
+    if not config.phases.switch_at:
+        return (Phase(0, config.num_steps, config),)
+    settings, found, first = config.phases, [], 0
+    ends = settings.ends(
+        config.model, num_steps=config.num_steps, seq_len=config.data.seq_len
+    )
+    for last, shape, optimizer in zip(
+        ends,
+        settings.models(config.model),
+        settings.optimizers(config.optimizer),
+        strict=True,
+    ):
+        own = dataclasses.replace(
+            config,
+            num_steps=last - first,
+            model=shape,
+            optimizer=optimizer,
+            phases=phases_lib.PhasesConfig(),
+        )
+        if last != config.num_steps:
+            own = dataclasses.replace(
+                own, adaptive_rank=rank_lib.AdaptiveRankConfig()
+            )
+        found.append(Phase(first, last, own))
+        first = last
+    return tuple(found)
+
+
+def phase_at(config: ExperimentConfig, step: int) -> Phase:
+    """Returns the phase that a step belongs to; the state after it is of that phase."""
+    for phase in phases_of(config):
+        if step <= phase.last:
+            return phase
+    return phases_of(config)[-1]
 
 
 # Fields that do not affect results: intervals, the cache folder, where rows go.
@@ -356,8 +443,8 @@ def _to_type(where: str, value: Any, hint: Any) -> Any:
     for option in options:
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
-            if isinstance(value, tuple) and all(isinstance(x, item) for x in value):
-                return value
+            if isinstance(value, tuple):
+                return tuple(_to_type(where, x, item) for x in value)
         elif isinstance(value, option) and isinstance(value, bool) == (option is bool):
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ import rich.progress
 import rich.table
 from jax.sharding import Mesh
 
-from sct_jax import rank
+from sct_jax import model, rank
 from sct_jax.training import config as config_lib
 from sct_jax.training import memory, metrics, optimizer_config, streams
 
@@ -128,6 +128,33 @@ def describe_ranks(step: int, before: Mapping[str, int], change: rank.Change) ->
     return (
         f"step {step}: stored ranks {', '.join(changed) or 'unchanged'}; in use "
         + ", ".join(in_use)
+    )
+
+
+def describe_phases(phases: Sequence[config_lib.Phase]) -> str:
+    """Returns where every phase of a run ends, and the ranks of its matrices."""
+    return ", ".join(
+        f"{describe_rank(phase.config.model)} to step {phase.last:,}"
+        for phase in phases
+    )
+
+
+def describe_rank(shape: model.ModelConfig) -> str:
+    """Returns the ranks of a model in a few words."""
+    ranks = sorted({shape.matrix_rank(name) or 0 for name in shape.spectral})
+    if not ranks:
+        return "dense"
+    return "rank " + (f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}")
+
+
+def describe_switch(
+    step: int, shape: model.ModelConfig, rows: Sequence[metrics.Row]
+) -> str:
+    """Returns a line about a truncation, with the held-out losses around it."""
+    before, after = (row["eval/loss"] for row in rows)
+    return (
+        f"step {step}: truncated to {describe_rank(shape)}; held-out loss "
+        f"{before:.4f} before, {after:.4f} nats per token after"
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from sct_jax.training import (
     resuming,
     sample,
     signals,
+    switching,
     trainer,
     watchdog,
     workdir,
@@ -81,8 +82,9 @@ def train(
       profile: first and last step of a profiler trace, both included and counted from
         1, which goes to the folder `profile` of the workdir. See `profiling.Profile`.
       init_from: workdir of another run, whose parameters a new run starts from. Its
-        model must have the same shapes, and its tokenizer is taken. Without effect
-        once the run has a checkpoint, which remembers it.
+        tokenizer is taken, and matrices that are to have less rank are truncated, see
+        `TruncationConfig`. Without effect once the run has a checkpoint, which
+        remembers it.
       output: where to print; standard output if None.
 
     Raises:
@@ -117,11 +119,15 @@ def train(
     elif init_from is not None:
         source = origin.find(init_from)
         config = origin.adopt(config, source, log=say)
-    run = trainer.Trainer(workdir.resolve(config, path), config.mesh.build())
+    config = workdir.resolve(config, path)
+    mesh = config.mesh.build()
+    phases = config_lib.phases_of(config)
+    runs = [trainer.Trainer(phase.config, mesh) for phase in phases]
     if source is not None:
-        origin.check_arrays(run, source)
+        origin.check_arrays(runs[0], source)
     workdir.make(path)
-    plan = run.plan()
+    run, plans = runs[-1], [run.plan() for run in runs]
+    plan = plans[-1]
     summary = accounting.summary(
         config.model,
         run.tx,
@@ -130,19 +136,22 @@ def train(
         sizes=plan.sizes,
     )
     choices = run.choices | plan.choices
-    console.print_start(output, config, summary, run.mesh, choices=choices)
-    config = run.config
+    if len(phases) > 1:
+        choices["phases"] = console.describe_phases(phases)
+    console.print_start(output, config, summary, mesh, choices=choices)
     if dry_run:
         if compile_step:
-            summary |= _compile_only(run, plan, output)
+            for compiled, needed in zip(runs, plans, strict=True):
+                summary |= _compile_only(compiled, needed, output)
         earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config, allowed=allow_change):
             say(f"note: {path} holds another run, so its summary.json is kept")
         elif processes.is_first():
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
-    if note := memory.check(plan, run.mesh, run.abstract_state):
-        say(f"note: {note}")
+    for needed, phase_run in zip(plans, runs, strict=True):
+        if note := memory.check(needed, mesh, phase_run.abstract_state):
+            say(f"note: {note}")
     with signals.Signals() as interrupts:
         try:
             with workdir.claim(path) as claimed:
@@ -156,7 +165,9 @@ def train(
                     workdir.write_json(path / "summary.json", summary)
                 # Text that moved is read, to see whether it is the same.
                 call = _Call(
-                    run=run,
+                    config=config,
+                    phases=phases,
+                    runs=runs,
                     path=path,
                     claimed=claimed,
                     output=output,
@@ -167,7 +178,8 @@ def train(
                     source=source,
                     summary=summary,
                 )
-                if same_text and workdir.is_finished(path, run):
+                done = config.num_steps
+                if same_text and workdir.is_finished(path, run, num_steps=done):
                     return _finished_before(call)
                 return _train(call)
         except (signals.Interrupted, Exception):
@@ -211,9 +223,14 @@ def _compile_only(
 
 
 class _Call(NamedTuple):
-    """A call of `train` that takes steps."""
+    """A call of `train` that takes steps.
 
-    run: trainer.Trainer
+    Its last trainer serves for what is alike in all phases.
+    """
+
+    config: config_lib.ExperimentConfig
+    phases: Sequence[config_lib.Phase]
+    runs: Sequence[trainer.Trainer]
     path: pathlib.Path
     claimed: files.HeldFolder
     output: rich.console.Console
@@ -227,21 +244,27 @@ class _Call(NamedTuple):
     def say(self, text: str) -> None:
         console.say(self.output, text)
 
+    def phase_at(self, step: int) -> int:
+        """The number of the phase that the state after a step belongs to."""
+        return next((i for i, p in enumerate(self.phases) if step <= p.last), -1)
+
 
 def _train(call: _Call) -> Result:
     """Prepares data and state, trains, and prints a sample at the end."""
-    config, interrupts, say = call.run.config, call.interrupts, call.say
+    config, interrupts, say = call.config, call.interrupts, call.say
     with processes.first_goes_ahead("corpus"):
         corpus = data.prepare(config.data, vocab_size=config.model.vocab_size, log=say)
     processes.check_same("data", _identity(corpus))
     say(console.describe_passes(config, len(corpus.train)))
     interrupts.end_at_once()
-    text = call.run.held_out(corpus)
+    text = call.runs[-1].held_out(corpus)
     torn: set[int] = set()  # steps that only a later attempt can leave out
     while True:
+        state = None  # of a phase that is over: the next one needs the memory
         try:
             state, result = _attempt(call, corpus, text, torn)
-            break
+            if result.status != "finished" or result.step == config.num_steps:
+                break
         except layerwise.TornStep as error:
             torn.add(error.step)
             say(
@@ -276,14 +299,20 @@ def _train(call: _Call) -> Result:
 def _attempt(
     call: _Call, corpus: data.Corpus, text: evaluation.HeldOut, torn: Collection[int]
 ) -> tuple[state_lib.TrainState | None, Result]:
-    """Trains from the newest checkpoint; no state if that is the last step."""
-    run, path, config, source = call.run, call.path, call.run.config, call.source
+    """Trains from the newest checkpoint to the end of a phase.
+
+    Returns no state if that checkpoint is of the last step.
+    """
+    path, config, source = call.path, call.config, call.source
     identity = _identity(corpus)
 
     def begin() -> state_lib.TrainState:
         nonlocal source
         assert source is not None
-        begun, source = origin.start(run, source, log=call.say)
+        run, calibration = call.runs[0], None
+        if origin.truncates(run, source):
+            calibration = switching.calibration_text(run, corpus, 0)
+        begun, source = origin.start(run, source, text=calibration, log=call.say)
         return begun
 
     with contextlib.ExitStack() as stack:
@@ -292,7 +321,8 @@ def _attempt(
             workdir.writing(call.claimed, keep=config.checkpoint.keep)
         )
         state, start = workdir.restore_or_init(
-            run,
+            config,
+            lambda step: call.runs[call.phase_at(step)],
             checkpoints,
             identity,
             log=call.say,
@@ -303,6 +333,11 @@ def _attempt(
             return None, Result("finished", config.num_steps)
         record = checkpoints.read_record(start) if start else None
         before = resuming.windows_before(record, config)
+        number = call.phase_at(start)
+        phase, run = call.phases[number], call.runs[number]
+        if start == phase.last:
+            state = _switch(call, number, state, corpus, text, windows_before=before)
+            phase, run = call.phases[number + 1], call.runs[number + 1]
         came_from = workdir.origin_of(record) if record else None
         if source and not start:
             came_from = source.describe()
@@ -336,6 +371,8 @@ def _attempt(
             watchdog.Watchdog(call.stall_timeout, path, before_exit=processes.leave)
         )
         loop = _Loop(
+            config,
+            phase,
             run,
             checkpoints,
             sinks,
@@ -350,21 +387,45 @@ def _attempt(
         return loop.steps(state, start, batches, call.interrupts, torn=torn)
 
 
+def _switch(
+    call: _Call,
+    number: int,
+    state: state_lib.TrainState,
+    corpus: data.Corpus,
+    text: evaluation.HeldOut,
+    *,
+    windows_before: int,
+) -> state_lib.TrainState:
+    """The state that the phase after this one starts from; says what truncation cost."""
+    before, after = call.runs[number : number + 2]
+    step = call.phases[number].last
+    losses = [before.evaluate(state.params, text)]
+    calibration = switching.calibration_text(
+        after, corpus, step, windows_before=windows_before
+    )
+    state = switching.switch(state, before, after, text=calibration)
+    losses.append(after.evaluate(state.params, text))
+    call.say(console.describe_switch(step, after.config.model, losses))
+    return state
+
+
 def _identity(corpus: data.Corpus) -> dict[str, str]:
     """What may not change during a run."""
     return {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
 
 
 def _finished_before(call: _Call) -> Result:
-    num_steps = call.run.config.num_steps
+    num_steps = call.config.num_steps
     profiling.Profile(call.profile, call.path, say=call.say).resume(num_steps)
     call.say(f"finished: {num_steps} steps are done, see {call.path}")
     return Result("finished", num_steps)
 
 
 class _Loop(NamedTuple):
-    """The steps of one process, and what each one writes."""
+    """The steps of one process in a phase, and what each one writes."""
 
+    config: config_lib.ExperimentConfig
+    phase: config_lib.Phase
     run: trainer.Trainer
     checkpoints: checkpoint.Checkpointer
     sinks: metrics.Sinks
@@ -389,10 +450,11 @@ class _Loop(NamedTuple):
 
         Steps in `torn` are not applied. Raises `layerwise.TornStep` for another one.
         """
-        config = self.run.config
+        config, (first, end, own) = self.config, self.phase
+        schedule = own.optimizer.learning_rate(own.num_steps)
         log = metrics.StepLog(
             self.sinks,
-            learning_rate=config.optimizer.learning_rate(config.num_steps),
+            learning_rate=lambda updates: schedule(updates - first),
             tokens_per_step=config.data.tokens_per_step,
             start_step=start_step,
             tokens_before=self.windows_before * config.data.seq_len,
@@ -405,9 +467,9 @@ class _Loop(NamedTuple):
             self.watch.kick()
         self.progress.begin()
         log.start()
-        for step in range(start_step + 1, config.num_steps + 1):
-            last = step == config.num_steps
-            logged = last or step == 1 or step % config.log_every == 0
+        for step in range(start_step + 1, end + 1):
+            last = step == end
+            logged = last or step == first + 1 or step % config.log_every == 0
             with self.profile.step(step, state):
                 state, values = self.run.step(
                     state, next(batches), diagnose=logged, reject=step in torn
@@ -423,7 +485,7 @@ class _Loop(NamedTuple):
             stop = processes.agreed_stop(step, interrupts.received)
             saved = last or stop or step % config.checkpoint.every == 0
             evaluated = last or step % config.eval.every == 0
-            decided = config.adaptive_rank.decides_at(step) and not last
+            decided = own.adaptive_rank.decides_at(step) and not last
             # The work below takes time of its own, and a layerwise step is over when it
             # returns: in both cases the row of this step is due now.
             if saved or evaluated or decided or config.step == "layerwise":
@@ -456,14 +518,14 @@ class _Loop(NamedTuple):
                     )
                     self.checkpoints.save(step, state, record=record)
                     self.watch.kick()
-            if stop and not last:
+            if stop and step != config.num_steps:
                 self.checkpoints.wait()
                 self.progress.print(
                     f"interrupted: saved at step {step}; the same command resumes"
                 )
                 return state, Result("interrupted", step, stop)
         self.checkpoints.wait()
-        return state, Result("finished", config.num_steps)
+        return state, Result("finished", end)
 
     def _compile(self, state: state_lib.TrainState) -> None:
         if seconds := self.run.compile(state):

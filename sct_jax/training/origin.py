@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sct_jax import data, errors, model, paths
-from sct_jax.training import arrays, checkpoint, trainer, workdir
+from sct_jax import compression, data, errors, model, paths
+from sct_jax.training import arrays, checkpoint, switching, trainer, workdir
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
 
@@ -51,7 +51,7 @@ def find(path: str) -> Origin:
     folder = pathlib.Path(paths.expand("--init-from", path)).absolute()
     try:
         record = workdir.newest_record(folder)
-        config = _with_ranks(workdir.config_of(record), record)
+        config = _with_ranks(workdir.config_at(record), record)
         tokenizer = workdir.read_tokenizer(folder, record)
     except errors.UserError as error:
         raise errors.UserError(f"--init-from: {error}") from error
@@ -142,7 +142,8 @@ def adopt(
 ) -> config_lib.ExperimentConfig:
     """Returns the configuration of a run that can start from these parameters.
 
-    It encodes with the tokenizer of the other run.
+    It encodes with the tokenizer of the other run. Matrices may have less rank than
+    there; `start` truncates them.
 
     Args:
       config: the new run.
@@ -153,11 +154,12 @@ def adopt(
       UserError: listing the fields of the model that do not fit, or naming both
         tokenizers.
     """
-    before, after = _facts(origin.config.model), _facts(config.model)
+    own = config_lib.phases_of(config)[0].config.model
+    before, after = _facts(origin.config.model), _facts(own)
     found = [
-        f"{name}: {before.get(name)!r} in {origin.path}, {after.get(name)!r} now"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
+        f"{name}: {before[name]!r} in {origin.path}, {after[name]!r} now"
+        for name in before
+        if before[name] != after[name]
     ]
     errors.check(
         "--init-from",
@@ -165,6 +167,10 @@ def adopt(
         f"the model is not that of {origin.path}; choose another run, or set these "
         "fields as there:\n  " + "\n  ".join(found),
     )
+    try:
+        compression.check(origin.config.model, own)
+    except errors.UserError as error:
+        raise errors.UserError(f"--init-from: {origin.path}: {error}") from error
     for name in _ROPE:
         then, now = (getattr(c.model, name) for c in (origin.config, config))
         if then != now:
@@ -173,19 +179,32 @@ def adopt(
 
 
 def _facts(config: model.ModelConfig) -> dict[str, Any]:
-    """What determines the arrays and what they compute, however it was written."""
+    """What the parameters compute, beside the ranks of the matrices."""
     facts = {
         f"model.{name}": getattr(config, name)
         for name in (*model.MAX_SIZES, "tie_embeddings", "qk_norm", "norm_eps")
     }
     facts["model.head_dim"] = config.head_size
-    facts["model.spectral"] = tuple(sorted(config.spectral))
-    if config.spectral:
-        facts["model.factors"] = config.factors
-    for name in model.MATRICES:
-        if (rank := config.matrix_rank(name)) is not None:
-            facts[f"model.ranks.{name}"] = rank
     return facts
+
+
+def _shape(run: trainer.Trainer, origin: Origin) -> model.ModelConfig:
+    """The model of a trainer with the ranks that the other run has."""
+    given = origin.config.model
+    return dataclasses.replace(
+        run.config.model,
+        spectral=given.spectral,
+        factors=given.factors,
+        rank=given.rank,
+        ranks=given.ranks,
+        rank_ratios=given.rank_ratios,
+    )
+
+
+def truncates(run: trainer.Trainer, origin: Origin) -> bool:
+    """Returns whether the run has less rank than the other one."""
+    ranks = lambda shape: {n: shape.matrix_rank(n) for n in shape.matrix_shapes()}
+    return ranks(run.config.model) != ranks(origin.config.model)
 
 
 def _with_tokenizer(
@@ -210,7 +229,8 @@ def check_arrays(run: trainer.Trainer, origin: Origin) -> None:
 
     Ranks may have changed since the configuration of the other run was written.
     """
-    apart = jax.eval_shape(model.unstack_layers, run.abstract_state)
+    state = run.abstract_state.replace(params=_abstract_params(run, origin))
+    apart = jax.eval_shape(model.unstack_layers, state)
     is_param = lambda name: name.startswith("params")
     wanted = {n: leaf for n, leaf in arrays.by_name(apart).items() if is_param(n)}
     saved = {n: leaf for n, leaf in origin.record["leaves"].items() if is_param(n)}
@@ -220,8 +240,18 @@ def check_arrays(run: trainer.Trainer, origin: Origin) -> None:
         raise errors.UserError(f"--init-from: {origin.path}: {error}") from error
 
 
+def _abstract_params(run: trainer.Trainer, origin: Origin) -> model.Params:
+    """The parameters of the other run in the layout of this one."""
+    shape = _shape(run, origin)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
+
+
 def start(
-    run: trainer.Trainer, origin: Origin, *, log: Callable[[str], None]
+    run: trainer.Trainer,
+    origin: Origin,
+    *,
+    text: compression.Text | None,
+    log: Callable[[str], None],
 ) -> tuple[state_lib.TrainState, Origin]:
     """Returns the state before the first step of a run that `adopt` has passed.
 
@@ -229,8 +259,9 @@ def start(
     another one than `find` saw if that was damaged, or a newer one came.
 
     Args:
-      run: the trainer of the new run.
+      run: the trainer of the new run, in its first phase.
       origin: the other run.
+      text: see `switching.calibration_text`; not used where no matrix loses rank.
       log: receives a line.
 
     Raises:
@@ -244,14 +275,11 @@ def start(
         params = model.stack_layers({**params}, stack_arrays=arrays.stack_and_free)
     else:
         params = model.unstack_layers(params)
-    placed = jax.tree.map(lambda x: x.sharding, run.abstract_state)
-    params = jax.tree.map(_place, params, placed.params)
-    begin = jax.jit(
-        lambda params: state_lib.start(params, run.tx),
-        out_shardings=placed,
-        donate_argnums=0,
-    )
-    return begin(params), origin
+    placed = run.shardings(_abstract_params(run, origin))
+    params = jax.tree.map(_place, params, placed)
+    if truncates(run, origin):
+        params = switching.truncated(params, _shape(run, origin), run, text=text)
+    return run.start(params), origin
 
 
 def _place(x: jax.Array, placed: jax.sharding.Sharding) -> jax.Array:

@@ -690,7 +690,7 @@ def _defaults(values: dict[str, Any]) -> str:
     """The default of a field, with the chains where they differ or some lack it."""
     by_text: dict[str, list[str]] = {}
     for chain, value in values.items():
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         by_text.setdefault(text, []).append(chain)
     if len(by_text) == 1 and values.keys() == optimizer_config.CHAINS.keys():
         return next(iter(by_text))

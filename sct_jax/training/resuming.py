@@ -36,10 +36,25 @@ def check_same_run(
         + "\n  ".join(found),
     )
     changed = [d.field for d in config_lib.changes(old, new)]
-    shaping = [name for name in changed if name.startswith(("model.", "optimizer."))]
+    shaping = [
+        name for name in changed if name.startswith(("model.", "optimizer.", "phases."))
+    ]
+    before, after = (config_lib.phases_of(config) for config in (old, new))
+    ends = [[phase.last for phase in phases[:-1]] for phases in (before, after)]
+    errors.check(
+        "phases.switch_at" if "phases.switch_at" in changed else "num_steps",
+        ends[0] == ends[1],
+        f"the phases of the run would end after {ends[1]} steps, and not after "
+        f"{ends[0]}; undo it, or keep them with phases.switch_at = {tuple(ends[0])} "
+        "and --allow-change=phases.switch_at",
+    )
+    fits = not shaping or all(
+        _shapes(then.config, like=then.config) == _shapes(now.config, like=then.config)
+        for then, now in zip(before, after, strict=True)
+    )
     errors.check(
         "--allow-change",
-        not shaping or _shapes(old, like=old) == _shapes(new, like=old),
+        fits,
         f"{', '.join(shaping)} cannot change: the saved arrays would have other names "
         "or shapes; undo it, or choose another --workdir",
     )
@@ -87,7 +102,6 @@ def describe(
       new: the run that continues it.
       skipped: steps so far that were not applied, which schedules do not count.
     """
-    applied = record["step"] - skipped
     changes = config_lib.changes(old, new)
     changed = {change.field for change in changes}
     lines = [
@@ -107,7 +121,9 @@ def describe(
             f"data: another order from here on, after as many tokens as before: "
             f"sequence {taken:,} of {new.data.seq_len:,} tokens each"
         )
-    was, now = (_learning_rate(config, applied) for config in (old, new))
+    was, now = (
+        _learning_rate(config, record["step"], skipped) for config in (old, new)
+    )
     if was != now:
         lines.append(
             f"the learning rate at this step changes from {was:.2e} to {now:.2e}"
@@ -115,10 +131,13 @@ def describe(
     return lines
 
 
-def _learning_rate(config: config_lib.ExperimentConfig, applied: int) -> float:
-    # A schedule covers the whole run, so a longer run has another learning rate.
-    schedule = config.optimizer.learning_rate(config.num_steps)
-    return float(jnp.asarray(schedule(applied)))
+def _learning_rate(
+    config: config_lib.ExperimentConfig, step: int, skipped: int
+) -> float:
+    # A schedule covers a whole phase, so a longer run has another learning rate.
+    phase = config_lib.phase_at(config, step)
+    schedule = phase.config.optimizer.learning_rate(phase.config.num_steps)
+    return float(jnp.asarray(schedule(step - phase.first - skipped)))
 
 
 def _shapes(

@@ -37,6 +37,8 @@ class Trainer:
       tx: the chain that updates the parameters.
       abstract_state: shapes, dtypes and shardings of the state before the first step.
       rows: those of a batch that the devices of this process take, in order.
+      linear: multiplies by every matrix.
+      placement: where arrays are on the mesh; None on one device.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Trainer:
                 flatten_rows=placement is None,
                 constrain=placement and placement.bottleneck,
             )
+        self.linear, self.placement = linear, placement
         _check_batch(config.data, mesh)
         self.rows = _rows_of_process(config.data.batch_size, mesh)
         sharding.check_heads(
@@ -135,7 +138,7 @@ class Trainer:
             self._jitted_step = jax.jit(
                 place(step),
                 donate_argnums=0,
-                out_shardings=(self._shardings(abstract), None),
+                out_shardings=(self.shardings(abstract), None),
             )
         else:
             stack = layerwise.stack_of(self.model, placement)
@@ -173,6 +176,19 @@ class Trainer:
         """Returns the state before the first step, drawn where its shards live."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         return jax.jit(self._init, out_shardings=shardings)(key)
+
+    def start(self, params: model.Params) -> state_lib.TrainState:
+        """Returns the state of given parameters before the first step; consumes them.
+
+        Args:
+          params: arrays on the devices of the mesh, divided in any way.
+        """
+        begin = jax.jit(
+            lambda params: state_lib.start(params, self.tx),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state),
+            donate_argnums=0,
+        )
+        return begin(params)
 
     def abstract_at(self, record: dict[str, Any]) -> state_lib.TrainState:
         """Returns the abstract state of a checkpoint, whose ranks may have changed.
@@ -333,7 +349,7 @@ class Trainer:
         before = jax.eval_shape(lambda x: x, state)
         after = rank.with_ranks(before, change.ranks, params=before.params)
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-        resized = jax.jit(resize, out_shardings=self._shardings(after))(
+        resized = jax.jit(resize, out_shardings=self.shardings(after))(
             state, change.active, key
         )
         return resized, change
@@ -350,14 +366,15 @@ class Trainer:
         losses = [self._eval_step(params, batch) for batch in text.batches]
         return evaluation.summarise(losses, text)
 
-    def _shardings(self, tree: Any) -> Any:
+    def shardings(self, tree: Any) -> Any:
+        """Returns where the arrays of a state, or of parameters, are on the mesh."""
         if self.mesh.size == 1:  # custom parameters need no sharding rule
             whole = NamedSharding(self.mesh, PartitionSpec())
             return jax.tree.map(lambda _: whole, tree)
         return sharding.shardings(tree, self.mesh, self.config.mesh.tensor_layout)
 
     def _with_shardings(self, tree: Any) -> Any:
-        return sharding.abstract(tree, self._shardings(tree))
+        return sharding.abstract(tree, self.shardings(tree))
 
 
 @jax.jit

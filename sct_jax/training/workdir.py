@@ -70,7 +70,7 @@ def load_with_record(
     """Returns what `load_run` does, and the record of the checkpoint it comes from."""
     path = pathlib.Path(paths.expand("workdir", path))
     params, record = load_params(path)
-    config, tokenizer = config_of(record), read_tokenizer(path, record)
+    config, tokenizer = config_at(record), read_tokenizer(path, record)
     errors.check(
         "workdir",
         tokenizer.vocab_size <= config.model.vocab_size,
@@ -93,7 +93,7 @@ def load_params(path: pathlib.Path) -> tuple[model.Params, checkpoint.Record]:
     mesh = sharding.MeshConfig().build(1, devices=jax.local_devices())
 
     def abstract_at(record: checkpoint.Record) -> state_lib.TrainState:
-        config = config_of(record)
+        config = config_at(record)
         # A checkpoint opens on any device, whatever kernel it was trained with, and
         # without the time that it takes to choose how to rematerialise.
         shape = dataclasses.replace(config.model, attention="auto", remat="none")
@@ -117,6 +117,15 @@ def config_of(record: checkpoint.Record) -> config_lib.ExperimentConfig:
       UserError: see `as_config`.
     """
     return as_config(record["config"], f"checkpoint {record['step']}")
+
+
+def config_at(record: checkpoint.Record) -> config_lib.ExperimentConfig:
+    """Returns the configuration of the phase that a checkpoint belongs to.
+
+    Raises:
+      UserError: see `config_of`.
+    """
+    return config_lib.phase_at(config_of(record), record["step"]).config
 
 
 def newest_record(path: pathlib.Path) -> checkpoint.Record:
@@ -471,7 +480,7 @@ def record(
     """Returns what a checkpoint says about its state, see `restore_or_init`.
 
     Args:
-      config: the run.
+      config: the run, with all of its phases.
       step: number of steps.
       state: after that step.
       identity: hashes of corpus and tokenizer.
@@ -479,9 +488,11 @@ def record(
         configuration take, because the batch size changed on the way.
       origin: where the first parameters came from, see `origin_of`; None if drawn.
     """
+    first = config_lib.phase_at(config, step).first
     return {
         "config": config_lib.to_dict(config),
         "data_position": step * config.data.batch_size + windows_before,
+        **({checkpoint.PHASE_START: first} if first else {}),
         "ranks": rank.stored_ranks(state.params),
         **identity,
         **({} if origin is None else {_INIT_FROM: dict(origin)}),
@@ -494,7 +505,8 @@ def origin_of(record: checkpoint.Record) -> Mapping[str, Any] | None:
 
 
 def restore_or_init(
-    run: trainer.Trainer,
+    config: config_lib.ExperimentConfig,
+    run_at: Callable[[int], trainer.Trainer],
     checkpoints: checkpoint.Checkpointer,
     identity: dict[str, str],
     *,
@@ -505,7 +517,8 @@ def restore_or_init(
     """Returns the newest whole checkpoint and its step, or a new state and 0.
 
     Args:
-      run: the trainer.
+      config: the run.
+      run_at: from a number of steps to the trainer of its phase.
       checkpoints: of the workdir.
       identity: hashes of corpus and tokenizer, which may not change during a run.
       log: receives what was resumed, what changes, and which checkpoints are damaged.
@@ -520,30 +533,32 @@ def restore_or_init(
         warnings.simplefilter("always", UserWarning)
         try:
             restored = checkpoints.restore(
-                run.abstract_at, run.mesh, layout=run.config.mesh.tensor_layout
+                lambda record: run_at(record["step"]).abstract_at(record),
+                run_at(0).mesh,
+                layout=config.mesh.tensor_layout,
             )
         finally:
             for warning in caught:
                 log(f"warning: {warning.message}")
     if restored is None:
-        draw = lambda: run.init(jax.random.key(run.config.seed))
+        draw = lambda: run_at(0).init(jax.random.key(config.seed))
         return (start or draw)(), 0
     state, record = restored
     step, before = record["step"], config_of(record)
-    resuming.check_same_run(before, run.config, "the checkpoint", allowed=allow_change)
+    resuming.check_same_run(before, config, "the checkpoint", allowed=allow_change)
     for name, now in identity.items():
         then = record.get(name, now)  # the first checkpoints have no tokenizer hash
         errors.check(
             "data",
             then == now,
             f"the run was trained with a {name} with hash {then[:16]}, but "
-            f"{run.config.data.source!r} now has {now[:16]}; restore the text, or "
+            f"{config.data.source!r} now has {now[:16]}; restore the text, or "
             "choose another --workdir"
-            + "".join(f"\n  {c}" for c in config_lib.text_changes(before, run.config)),
+            + "".join(f"\n  {c}" for c in config_lib.text_changes(before, config)),
         )
     log(f"resumed at step {step}")
     skipped = int(state.guard.skipped)
-    for line in resuming.describe(record, before, run.config, skipped=skipped):
+    for line in resuming.describe(record, before, config, skipped=skipped):
         log(line)
     return state, step
 
@@ -556,13 +571,18 @@ def steps_done(path: pathlib.Path) -> int:
         return checkpoints.latest_step() or 0
 
 
-def is_finished(path: pathlib.Path, run: trainer.Trainer) -> bool:
+def is_finished(path: pathlib.Path, run: trainer.Trainer, *, num_steps: int) -> bool:
     """Returns whether the workdir holds the last step of a run, in a whole checkpoint.
 
     Reads all of that checkpoint.
+
+    Args:
+      path: the workdir.
+      run: the trainer of the last phase.
+      num_steps: of the run.
     """
     step = steps_done(path)
-    if step < run.config.num_steps:
+    if step < num_steps:
         return False
     with reading(path) as checkpoints, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # repeated when the run resumes

@@ -1,0 +1,329 @@
+"""Truncation of a trained model: its matrices become factors, or factors of less rank.
+
+With text, a matrix is approximated where its inputs are: the error of its outputs is
+the least that its rank allows. One layer is handled at a time.
+"""
+
+import dataclasses
+import functools
+import heapq
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sct_jax import errors, linalg, model, sharding, spectral
+
+SecondMoments = dict[str, Float[Array, "I I"]]  # by the name of a matrix of a layer
+
+# The first of the matrices that read the same inputs.
+_READS = {"q": "q", "k": "q", "v": "q", "o": "o"}
+_READS |= {"gate": "gate", "up": "gate", "down": "down"}
+
+
+class Text(NamedTuple):
+    """Text to measure the inputs of matrices on.
+
+    Attributes:
+      tokens: ids, (B, L) per batch.
+      segment_ids: of the documents, (B, L) per batch; None for one document per row.
+    """
+
+    tokens: Sequence[Int[Array, "B L"]]
+    segment_ids: Sequence[Int[Array, "B L"]] | None = None
+
+
+class Inputs:
+    """The residual stream of some text before the layer that comes next.
+
+    Attributes:
+      streams: (B, L, D) per batch of text.
+    """
+
+    def __init__(
+        self,
+        params: model.Params,
+        text: Text,
+        config: model.ModelConfig,
+        *,
+        linear: model.Linear = spectral.linear,
+        placement: sharding.Placement | None = None,
+    ):
+        """Starts before the first layer.
+
+        Args:
+          params: any parameters with the embedding of the model.
+          text: what flows through the layers.
+          config: architecture of the model.
+          linear: multiplies by every matrix.
+          placement: where arrays are on a mesh; XLA is to choose if None.
+        """
+        # Each layer runs alone, so nothing is to be recomputed.
+        config = dataclasses.replace(config, remat="none", attention="auto")
+        self._segments = text.segment_ids or [None] * len(text.tokens)
+        self._layer = functools.partial(
+            _apply, config=config, linear=linear, placement=placement
+        )
+        self._moments = functools.partial(
+            _moments, config=config, linear=linear, placement=placement
+        )
+        embed = jax.jit(
+            functools.partial(model.embed, config=config, placement=placement)
+        )
+        ends = {"embedding": params["embedding"]}
+        self.streams = [embed(ends, tokens) for tokens in text.tokens]
+        self._rope = model.rotary_table(text.tokens[0].shape[1], config)
+
+    def second_moments(self, layer: model.Params) -> SecondMoments:
+        """Returns sums of x.T x over the inputs x of every matrix of a layer."""
+        total: SecondMoments = {}
+        for stream, segments in zip(self.streams, self._segments, strict=True):
+            found = self._moments(layer, stream, self._rope, segments)
+            total = jax.tree.map(jnp.add, total, found) if total else found
+        return {name: total[source] for name, source in _READS.items()}
+
+    def advance(self, layer: model.Params) -> None:
+        """Moves the streams behind a layer."""
+        self.streams = [
+            self._layer(layer, stream, self._rope, segments)
+            for stream, segments in zip(self.streams, self._segments, strict=True)
+        ]
+
+
+_STATIC = ("config", "linear", "placement")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _apply(layer, stream, rope, segments, *, config, linear, placement):
+    return model.block(
+        layer,
+        stream,
+        rope,
+        segments,
+        config=config,
+        linear=linear,
+        placement=placement,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _moments(layer, stream, rope, segments, *, linear, **static) -> SecondMoments:
+    found: list[Array] = []
+
+    def observe(x: Array, w: spectral.Weight) -> Array:
+        found.append(linalg.gram(x.reshape(-1, x.shape[-1]).astype(jnp.float32)))
+        return linear(x, w)
+
+    model.block(layer, stream, rope, segments, linear=observe, **static)
+    by_name = dict(zip(model.BLOCK_MATRICES, found, strict=True))
+    return {source: by_name[source] for source in dict.fromkeys(_READS.values())}
+
+
+def truncate(
+    params: model.Params,
+    config: model.ModelConfig,
+    wanted: model.ModelConfig,
+    *,
+    text: Text | None = None,
+    sequential: bool = True,
+    linear: model.Linear = spectral.linear,
+    placement: sharding.Placement | None = None,
+) -> model.Params:
+    """Returns parameters whose matrices have the factors of another configuration.
+
+    A matrix that is dense or has factors in both, of equal rank, stays as it is.
+
+    Args:
+      params: in either layout, which the result shares.
+      config: of these parameters.
+      wanted: the same shapes, with more factors or smaller ranks.
+      text: where the matrices of the layers are approximated; everywhere alike if None,
+        as embedding and head always are.
+      sequential: whether a layer sees the outputs of truncated layers, so that it makes
+        up for some of their error, or those of the layers as they were.
+      linear: see `Inputs`.
+      placement: see `Inputs`.
+
+    Raises:
+      UserError: see `check`.
+
+    References:
+      Wang et al., SVD-LLM, arXiv 2403.07378, 2024, section 3
+    """
+    check(config, wanted)
+    stacked = not isinstance(params[model.LAYERS], tuple)
+    inputs = None
+    if text is not None:
+        inputs = Inputs(params, text, config, linear=linear, placement=placement)
+    layers = []
+    for layer in layers_of(params):
+        moments = inputs.second_moments(layer) if inputs else {}
+        new = {
+            name: _truncated(w, wanted.matrix_rank(name), moments.get(name), wanted)
+            if name in model.BLOCK_MATRICES
+            else w
+            for name, w in layer.items()
+        }
+        if inputs:
+            inputs.advance(new if sequential else layer)
+        layers.append(new)
+    result = {
+        name: _truncated(w, wanted.matrix_rank(name), None, wanted)
+        if name in model.MATRICES
+        else w
+        for name, w in params.items()
+        if name != model.LAYERS
+    } | {model.LAYERS: tuple(layers)}
+    return model.stack_layers(result) if stacked else result
+
+
+def layers_of(params: model.Params) -> Sequence[model.Params]:
+    """Returns the layers of parameters in either layout."""
+    layers = params[model.LAYERS]
+    return (
+        layers
+        if isinstance(layers, tuple)
+        else model.unstack_layers(params)[model.LAYERS]
+    )
+
+
+def check(config: model.ModelConfig, wanted: model.ModelConfig) -> None:
+    """Raises UserError, naming the field and the matrix, for ranks that would grow."""
+    for name in config.matrix_shapes():
+        before, after = config.matrix_rank(name), wanted.matrix_rank(name)
+        errors.check(
+            "model.spectral",
+            before is None or after is not None,
+            f"{name!r} has factors of rank {before} and cannot become dense; add it",
+        )
+        errors.check(
+            f"model.ranks.{name}",
+            before is None or after is None or after <= before,
+            f"{after} is above the rank {before} that the matrix has; truncation only "
+            "lowers ranks",
+        )
+    errors.check(
+        "model.factors",
+        wanted.factors == config.factors or not config.spectral,
+        f"{wanted.factors!r} differs from {config.factors!r}, which the matrices have",
+    )
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+def _best(w, moment, *, rank: int) -> spectral.SpectralFactors:
+    return spectral.truncate(w, rank, second_moment=moment)
+
+
+def _truncated(
+    w: spectral.Weight,
+    rank: int | None,
+    moment: Float[Array, "I I"] | None,
+    wanted: model.ModelConfig,
+) -> spectral.Weight:
+    if rank is None or (spectral.is_factors(w) and w[-1].shape[-1] == rank):
+        return w
+    factors = _best(w, moment, rank=rank)
+    return factors if wanted.factors == "spectral" else spectral.to_low_rank(factors)
+
+
+class Spectrum(NamedTuple):
+    """What each further rank of a matrix keeps.
+
+    Attributes:
+      squares: s^2 per layer, descending, as parts of their sum; (layers, min(I, O)).
+      cost: parameters of all layers per rank.
+    """
+
+    squares: Float[np.ndarray, "N R"]
+    cost: int
+
+
+def spectra(
+    params: model.Params,
+    config: model.ModelConfig,
+    names: Sequence[str],
+    *,
+    text: Text | None = None,
+) -> dict[str, Spectrum]:
+    """Returns what each rank of matrices of the layers keeps, for `allocate`.
+
+    Args:
+      params: in either layout.
+      config: of these parameters.
+      names: of the matrices.
+      text: see `truncate`; the layers stay as they are.
+    """
+    inputs = None if text is None else Inputs(params, text, config)
+    squares: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for layer in layers_of(params):
+        moments = inputs.second_moments(layer) if inputs else {}
+        for name in names:
+            s = _singular_values(layer[name], moments.get(name))
+            energy = np.square(np.asarray(s, np.float64))
+            squares[name].append(energy / max(energy.sum(), np.finfo(float).tiny))
+        if inputs:
+            inputs.advance(layer)
+    shapes = config.matrix_shapes()
+    return {
+        name: Spectrum(np.stack(found), config.num_layers * (sum(shapes[name]) + 1))
+        for name, found in squares.items()
+    }
+
+
+@jax.jit
+def _singular_values(w, moment):
+    return spectral.singular_values(w, second_moment=moment)
+
+
+def allocate(
+    spectra: Mapping[str, Spectrum], *, budget: int, multiple: int = 1
+) -> dict[str, int]:
+    """Returns the ranks that keep the most energy within a number of parameters.
+
+    All layers of a matrix get one rank. Ranks are raised one multiple at a time, where
+    a parameter keeps the most; for descending spectra, no other choice of as many
+    parameters keeps more, but for the last step.
+
+    Args:
+      spectra: by matrix.
+      budget: parameters of all factors together.
+      multiple: of which ranks are, as far as the shape allows.
+
+    Raises:
+      UserError: where the budget is below one multiple per matrix.
+    """
+    ranks = dict.fromkeys(spectra, 0)
+    left = budget
+
+    def gain(name: str) -> tuple[float, str, int]:
+        squares, cost = spectra[name]
+        stop = min(ranks[name] + multiple, squares.shape[1])
+        kept = float(np.sum(squares[:, ranks[name] : stop]))
+        size = max((stop - ranks[name]) * cost, 1)
+        return -kept / size, name, stop
+
+    for name in spectra:  # the least, whatever it keeps
+        stop = gain(name)[2]
+        left -= stop * spectra[name].cost
+        ranks[name] = stop
+    least = budget - left
+    errors.check(
+        "budget",
+        left >= 0,
+        f"{budget:,} parameters are too few: rank {multiple} in each of "
+        f"{', '.join(spectra)} takes {least:,}",
+    )
+    queue = [gain(name) for name in spectra]
+    heapq.heapify(queue)
+    while queue:
+        _, name, stop = heapq.heappop(queue)
+        added = (stop - ranks[name]) * spectra[name].cost
+        if stop == ranks[name] or added > left:
+            continue  # no further rank, or none that fits
+        left -= added
+        ranks[name] = stop
+        heapq.heappush(queue, gain(name))
+    return ranks

@@ -1,0 +1,326 @@
+"""Truncation where the inputs are, against closed forms in float64."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import samples
+
+from sct_jax import compression, errors, model, spectral
+
+DENSE = dataclasses.replace(samples.SMALL, spectral=(), remat="none")
+LOW = dataclasses.replace(samples.SMALL, spectral=model.BLOCK_MATRICES, rank=4)
+
+
+def inputs_of(seed: int, rows: int, fan_in: int) -> np.ndarray:
+    """Rows whose directions differ in size a thousandfold, and are correlated."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(fan_in, fan_in)) / np.sqrt(fan_in)
+    scales = np.logspace(0, -3, fan_in)
+    return rng.normal(size=(rows, fan_in)) * scales @ mixed
+
+
+def weight_of(seed: int, fan_in: int, fan_out: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(fan_in, fan_out))
+
+
+def output_error(x: np.ndarray, w: np.ndarray, factors) -> float:
+    approximation = np.asarray(spectral.to_dense(factors), np.float64)
+    return float(np.sum(np.square(x @ (w - approximation))))
+
+
+def least_error(x: np.ndarray, w: np.ndarray, rank: int) -> float:
+    """The squared singular values of x W beyond a rank: Eckart and Young for x W."""
+    return float(np.sum(np.square(np.linalg.svd(x @ w, compute_uv=False)[rank:])))
+
+
+@pytest.mark.parametrize("rows", [400, 12], ids=["regular", "singular"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
+def test_outputs_are_as_close_as_the_rank_allows(shape, rows):
+    x, w = inputs_of(0, rows, shape[0]), weight_of(1, *shape)
+    moment = jnp.asarray(x.T @ x, jnp.float32)
+    for rank in (1, 5, 11):
+        factors = spectral.from_dense(
+            jnp.asarray(w, jnp.float32), rank=rank, second_moment=moment
+        )
+        plain = spectral.from_dense(jnp.asarray(w, jnp.float32), rank=rank)
+        found = output_error(x, w, factors)
+        scale = np.sum(np.square(x @ w))
+        assert found == pytest.approx(
+            least_error(x, w, rank), rel=1e-3, abs=1e-5 * scale
+        )
+        assert found <= output_error(x, w, plain) * (1 + 1e-5)
+        assert float(spectral.orthonormality_error(factors)) < 1e-5
+        assert np.all(np.diff(factors.s) <= 0)
+
+
+def test_no_information_about_inputs_is_the_plain_truncation():
+    w = jnp.asarray(weight_of(2, 24, 16), jnp.float32)
+    plain = spectral.to_dense(spectral.from_dense(w, rank=5))
+    for moment in (jnp.eye(24), 1e-8 * jnp.eye(24), jnp.zeros((24, 24))):
+        found = spectral.from_dense(w, rank=5, second_moment=moment)
+        np.testing.assert_allclose(spectral.to_dense(found), plain, atol=1e-5)
+
+
+def test_energy_counts_outputs():
+    x, w = inputs_of(3, 300, 24), weight_of(4, 24, 16)
+    moment = jnp.asarray(x.T @ x, jnp.float32)
+    found = spectral.from_dense(
+        jnp.asarray(w, jnp.float32), energy=0.9, second_moment=moment
+    )
+    squares = np.square(np.linalg.svd(x @ w, compute_uv=False))
+    rank = int(np.argmax(np.cumsum(squares) >= 0.9 * squares.sum())) + 1
+    assert found.s.shape == (rank,)
+    values = spectral.singular_values(jnp.asarray(w, jnp.float32), second_moment=moment)
+    np.testing.assert_allclose(
+        np.square(values), squares, rtol=1e-3, atol=1e-6 * squares.sum()
+    )
+
+
+@pytest.mark.parametrize("kind", ["spectral", "low_rank"])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_factors_are_truncated_like_their_matrix(kind, whitened):
+    w = spectral.init(jax.random.key(0), 24, 40, 12)
+    w = w._replace(
+        s=w.s * jnp.where(jnp.arange(12) % 3, 1, -2)
+    )  # neither sorted nor > 0
+    dense = spectral.to_dense(w)
+    if kind == "low_rank":
+        w = spectral.to_low_rank(w)
+    x = inputs_of(5, 200, 24)
+    moment = jnp.asarray(x.T @ x, jnp.float32) if whitened else None
+    found = spectral.truncate(w, 5, second_moment=moment)
+    wanted = spectral.from_dense(dense, rank=5, second_moment=moment)
+    np.testing.assert_allclose(found.s, wanted.s, rtol=1e-4)
+    np.testing.assert_allclose(
+        spectral.to_dense(found), spectral.to_dense(wanted), atol=2e-5
+    )
+    assert float(spectral.orthonormality_error(found)) < 1e-5
+    np.testing.assert_allclose(
+        spectral.singular_values(w, second_moment=moment),
+        spectral.singular_values(dense, second_moment=moment)[:12],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_stacks_are_truncated_layer_by_layer():
+    w = jnp.asarray([weight_of(i, 16, 24) for i in range(3)], jnp.float32)
+    x = [inputs_of(i, 100, 16) for i in range(3)]
+    moments = jnp.asarray([y.T @ y for y in x], jnp.float32)
+    found = spectral.from_dense(w, rank=4, second_moment=moments)
+    for i in range(3):
+        single = spectral.from_dense(w[i], rank=4, second_moment=moments[i])
+        np.testing.assert_allclose(
+            spectral.to_dense(found)[i], spectral.to_dense(single), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        (np.eye(23), r"\(\.\.\., 24, 24\).*got \(23, 23\)"),
+        (np.full((24, 24), np.nan), "NaN"),
+        (np.full((24, 24), np.inf), "NaN or an infinity"),
+    ],
+)
+def test_unusable_moments_are_refused(moment, message):
+    with pytest.raises(ValueError, match=message):
+        spectral.from_dense(
+            jnp.ones((24, 16)), rank=2, second_moment=jnp.asarray(moment, jnp.float32)
+        )
+
+
+# --- Whole models.
+
+
+def params_and_text(config=DENSE):
+    params = model.init(jax.random.key(0), config)
+    # Norms that differ by channel make inputs that differ by direction.
+    scale = lambda path, x: (
+        x * jnp.logspace(0, -2, x.shape[-1]) if "_norm" in str(path[-1]) else x
+    )
+    params = jax.tree_util.tree_map_with_path(scale, params)
+    tokens = [
+        jax.random.randint(jax.random.key(i), (4, 16), 0, config.vocab_size)
+        for i in range(2)
+    ]
+    segments = [jnp.cumsum(t % 7 == 0, axis=1) for t in tokens]
+    return params, compression.Text(tokens, segments)
+
+
+def test_moments_are_of_the_inputs_of_every_matrix():
+    params, text = params_and_text()
+    seen = []
+
+    def linear(x, w):
+        seen.append(np.asarray(x, np.float64).reshape(-1, x.shape[-1]))
+        return spectral.linear(x, w)
+
+    separate = model.unstack_layers(params)
+    for tokens, segments in zip(*text, strict=True):
+        model.hidden(separate, tokens, DENSE, segment_ids=segments, linear=linear)
+    inputs = compression.Inputs(params, text, DENSE)
+    for index, layer in enumerate(separate["layers"]):
+        moments = inputs.second_moments(layer)
+        for place, name in enumerate(model.BLOCK_MATRICES):
+            calls = [seen[batch * 14 + index * 7 + place] for batch in range(2)]
+            wanted = sum(x.T @ x for x in calls)
+            np.testing.assert_allclose(
+                moments[name], wanted, rtol=1e-4, atol=1e-5 * wanted.max()
+            )
+        inputs.advance(layer)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_each_output_is_closer_than_plain_truncation_makes_it(stacked):
+    params, text = params_and_text()
+    separate = model.unstack_layers(params)
+    given = params if stacked else separate
+    whitened = compression.truncate(given, DENSE, LOW, text=text, sequential=False)
+    plain = compression.truncate(given, DENSE, LOW)
+    assert isinstance(whitened["layers"], dict) == stacked
+    scanned = dataclasses.replace(LOW, scan_layers=stacked)
+    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), scanned))
+    assert jax.tree.map(jnp.shape, whitened) == jax.tree.map(jnp.shape, abstract)
+    inputs = compression.Inputs(params, text, DENSE)
+    found, alike = (model.unstack_layers(p)["layers"] for p in (whitened, plain))
+    for index, layer in enumerate(separate["layers"]):
+        moments = inputs.second_moments(layer)
+        for name in model.BLOCK_MATRICES:
+            root = np.linalg.cholesky(
+                np.asarray(moments[name], np.float64)
+                + 1e-6 * np.eye(len(moments[name]))
+            )
+            lost = [
+                output_error(
+                    root.T, np.asarray(layer[name], np.float64), p[index][name]
+                )
+                for p in (found, alike)
+            ]
+            assert lost[0] <= lost[1] * (1 + 1e-4), (index, name)
+        inputs.advance(layer)
+    lost = [
+        output_error(
+            np.eye(len(layer["down"])), np.asarray(layer["down"]), p[-1]["down"]
+        )
+        for p in (found, alike)
+    ]
+    assert lost[0] > lost[1]  # it is no plain truncation
+
+
+def test_later_layers_make_up_for_earlier_ones():
+    params, text = params_and_text()
+    exact = model.unstack_layers(params)["layers"]
+
+    def last_outputs(params):
+        inputs = compression.Inputs(params, text, DENSE)
+        for layer in compression.layers_of(params):
+            inputs.advance(layer)
+        return np.concatenate([np.asarray(x).reshape(-1) for x in inputs.streams])
+
+    wanted = last_outputs(params)
+    lost = {
+        sequential: np.linalg.norm(
+            last_outputs(
+                compression.truncate(
+                    params, DENSE, LOW, text=text, sequential=sequential
+                )
+            )
+            - wanted
+        )
+        for sequential in (True, False)
+    }
+    assert len(exact) > 1
+    assert lost[True] != lost[False]
+    assert lost[True] < 1.1 * lost[False]
+
+
+def test_matrices_that_stay_are_the_same_arrays():
+    params, _ = params_and_text()
+    wanted = dataclasses.replace(DENSE, spectral=("down",), rank=4)
+    found = compression.truncate(params, DENSE, wanted)
+    for name in ("q", "gate", "mlp_norm"):
+        np.testing.assert_array_equal(found["layers"][name], params["layers"][name])
+    again = compression.truncate(
+        found, wanted, dataclasses.replace(wanted, rank=2, spectral=("down", "up"))
+    )
+    assert again["layers"]["down"].s.shape == (DENSE.num_layers, 2)
+    assert again["layers"]["up"].s.shape == (DENSE.num_layers, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"rank": 4}, {"rank": 5}, r"model\.ranks\.q: 5 is above the rank 4"),
+        ({}, {"spectral": ("q",)}, r"model\.spectral: 'k' has factors of rank 4"),
+        ({}, {"factors": "low_rank"}, r"model\.factors: 'low_rank' differs"),
+    ],
+)
+def test_ranks_only_fall(before, after, message):
+    before = dataclasses.replace(LOW, **before)
+    with pytest.raises(errors.UserError, match=message):
+        compression.check(before, dataclasses.replace(before, **after))
+
+
+# --- Ranks under a budget.
+
+
+def test_ranks_keep_the_most_that_a_budget_allows():
+    rng = np.random.default_rng(0)
+    spectra = {}
+    for name, cost, size in (("a", 3, 4), ("b", 3, 5), ("c", 3, 3)):
+        squares = -np.sort(-rng.random((2, size)), axis=1)
+        spectra[name] = compression.Spectrum(
+            squares / squares.sum(1, keepdims=True), cost
+        )
+
+    def kept(ranks):
+        return sum(spectra[n].squares[:, :r].sum() for n, r in ranks.items())
+
+    for budget in (9, 14, 21, 30, 99):
+        found = compression.allocate(spectra, budget=budget)
+        assert sum(3 * r for r in found.values()) <= budget
+        best = max(
+            kept(dict(zip("abc", ranks, strict=True)))
+            for ranks in itertools.product(range(1, 5), range(1, 6), range(1, 4))
+            if 3 * sum(ranks) <= budget
+        )
+        assert kept(found) == pytest.approx(best)
+
+
+def test_ranks_under_a_budget_are_multiples():
+    flat = compression.Spectrum(np.full((2, 20), 1 / 20), 10)
+    steep = compression.Spectrum(2.0 ** -np.arange(1, 21)[None], 10)
+    found = compression.allocate({"flat": flat, "steep": steep}, budget=240, multiple=4)
+    assert found == {"flat": 16, "steep": 8} or found == {"flat": 20, "steep": 4}
+    with pytest.raises(errors.UserError, match=r"budget: 79 parameters are too few"):
+        compression.allocate({"flat": flat, "steep": steep}, budget=79, multiple=4)
+
+
+def test_spectra_are_shares_of_the_outputs():
+    params, text = params_and_text()
+    found = compression.spectra(params, DENSE, ("down", "q"), text=text)
+    assert found["down"].squares.shape == (
+        DENSE.num_layers,
+        min(DENSE.d_model, DENSE.d_ff),
+    )
+    np.testing.assert_allclose(found["down"].squares.sum(axis=1), 1, rtol=1e-6)
+    plain = compression.spectra(params, DENSE, ("q",))
+    first = model.unstack_layers(params)["layers"][0]["q"]
+    s = np.square(np.linalg.svd(np.asarray(first), compute_uv=False))
+    np.testing.assert_allclose(plain["q"].squares[0], s / s.sum(), rtol=1e-4, atol=1e-7)
+    # What is kept agrees with the truncation itself.
+    inputs = compression.Inputs(params, text, DENSE)
+    moment = inputs.second_moments(compression.layers_of(params)[0])["down"]
+    w = compression.layers_of(params)[0]["down"]
+    factors = spectral.from_dense(w, rank=6, second_moment=moment)
+    root = np.linalg.cholesky(
+        np.asarray(moment, np.float64) + 1e-7 * np.eye(len(moment))
+    )
+    total = np.sum(np.square(root.T @ np.asarray(w)))
+    lost = output_error(root.T, np.asarray(w, np.float64), factors) / total
+    assert found["down"].squares[0, :6].sum() == pytest.approx(1 - lost, abs=1e-3)
