@@ -628,3 +628,17 @@ def test_an_endless_run_is_trained_on_in_short_parts(name):
     trained = tokenizer.Tokenizer.train([text, PROSE], vocab_size=500)
     assert trained.byte_lengths().max() <= 4096
     assert trained.decode(trained.encode(text)) == text
+
+
+def test_bytes_are_tokens():
+    tokenizer = data.Tokenizer.find("bytes")
+    text = "déjà vu\n  x<|endoftext|>\U0001f600"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.document_mark not in ids
+    assert tokenizer.hash == data.Tokenizer.of_bytes().hash
+    lengths = tokenizer.byte_lengths()
+    assert lengths[tokenizer.document_mark] == 0
+    assert sorted(lengths) == [0] + [1] * 256

@@ -55,8 +55,8 @@ class Comparison:
     `max_learning_rates`. Every kind of budget has its own best rate, see
     `summary.best`. The non-matrix learning rate is searched in the same way at that
     rate, and both in turn until neither alone improves the loss. The other seeds are
-    then trained at all best settings of the `finalists` best methods at equal tokens,
-    and of those marked `always`.
+    then trained at all best settings of the `finalists` best methods at the first kind
+    of budget, and of those marked `always`.
 
     Attributes:
       base: the experiment that methods change, with the model of the low-rank ones.
@@ -64,7 +64,8 @@ class Comparison:
       seeds: of parameters and data order.
       tokens_per_parameter: lengths, in training tokens per parameter of the dense
         model. The first one chooses the learning rates.
-      budgets: what is held equal at each length: "tokens", "flops", "seconds".
+      budgets: what is held equal at each length: "tokens", "flops", "seconds". The
+        first one ranks the methods.
       reference: method whose time per step sets the budget "seconds".
       non_matrix_lr_factors: non-matrix learning rates to search, as multiples of the
         best; empty for none.
@@ -91,11 +92,7 @@ class Comparison:
         lengths = self.tokens_per_parameter
         check_distinct("tokens_per_parameter", lengths)
         errors.check("tokens_per_parameter", min(lengths) > 0, "must be positive")
-        errors.check(
-            "budgets",
-            self.budgets[:1] == ("tokens",),
-            'the first must be "tokens", which ranks the methods',
-        )
+        check_distinct("budgets", self.budgets)
         for kind in self.budgets:
             errors.check_choice("budgets", kind, tuple(trial_lib.EQUAL))
         if "seconds" in self.budgets:
@@ -216,7 +213,7 @@ class Comparison:
         self, tokens_per_parameter: float, experiment: config.ExperimentConfig
     ) -> int:
         """Steps for so many tokens per parameter of the dense model."""
-        tokens = tokens_per_parameter * _dense_parameters(self.base.model)
+        tokens = tokens_per_parameter * dense_parameters(self.base.model)
         return max(round(tokens / experiment.data.tokens_per_step), 2)
 
     def _equal_steps(
@@ -237,7 +234,7 @@ class Comparison:
             # FLOPs are linear in the steps beyond those with a dense path.
             plain = dataclasses.replace(draft, forward="plain")
             extra = draft.flops(draft.fade_steps) - plain.flops(draft.fade_steps)
-            return round((budget - extra) / plain.flops(1))
+            return plain.steps_for(budget - extra)
         if kind == "seconds" and seconds is not None:
             plain, guided = seconds[draft.method]
             (reference,) = (m for m in self.methods if m.name == self.reference)
@@ -285,5 +282,6 @@ def _narrow_sizes(low_rank: model.ModelConfig, seq_len: int) -> tuple[int, int]:
 
 
 @functools.lru_cache
-def _dense_parameters(shape: model.ModelConfig) -> int:
+def dense_parameters(shape: model.ModelConfig) -> int:
+    """Returns the parameters of the dense model, by which lengths are measured."""
     return accounting.parameters(accounting.dense_config(shape))

@@ -30,6 +30,7 @@ class Record:
       losses: training loss of every step.
       update_norms: largest ||W' - W||_2 of single steps.
       ranks: stored ranks after each decision of an adaptive rank.
+      switches: truncations between phases, of all branches.
     """
 
     def __init__(self, num_steps: int, *, is_linear: bool):
@@ -47,6 +48,7 @@ class Record:
         self.losses: list[float] = []
         self.update_norms: list[rows.Sample] = []
         self.ranks: list[tuple[int, dict[str, int]]] = []
+        self.switches: list[rows.Switch] = []
         self._effective_ranks: dict[str, list[rows.Sample]] = {}
         self._spectra: dict[str, list[float]] = {}
 
@@ -78,6 +80,7 @@ class Record:
             "effective_ranks": self._effective_ranks,
             "spectra": self._spectra,
             "ranks": self.ranks,
+            "switches": self.switches,
         }
 
 

@@ -24,6 +24,22 @@ class Sample(NamedTuple):
     value: float
 
 
+class Switch(NamedTuple):
+    """A truncation between two phases.
+
+    Attributes:
+      length: steps of the branch.
+      step: steps before the switch.
+      before: held-out loss of the weights as they were, in nats per token.
+      after: of the truncated ones, before they are trained.
+    """
+
+    length: int
+    step: int
+    before: float
+    after: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """What a branch spent and reached.
@@ -54,7 +70,9 @@ class Row:
       results: by budget, in the order of the branches.
       corpus: hash of the text; None in rows written before it was recorded.
       parameters: numbers that remain after training.
-      train_bytes: parameters, gradients and optimizer state at the start.
+      train_bytes: parameters, gradients and optimizer state at the start; of the
+        largest phase, where there are several.
+      phase_bytes: the same of every phase, if there are several.
       wall_seconds: duration of the trial.
       spikes: steps with a loss spike; None if they were not counted.
       train_loss: means over some steps, of the longest branch.
@@ -62,6 +80,7 @@ class Row:
       effective_ranks: by kind of matrix.
       spectra: singular values at the end, by kind of matrix.
       ranks: pairs of a step and the stored ranks, per decision of an adaptive rank.
+      switches: truncations between phases.
       environment: command, commit, versions and hardware.
     """
 
@@ -69,6 +88,7 @@ class Row:
     results: Mapping[trial_lib.Budget, Result]
     parameters: int
     train_bytes: int = 0
+    phase_bytes: Sequence[int] = dataclasses.field(default_factory=list)
     wall_seconds: float = 0.0
     corpus: str | None = None
     spikes: Sequence[int] | None = None
@@ -79,6 +99,7 @@ class Row:
     )
     spectra: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     ranks: Sequence[Sequence[Any]] = dataclasses.field(default_factory=list)
+    switches: Sequence[Switch] = dataclasses.field(default_factory=list)
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -110,6 +131,7 @@ def to_dict(row: Row) -> dict[str, Any]:
         "corpus": row.corpus,
         "parameters": row.parameters,
         "train_bytes": row.train_bytes,
+        "phase_bytes": list(row.phase_bytes),
         "wall_seconds": row.wall_seconds,
         "spikes": row.spikes,
         "train_loss": curve(row.train_loss),
@@ -119,6 +141,10 @@ def to_dict(row: Row) -> dict[str, Any]:
         },
         "spectra": dict(row.spectra),
         "ranks": [list(ranks) for ranks in row.ranks],
+        "switches": [
+            [s.length, s.step, _to_json(s.before), _to_json(s.after)]
+            for s in row.switches
+        ],
     }
 
 
@@ -149,6 +175,10 @@ def from_dict(values: Mapping[str, Any]) -> Row:
                 name: curve(samples)
                 for name, samples in values["effective_ranks"].items()
             },
+            "switches": [
+                Switch(length, step, _from_json(before), _from_json(after))
+                for length, step, before, after in values.get("switches", ())
+            ],
         }
     )
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from experiments.benchmarks import timing
 from experiments.studies import forward_variants, measure, rows
 from experiments.studies import trial as trial_lib
 from sct_jax import data, model, rank, sharding
-from sct_jax.training import accounting, trainer
+from sct_jax.training import accounting, config, switching, trainer
 from sct_jax.training import state as state_lib
 
 
@@ -27,14 +28,40 @@ def run(trial: trial_lib.Trial, corpus: data.Corpus) -> rows.Row:
     every longer one.
     """
     began = time.monotonic()
+    lengths = sorted({branch.steps for branch in trial.branches})
     variant = forward_variants.FORWARD_VARIANTS[trial.forward]
+    record = measure.Record(lengths[-1], is_linear=variant.is_linear)
+    branches = _in_phases if trial.experiment.phases.switch_at else _from_a_trunk
+    held_out, params, phase_bytes = branches(trial, corpus, lengths, record)
+    return rows.Row(
+        trial=trial,
+        results={
+            branch.budget: _result(trial, branch.steps, held_out[branch.steps])
+            for branch in trial.branches
+        },
+        corpus=corpus.hash,
+        parameters=accounting.count(_served(params)),
+        train_bytes=max(phase_bytes),
+        phase_bytes=phase_bytes if len(phase_bytes) > 1 else [],
+        wall_seconds=round(time.monotonic() - began, 1),
+        **record.fields(),
+    )
+
+
+Figures = dict[int, Mapping[str, float]]  # held out, by length
+
+
+def _from_a_trunk(
+    trial: trial_lib.Trial,
+    corpus: data.Corpus,
+    lengths: Sequence[int],
+    record: measure.Record,
+) -> tuple[Figures, model.Params, list[int]]:
+    """Held-out figures, parameters, and bytes of training, of branches of one run."""
     plain = trainer_of(trial)
     state = plain.init(jax.random.key(trial.experiment.seed))
     text = plain.held_out(corpus)
-    train_bytes = 2 * accounting.num_bytes(state.params)
-    train_bytes += accounting.num_bytes(state.opt_state)
-    lengths = sorted({branch.steps for branch in trial.branches})
-    record = measure.Record(lengths[-1], is_linear=variant.is_linear)
+    train_bytes = _train_bytes(state)
     record.measure(0, state.params)
     held_out, done = {}, 0
     for length in lengths:
@@ -51,18 +78,84 @@ def run(trial: trial_lib.Trial, corpus: data.Corpus) -> rows.Row:
             longer = [other for other in lengths if other > length]
             held_out |= dict.fromkeys(longer, held_out[length])
             break
-    return rows.Row(
-        trial=trial,
-        results={
-            branch.budget: _result(trial, branch.steps, held_out[branch.steps])
-            for branch in trial.branches
-        },
-        corpus=corpus.hash,
-        parameters=accounting.count(_served(state.params)),
-        train_bytes=train_bytes,
-        wall_seconds=round(time.monotonic() - began, 1),
-        **record.fields(),
+    return held_out, state.params, [train_bytes]
+
+
+def _train_bytes(state: state_lib.TrainState) -> int:
+    """Bytes of parameters, gradients and optimizer state."""
+    return 2 * accounting.num_bytes(state.params) + accounting.num_bytes(
+        state.opt_state
     )
+
+
+def _in_phases(
+    trial: trial_lib.Trial,
+    corpus: data.Corpus,
+    lengths: Sequence[int],
+    record: measure.Record,
+) -> tuple[Figures, model.Params, list[int]]:
+    """The same for a run in phases, which trains every branch from the start."""
+    held_out, params, phase_bytes = {}, {}, []
+    for length in lengths:
+        recorded = record if length == lengths[-1] else None
+        phases = trial.phases(length)
+        parts = [_of_phase(trial, phase) for phase in phases]
+        state, losses = _first_phase(parts[0], corpus)
+        record.losses = list(losses)
+        phase_bytes = [_train_bytes(state)]
+        for phase, before, part in zip(phases[1:], parts, parts[1:], strict=False):
+            run = trainer_of(part)
+            text = switching.calibration_text(run, corpus, phase.first)
+            evaluate = lambda r, state: r.evaluate(state.params, r.held_out(corpus))
+            full = evaluate(trainer_of(before), state)
+            state = switching.switch(state, trainer_of(before), run, text=text)
+            cut = evaluate(run, state)
+            record.switches.append(
+                rows.Switch(length, phase.first, full["eval/loss"], cut["eval/loss"])
+            )
+            phase_bytes.append(_train_bytes(state))
+            state = Segment.of_phase(part, corpus, first=phase.first).train(
+                state, recorded
+            )
+        params, last = state.params, trainer_of(parts[-1])
+        held_out[length] = last.evaluate(params, last.held_out(corpus))
+    return held_out, params, phase_bytes
+
+
+def _of_phase(trial: trial_lib.Trial, phase: config.Phase) -> trial_lib.Trial:
+    """The trial of a phase. A dense one has rates of its own, which are not tuned."""
+    steps = phase.last - phase.first
+    branch = trial_lib.Branch(trial_lib.Budget("tokens", 1.0), steps)
+    part = dataclasses.replace(trial, experiment=phase.config, branches=(branch,))
+    return dataclasses.replace(part, non_matrix_lr=None) if part.is_dense else part
+
+
+def _first_phase(
+    part: trial_lib.Trial, corpus: data.Corpus
+) -> tuple[state_lib.TrainState, Sequence[float]]:
+    """The state after a first phase, and the losses of its steps.
+
+    Trials that differ in later phases alone share it.
+    """
+    own = dataclasses.replace(part.experiment, truncation=config.TruncationConfig())
+    shared = dataclasses.replace(part, experiment=own).identity
+    kept = _kept_first_phase(dataclasses.replace(shared, method=""), corpus.hash)
+    run = trainer_of(part)
+    if not kept:
+        state = run.init(jax.random.key(part.experiment.seed))
+        record = measure.Record(part.experiment.num_steps, is_linear=False)
+        segment = Segment.of_phase(part, corpus)
+        kept["state"] = jax.device_get(segment.train(state, record))
+        kept["losses"] = record.losses
+    placed = jax.tree.map(lambda x: x.sharding, run.abstract_state)
+    return jax.device_put(kept["state"], placed), kept["losses"]
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_first_phase(shared: trial_lib.Trial, corpus: str) -> dict[str, Any]:
+    """Filled by `_first_phase`, on the host."""
+    del shared, corpus
+    return {}
 
 
 class Segment(NamedTuple):
@@ -74,6 +167,7 @@ class Segment(NamedTuple):
       start: number of updates before the segment.
       stop: number of updates after it.
       length: steps of the run whose schedule the segment follows.
+      first: steps of earlier phases, which the updates above do not count.
     """
 
     trial: trial_lib.Trial
@@ -81,6 +175,21 @@ class Segment(NamedTuple):
     start: int
     stop: int
     length: int
+    first: int = 0
+
+    @classmethod
+    def of_phase(
+        cls, part: trial_lib.Trial, corpus: data.Corpus, *, first: int = 0
+    ) -> "Segment":
+        """Returns all steps of a phase.
+
+        Args:
+          part: the trial of the phase alone.
+          corpus: the text.
+          first: steps before it.
+        """
+        steps = part.experiment.num_steps
+        return cls(part, corpus, start=0, stop=steps, length=steps, first=first)
 
     def train(
         self, state: state_lib.TrainState, record: measure.Record | None = None
@@ -96,7 +205,10 @@ class Segment(NamedTuple):
         experiment = self.trial.experiment
         plain, guided = trainer_of(self.trial), trainer_of(self.trial, guided=True)
         batches = data.train_batches(
-            self.corpus, experiment.data, seed=experiment.seed, start_step=self.start
+            self.corpus,
+            experiment.data,
+            seed=experiment.seed,
+            start_step=self.first + self.start,
         )
         schedule = experiment.optimizer.learning_rate(self.length)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(self.stop)))
@@ -109,7 +221,7 @@ class Segment(NamedTuple):
             state, metrics = used.step(state, next(batches), diagnose=diagnose)
             losses.append(metrics["loss"])
             if diagnose:
-                norms.append((step, metrics["composite_update_norm"]))
+                norms.append((self.first + step, metrics["composite_update_norm"]))
                 if not math.isfinite(float(metrics["loss"])):
                     break
             if experiment.adaptive_rank.decides_at(step) and step != self.length:
@@ -117,7 +229,7 @@ class Segment(NamedTuple):
                 if record:
                     record.ranks.append((step, rank.stored_ranks(state.params)))
             if record:
-                record.measure(step, state.params)
+                record.measure(self.first + step, state.params)
         if record:
             record.losses += [float(loss) for loss in losses]
             # A forward pass that is not linear in W has no norm of its change.

@@ -125,6 +125,28 @@ class Trial:
             return 0
         return self.branches[0].steps // 2
 
+    def phases(self, steps: int) -> tuple[config.Phase, ...]:
+        """Returns the phases of a branch of so many steps."""
+        return config.phases_of(dataclasses.replace(self.experiment, num_steps=steps))
+
+    def steps_for(self, flops: float) -> int:
+        """Returns how many steps without a guide a budget of FLOPs pays."""
+        settings, experiment = self.experiment.phases, self.experiment
+        costs = [
+            accounting.flops_per_token(shape, seq_len=experiment.data.seq_len)
+            * experiment.data.tokens_per_step
+            for shape in settings.models(experiment.model)
+        ]
+        edges = [0.0, *settings.switch_at]
+        if settings.switch_at and settings.switch_at[0] >= 1:  # in steps
+            spans = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+            spent = sum(n * cost for n, cost in zip(spans, costs, strict=False))
+            return round(edges[-1] + (flops - spent) / costs[-1])
+        shares = [b - a for a, b in zip(edges, [*edges[1:], 1.0], strict=True)]
+        return round(
+            flops * sum(q / cost for q, cost in zip(shares, costs, strict=True))
+        )
+
     def flops(self, steps: int, *, layers_only: bool = False) -> float:
         """Returns the training FLOPs of so many steps.
 
@@ -132,6 +154,17 @@ class Trial:
           steps: number of updates.
           layers_only: leave out embedding and head.
         """
+        if not steps:
+            return 0.0
+        if self.experiment.phases.switch_at:
+            parts = [
+                dataclasses.replace(self, experiment=phase.config)
+                for phase in self.phases(steps)
+            ]
+            return sum(
+                part.flops(part.experiment.num_steps, layers_only=layers_only)
+                for part in parts
+            )
         shape, seq_len = self.experiment.model, self.experiment.data.seq_len
         per_token = (
             3 * shape.num_layers * accounting.block_flops(shape, seq_len=seq_len)

@@ -65,9 +65,7 @@ def prepare(
     root = _cache_dir(config)
     given = None
     if config.tokenizer is not None:
-        given = tokenizer_lib.Tokenizer.load(
-            paths.expand("data.tokenizer", config.tokenizer)
-        )
+        given = tokenizer_lib.Tokenizer.find(config.tokenizer)
         _check_vocab_size(given, vocab_size, path=config.tokenizer)
     recipe = given.hash if given else f"trained {vocab_size}"
 

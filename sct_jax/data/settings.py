@@ -15,8 +15,8 @@ class DataConfig:
       batch_size: sequences per optimizer step, over all devices and micro-batches.
       seq_len: tokens per sequence.
       num_microbatches: sequential parts of each step's batch.
-      tokenizer: path of a tokenizer.json; None trains one with the model's vocabulary
-        size.
+      tokenizer: path of a tokenizer.json, or "bytes" for a token per byte (257 with the
+        mark of documents); None trains one with the model's vocabulary size.
       cache_dir: folder of tokenizers and tokens; None is `sct_jax` in the user's cache
         folder (XDG_CACHE_HOME or ~/.cache).
       text_field: key of the text in TFDS examples and JSON lines.

@@ -11,10 +11,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sct_jax import errors, files
+from sct_jax import errors, files, paths
 from sct_jax.data import tokenizer_json
 
 DOCUMENT_MARK = "<|endoftext|>"
+BYTES = "bytes"
+"""Stands for `Tokenizer.of_bytes` where a path of a tokenizer.json is expected."""
 
 # Names in tokenizer.json files of other projects, in order of preference.
 _DOCUMENT_MARKS = (DOCUMENT_MARK, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>")
@@ -166,6 +168,22 @@ class Tokenizer:
     def save(self, path: str) -> None:
         """Writes a tokenizer.json atomically; other programs read it too."""
         files.replace_text(path, self.backend.to_str())
+
+    @classmethod
+    def of_bytes(cls) -> "Tokenizer":
+        """Returns the tokenizer whose tokens are the bytes of UTF-8, and the mark."""
+        return cls.train((), vocab_size=_MIN_VOCAB_SIZE)
+
+    @classmethod
+    def find(cls, name: str) -> "Tokenizer":
+        """Returns the tokenizer of a setting: `BYTES`, or the path of a file.
+
+        Raises:
+          UserError: see `load`.
+        """
+        if name == BYTES:
+            return cls.of_bytes()
+        return cls.load(paths.expand("data.tokenizer", name))
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":

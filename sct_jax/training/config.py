@@ -282,9 +282,7 @@ def phases_of(config: ExperimentConfig) -> tuple[Phase, ...]:
             phases=phases_lib.PhasesConfig(),
         )
         if last != config.num_steps:
-            own = dataclasses.replace(
-                own, adaptive_rank=rank_lib.AdaptiveRankConfig()
-            )
+            own = dataclasses.replace(own, adaptive_rank=rank_lib.AdaptiveRankConfig())
         found.append(Phase(first, last, own))
         first = last
     return tuple(found)

@@ -214,7 +214,7 @@ def _with_tokenizer(
     if given is None:
         chosen = dataclasses.replace(config.data, tokenizer=own)
         return dataclasses.replace(config, data=chosen)
-    found = data.Tokenizer.load(paths.expand("data.tokenizer", given)).hash
+    found = data.Tokenizer.find(given).hash
     errors.check(
         "data.tokenizer",
         found == origin.tokenizer.hash,

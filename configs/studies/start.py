@@ -1,0 +1,208 @@
+"""Where low-rank weights come from: from scratch, or from dense ones.
+
+  python -m experiments.studies.compare --config=configs/studies/start.py:d64
+  python -m experiments.studies.report experiments/studies/results/start-d64
+
+Every served model has the FLOPs per token of rank d/4 in all seven matrices, and every
+training as many FLOPs as the wide dense model takes for its tokens, dense phases
+included. Tokens are bytes and windows have 64 of them, so that the matrices are nearly
+all of the work. All methods are tuned alike, with the first seed; then all get three.
+
+Papers: SVD-LLM, arXiv 2403.07378 (whitened truncation); Li et al., Train large, then
+compress, arXiv 2002.11794. Text: the Python standard library.
+
+Variants:
+  d64       d 64, 4 layers, 0.2 M dense parameters, 0.4, 2 and 10 tokens per parameter.
+  d128      d 128, 4 layers, 0.8 M dense parameters; the methods that lead at d 64.
+  healing   d 64. A dense model of 10 tokens per parameter, truncated and trained on
+            5, 10 and 20 % more.
+  extra     d 64. Narrow dense models from scratch on the FLOPs of that healing.
+"""
+
+import dataclasses
+
+from experiments.studies import grid, methods
+from sct_jax import data, model
+from sct_jax.training import config, optimizer_config
+from sct_jax.training import phases as phases_lib
+
+TRAINED = 10.0  # tokens per parameter of a dense model that is then compressed
+HEALING = (0.1, 0.05, 0.2)  # of those tokens
+
+# Found at d 64, for dense phases. Of the matrices, and of all other parameters.
+DENSE_RATES = {"muon": (0.02, 0.027), "adamw": (3e-3, 3e-3)}
+
+
+def base(d_model: int, d_ff: int) -> config.ExperimentConfig:
+    """Returns the experiment that methods change: SCT from scratch."""
+    return config.ExperimentConfig(
+        model=model.ModelConfig(
+            d_model=d_model,
+            d_ff=d_ff,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            vocab_size=257,
+            rank=d_model // 4,
+            spectral=model.BLOCK_MATRICES,
+            qk_norm=True,
+            remat="none",
+        ),
+        data=data.DataConfig(
+            batch_size=16, seq_len=64, tokenizer="bytes", split="pieces"
+        ),
+        optimizer=optimizer_config.Sct(
+            schedule="wsd",
+            warmup_steps=20,
+            decay_ratio=0.2,
+            final_rate_ratio=0.0,
+            grad_clip=1.0,
+            b2=0.95,
+            eps=1e-8,
+        ),
+        eval=config.EvalConfig(num_batches=64),
+    )
+
+
+# --- Methods, each at its middle learning rate.
+
+LOW_RANK = dataclasses.replace(
+    methods.method_named("Stiefel Muon"),
+    name="low rank",
+    learning_rates=(0.01, 0.02, 0.04),
+    non_matrix_lr=0.027,
+)
+MUON = dataclasses.replace(
+    methods.method_named("dense Muon"),
+    learning_rates=(0.01, 0.02, 0.04),
+    non_matrix_lr=0.027,
+)
+LONG_DECAY = ": decay .9"
+
+
+def with_long_decay(method: grid.Method) -> grid.Method:
+    """Returns the method with a learning rate that falls over most of the run."""
+    return methods.changed(
+        method,
+        methods.DECAY,
+        name=method.name + LONG_DECAY,
+        variation_of=method.name,
+    )
+
+
+def dense_first(
+    *shares: float,
+    chain: str,
+    truncation: str = "whitened",
+    multiples: tuple[float, ...] = (),
+    then: grid.Method = LOW_RANK,
+    decay_ratio: float = 0.0,
+) -> grid.Method:
+    """Returns a method whose weights are dense for a share of the FLOPs."""
+    rate, non_matrix = DENSE_RATES[chain]
+    settings = phases_lib.PhasesConfig(
+        switch_at=shares,
+        rank_multiples=multiples,
+        dense_optimizer=chain,
+        dense_learning_rate=rate,
+        dense_lr_multiplier=non_matrix / rate,
+        decay_ratio=decay_ratio,
+        warmup_steps=20,
+    )
+
+    def change(experiment: config.ExperimentConfig) -> config.ExperimentConfig:
+        return dataclasses.replace(
+            experiment,
+            phases=settings,
+            truncation=config.TruncationConfig(method=truncation),
+        )
+
+    at = " and ".join(f"{share:g}" for share in shares)
+    return methods.changed(
+        then,
+        change,
+        methods.DECAY,
+        name=f"{chain} to {at} then {then.name} ({truncation})",
+        learning_rates=tuple(rate / 2 for rate in then.learning_rates),
+    )
+
+
+def _study(
+    experiment: config.ExperimentConfig, *found: grid.Method, **fields
+) -> grid.Comparison:
+    return grid.Comparison(
+        base=experiment,
+        methods=tuple(dataclasses.replace(method, always=True) for method in found),
+        max_learning_rates=4,
+        **{"tokens_per_parameter": (TRAINED, 0.4, 2.0), "budgets": ("flops",)} | fields,
+    )
+
+
+def _d64() -> grid.Comparison:
+    return _study(
+        base(64, 176),
+        methods.narrow(MUON),
+        LOW_RANK,
+        with_long_decay(LOW_RANK),
+        MUON,
+        dense_first(0.4, chain="adamw"),
+        dense_first(0.4, chain="muon"),
+        dense_first(0.4, chain="adamw", truncation="plain"),
+        dense_first(0.4, chain="muon", truncation="plain"),
+        dense_first(0.2, chain="adamw"),
+        dense_first(0.2, chain="muon"),
+        dense_first(0.6, chain="adamw"),
+        dense_first(0.6, chain="muon"),
+        dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
+        with_long_decay(methods.narrow(MUON)),
+    )
+
+
+def _d128() -> grid.Comparison:
+    return _study(
+        base(128, 344),
+        methods.narrow(MUON),
+        with_long_decay(LOW_RANK),
+        dense_first(0.2, chain="muon"),
+        MUON,
+    )
+
+
+def _healing() -> grid.Comparison:
+    experiment = base(64, 176)
+    trained = TRAINED * grid.dense_parameters(experiment.model)
+    switch = round(trained / experiment.data.tokens_per_step)
+
+    def healed(chain: str, truncation: str) -> grid.Method:
+        return dataclasses.replace(
+            dense_first(
+                float(switch), chain=chain, truncation=truncation, decay_ratio=0.5
+            ),
+            name=f"dense {chain} healed ({truncation})",
+        )
+
+    return _study(
+        experiment,
+        healed("muon", "whitened"),
+        healed("muon", "plain"),
+        healed("adamw", "whitened"),
+        healed("adamw", "plain"),
+        budgets=("tokens",),
+        tokens_per_parameter=tuple(TRAINED * (1 + share) for share in HEALING),
+    )
+
+
+def _extra() -> grid.Comparison:
+    return _study(
+        base(64, 176),
+        methods.narrow(MUON),
+        budgets=("tokens",),
+        tokens_per_parameter=tuple(TRAINED * share for share in HEALING),
+    )
+
+
+VARIANTS = {"d64": _d64, "d128": _d128, "healing": _healing, "extra": _extra}
+
+
+def get_config(variant: str = "d64") -> grid.Comparison:
+    return VARIANTS[variant]()
