@@ -22,9 +22,10 @@ if TYPE_CHECKING:
         stiefel,
         transforms,
     )
-    from sct_jax.spectral import LowRankFactors, SpectralFactors
+    from sct_jax.spectral import BlockSpectralFactors, LowRankFactors, SpectralFactors
 
 __all__ = [
+    "BlockSpectralFactors",
     "LowRankFactors",
     "SpectralFactors",
     "errors",

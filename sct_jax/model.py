@@ -64,7 +64,7 @@ class MatrixRanks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixRankRatios:
-    """Ranks of individual matrices as fractions of fan_in, clamped to 1..min(I, O)."""
+    """Ranks of individual matrices as fractions of fan_in, at most min(I, O) / B."""
 
     q: float | None = None
     k: float | None = None
@@ -75,6 +75,19 @@ class MatrixRankRatios:
     down: float | None = None
     embedding: float | None = None
     head: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixBlocks:
+    """Blocks of individual matrices; they override `model.num_blocks`."""
+
+    q: int | None = None
+    k: int | None = None
+    v: int | None = None
+    o: int | None = None
+    gate: int | None = None
+    up: int | None = None
+    down: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,11 @@ class ModelConfig:
       factors: kind of the factors: "spectral" (u, s, v) or "low_rank" (a, b).
       ranks: ranks of individual matrices.
       rank_ratios: ranks of individual matrices as fractions of fan_in.
+      num_blocks: B of the factorised matrices of the layers; 1 for plain factors. With
+        B blocks, a matrix has rank B R at the parameters and FLOPs of rank R (see
+        `spectral.BlockSpectralFactors`), and R is at most min(I, O) / B. Each block of
+        the output reads every block of the input alike only if B divides R.
+      blocks: B of individual matrices.
       tie_embeddings: whether the head is the transposed embedding.
       rope_theta: base of the rotary embedding, at least 1.
       rope_scaling: how its frequencies are stretched for long windows.
@@ -167,6 +185,8 @@ class ModelConfig:
     factors: str = "spectral"
     ranks: MatrixRanks = MatrixRanks()
     rank_ratios: MatrixRankRatios = MatrixRankRatios()
+    num_blocks: int = 1
+    blocks: MatrixBlocks = MatrixBlocks()
     tie_embeddings: bool = True
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
@@ -211,11 +231,19 @@ class ModelConfig:
         ratio = getattr(self.rank_ratios, name)
         if explicit is None and ratio is not None:
             shape = self.matrix_shapes()[name]
-            return max(1, min(int(ratio * shape[0]), *shape))
+            most = min(shape) // self.matrix_blocks(name)
+            return max(1, min(int(ratio * shape[0]), most))
         return self.rank if explicit is None else explicit
 
+    def matrix_blocks(self, name: str) -> int:
+        """Returns the number of blocks of a matrix, 1 if it is plain or dense."""
+        if name not in self.spectral or name not in BLOCK_MATRICES:
+            return 1
+        explicit = getattr(self.blocks, name)
+        return self.num_blocks if explicit is None else explicit
+
     def clamped_ratios(self) -> list[str]:
-        """Returns a sentence for every rank ratio that was clamped to 1..min(I, O)."""
+        """Returns a sentence for every rank ratio that was clamped."""
         notes = []
         for name in self.spectral:
             ratio, shape = getattr(self.rank_ratios, name), self.matrix_shapes()[name]
@@ -274,8 +302,41 @@ class ModelConfig:
             len(set(self.spectral)) == len(self.spectral),
             f"{self.spectral} lists a matrix twice",
         )
+        errors.check_bounds("model.", self, "num_blocks", least=1)
+        for name in BLOCK_MATRICES:
+            self.validate_blocks(name)
         for name in MATRICES:
             self.validate_rank(name)
+
+    def validate_blocks(self, name: str) -> None:
+        """Raises UserError for a number of blocks that this matrix cannot have."""
+        explicit, blocks = getattr(self.blocks, name), self.matrix_blocks(name)
+        field = "model.num_blocks" if explicit is None else f"model.blocks.{name}"
+        errors.check(
+            field,
+            explicit is None or name in self.spectral,
+            f"has no effect: add {name!r} to model.spectral, or unset it",
+        )
+        (fan_in, fan_out), nearest = self.matrix_shapes()[name], ""
+        common = math.gcd(fan_in, fan_out)
+        fits = blocks >= 1 and common % blocks == 0
+        if not fits:
+            possible = [n for n in range(1, common + 1) if common % n == 0]
+            below = [n for n in possible if n < blocks]
+            above = [n for n in possible if n > blocks]
+            nearest = " or ".join(map(str, below[-1:] + above[:1]))
+        errors.check(
+            field,
+            fits,
+            f"{blocks} must divide both sides of matrix {name!r}, {fan_in} x "
+            f"{fan_out}: set {nearest}",
+        )
+        errors.check(
+            field,
+            blocks == 1 or self.factors == "spectral",
+            f"{blocks} blocks need model.factors = 'spectral', got {self.factors!r}: "
+            "change it, or set 1",
+        )
 
     def validate_rank(self, name: str) -> None:
         """Raises UserError for a rank of this matrix that is not possible."""
@@ -298,11 +359,14 @@ class ModelConfig:
             )
             return
         rank, shape = self.matrix_rank(name), self.matrix_shapes()[name]
+        blocks = self.matrix_blocks(name)
+        most = min(shape) // blocks
+        in_blocks = f" in {blocks} blocks" if blocks > 1 else ""
         errors.check(
             given[0] if given else "model.rank",
-            rank is not None and 1 <= rank <= min(shape),
-            f"rank {rank} of matrix {name!r} must be in 1..{min(shape)}, for shape "
-            f"{shape[0]} x {shape[1]}",
+            rank is not None and 1 <= rank <= most,
+            f"rank {rank} of matrix {name!r} must be in 1..{most}, for shape "
+            f"{shape[0]} x {shape[1]}{in_blocks}",
         )
 
 
@@ -349,7 +413,11 @@ def orthonormalize(params: Params, config: ModelConfig) -> Params:
     params = spectral.retract(params)
     if config.factors == "low_rank":
         params = jax.tree.map(
-            lambda w: spectral.to_low_rank(w) if spectral.is_spectral(w) else w,
+            lambda w: (
+                spectral.to_low_rank(w)
+                if isinstance(w, spectral.SpectralFactors)
+                else w
+            ),
             params,
             is_leaf=spectral.is_factors,
         )
@@ -382,7 +450,11 @@ def _init_matrix(key, config, name, *, layers=(), scale=1.0):
         std = scale / math.sqrt(fan_in)
         return std * jax.random.normal(key, (*layers, fan_in, fan_out), jnp.float32)
     config.validate_rank(name)
-    return spectral.init(
+    blocks = config.matrix_blocks(name)
+    init_factors = spectral.init
+    if blocks > 1:
+        init_factors = functools.partial(spectral.init_blocks, blocks=blocks)
+    return init_factors(
         key,
         fan_in,
         fan_out,

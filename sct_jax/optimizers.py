@@ -423,7 +423,7 @@ def decays_by_axes(params: optax.Params) -> Any:
 
     def decays(p):
         if spectral.is_spectral(p):
-            return spectral.SpectralFactors(False, True, False)  # pyright: ignore
+            return p._replace(u=False, s=True, v=False)  # pyright: ignore
         if spectral.is_factors(p):
             return jax.tree.map(lambda _: True, p)
         return p.ndim >= 2

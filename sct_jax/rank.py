@@ -29,6 +29,7 @@ ActiveRanks = Mapping[str, np.ndarray]  # name -> active columns, (*layers,)
 # The last axis of all leaves in these nodes is the columns of a weight.
 _COLUMN_NODES = (
     spectral.SpectralFactors,
+    spectral.BlockSpectralFactors,
     transforms.SecondMoment,
     transforms.ActiveColumns,
 )
@@ -294,7 +295,7 @@ def resize(
         missing = ranks[name] - x.shape[-1]
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
-    def resize_params(entry: _Entry) -> spectral.SpectralFactors:
+    def resize_params(entry: _Entry) -> Any:
         name, w = entry.name, entry.weight
         if name not in ranks:
             return w
@@ -405,7 +406,7 @@ class _Entry(NamedTuple):
     """What a tree holds for one weight."""
 
     name: str
-    weight: spectral.SpectralFactors
+    weight: spectral.SpectralFactors | spectral.BlockSpectralFactors
     node: Any  # in place of the weight
     field: str | None  # that holds the mirror of the parameters
 
@@ -458,7 +459,9 @@ def _map_entries(tree: T, params: Any, fn: Callable[[_Entry], Any]) -> T:
     return transforms.map_mirrors(tree, params, of_mirror, is_entry=_is_entry)
 
 
-def _named(params: Any) -> dict[str, spectral.SpectralFactors]:
+def _named(
+    params: Any,
+) -> dict[str, spectral.SpectralFactors | spectral.BlockSpectralFactors]:
     nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=spectral.is_spectral)
     named = {}
     for path, node in nodes:
@@ -491,7 +494,11 @@ def _check_marked(name: str, marks: Container[str]) -> None:
     )
 
 
-def _check_rank(name: str, w: spectral.SpectralFactors, rank: Any) -> None:
+def _check_rank(
+    name: str,
+    w: spectral.SpectralFactors | spectral.BlockSpectralFactors,
+    rank: Any,
+) -> None:
     fan_in, fan_out = w.u.shape[-2], w.v.shape[-2]
     is_integer = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
     errors.check(
@@ -503,7 +510,10 @@ def _check_rank(name: str, w: spectral.SpectralFactors, rank: Any) -> None:
 
 
 def _check_active(
-    name: str, w: spectral.SpectralFactors, active: Any, rank: int
+    name: str,
+    w: spectral.SpectralFactors | spectral.BlockSpectralFactors,
+    active: Any,
+    rank: int,
 ) -> None:
     layers = w.s.shape[:-1]
     is_integer = jnp.issubdtype(jnp.result_type(active), jnp.integer)
@@ -535,6 +545,12 @@ def _check_change(
         errors.check_choice("ranks", name, tuple(named))
         errors.check("ranks", name in active, f"{name} is missing in `active`")
         errors.check("ranks", name in ranks, f"{name} is missing in `ranks`")
+        errors.check(
+            f"ranks.{name}",
+            not spectral.is_blocks(named[name]),
+            "cannot change: the shuffle between blocks depends on the rank; use plain "
+            "factors (model.num_blocks = 1)",
+        )
         _check_rank(name, named[name], ranks[name])
         _check_active(name, named[name], active[name], ranks[name])
         _check_marked(name, marks)

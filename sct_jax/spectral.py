@@ -1,8 +1,9 @@
 """Factorised weights W = u diag(s) v.T and W = a b.T; training never forms W.
 
-A weight maps fan_in I to fan_out O: y = x @ W. Leading axes of every factor are layers.
-A factor tuple is one node of the parameter tree. Gradient transformations see all
-factors of a weight together with
+Block-spectral weights chain two block diagonals of such factors, for more rank at the
+same cost. A weight maps fan_in I to fan_out O: y = x @ W. Leading axes of every factor
+are layers. A factor tuple is one node of the parameter tree. Gradient transformations
+see all factors of a weight together with
 
     jax.tree.map(f, params, updates, is_leaf=spectral.is_factors)
 """
@@ -47,17 +48,52 @@ class LowRankFactors(NamedTuple):
     b: Float[Array, "*layers O R"]
 
 
-Weight = Array | SpectralFactors | LowRankFactors
+class BlockSpectralFactors(NamedTuple):
+    """W = blkdiag(u) P blkdiag(diag(s) v.T) with orthonormal columns in every u_b, v_b.
+
+    P shuffles the bottleneck like a Monarch matrix. The B R numbers of a row of
+    x @ blkdiag(u), read as B x R (block of the input, column), are transposed,
+    flattened, and read again as B x R (block of the output, column). So column r of u_i
+    meets column q of s_j and v_j where r B + i = j R + q.
+
+    W has rank B R, at the parameters and FLOPs of rank R in `SpectralFactors`. Both
+    block diagonals have orthonormal columns, so |s| are its singular values. Each block
+    of the output reads R / B columns of each block of the input; if R is not a multiple
+    of B, one more of some of them.
+
+    `Deviation:` Monarch matrices have square blocks without any constraint.
+
+    References:
+      Dao et al., Monarch: expressive structured matrices for efficient and accurate
+      training, arXiv 2204.00595, 2022, section 3.1
+    """
+
+    u: Float[Array, "*layers B I_B R"]  # I_B = I / B
+    s: Float[Array, "*layers B R"]
+    v: Float[Array, "*layers B O_B R"]  # O_B = O / B
 
 
-def is_factors(x: Any) -> TypeGuard[SpectralFactors | LowRankFactors]:
+Weight = Array | SpectralFactors | BlockSpectralFactors | LowRankFactors
+
+
+def is_factors(
+    x: Any,
+) -> TypeGuard[SpectralFactors | BlockSpectralFactors | LowRankFactors]:
     """Returns whether x is a factor tuple. Use as `is_leaf` in `jax.tree.map`."""
-    return isinstance(x, SpectralFactors | LowRankFactors)
+    return isinstance(x, SpectralFactors | BlockSpectralFactors | LowRankFactors)
 
 
-def is_spectral(x: Any) -> TypeGuard[SpectralFactors]:
-    """Returns whether x is a `SpectralFactors`."""
-    return isinstance(x, SpectralFactors)
+def is_spectral(x: Any) -> TypeGuard[SpectralFactors | BlockSpectralFactors]:
+    """Returns whether x is a factor tuple with orthonormal u and v, in blocks or not.
+
+    Blocks are one more leading axis for whatever treats u, s and v apart.
+    """
+    return isinstance(x, SpectralFactors | BlockSpectralFactors)
+
+
+def is_blocks(x: Any) -> TypeGuard[BlockSpectralFactors]:
+    """Returns whether x is a `BlockSpectralFactors`."""
+    return isinstance(x, BlockSpectralFactors)
 
 
 def linear(
@@ -93,21 +129,77 @@ def linear(
 
 
 def contract(
-    x: Shaped[ArrayLike, "*N I"], w: SpectralFactors | LowRankFactors
+    x: Shaped[ArrayLike, "*N I"],
+    w: SpectralFactors | BlockSpectralFactors | LowRankFactors,
 ) -> Inexact[Array, "*N R"]:
-    """Returns the low-rank bottleneck x @ u or x @ a, the input of `expand`."""
+    """Returns the low-rank bottleneck x @ u or x @ a, the input of `expand`.
+
+    Blocks have B R numbers per row: block by block of the output, and within each block
+    of the output, block by block of the input that it reads.
+    """
     x = _as_activations(x, w)
-    return linalg.thin_product(x, w[0].astype(x.dtype))
+    if not isinstance(w, BlockSpectralFactors):
+        return linalg.thin_product(x, w[0].astype(x.dtype))
+    blocks, _, rank = w.u.shape
+    # Products of separate blocks: XLA on CPU transposes the operands of a batched one,
+    # and takes twice as long.
+    columns = [
+        jnp.split(
+            linalg.thin_product(x_i, u_i),
+            [-((i - j * rank) // blocks) for j in range(1, blocks)],
+            axis=-1,
+        )
+        for i, (x_i, u_i) in enumerate(
+            zip(
+                jnp.split(x, blocks, axis=-1),
+                jnp.unstack(w.u.astype(x.dtype)),
+                strict=True,
+            )
+        )
+    ]
+    return jnp.concatenate(
+        [parts[j] for j in range(blocks) for parts in columns], axis=-1
+    )
 
 
 def expand(
-    h: Shaped[ArrayLike, "*N R"], w: SpectralFactors | LowRankFactors
+    h: Shaped[ArrayLike, "*N R"],
+    w: SpectralFactors | BlockSpectralFactors | LowRankFactors,
 ) -> Inexact[Array, "*N O"]:
     """Returns h diag(s) v.T or h b.T: `linear` is `expand(contract(x, w), w)`."""
     h = _as_activations(h, w)
+    if isinstance(w, BlockSpectralFactors):
+        # There are more numbers in h than in v, so s multiplies v.
+        scaled = w.v.astype(h.dtype) * w.s.astype(h.dtype)[:, None, :]
+        products = [
+            linalg.thin_product(h_j, _by_input_block(v_j, j, len(w.s)).T)
+            for j, (h_j, v_j) in enumerate(
+                zip(
+                    jnp.split(h, len(w.s), axis=-1),
+                    jnp.unstack(scaled),
+                    strict=True,
+                )
+            )
+        ]
+        return jnp.concatenate(products, axis=-1)
     if isinstance(w, SpectralFactors):
         h = h * _as_row(w.s.astype(h.dtype), h.ndim)
     return linalg.thin_product(h, w[-1].astype(h.dtype).T)
+
+
+def _by_input_block(
+    v: Float[Array, "O_B R"], j: int, blocks: int
+) -> Float[Array, "O_B R"]:
+    """Sorts the columns of v_j by the block of the input that they meet."""
+    rank = v.shape[-1]
+    firsts = [(i - j * rank) % blocks for i in range(blocks)]
+    return jnp.concatenate(
+        [
+            jax.lax.slice_in_dim(v, min(first, rank), rank, stride=blocks, axis=1)
+            for first in firsts
+        ],
+        axis=1,
+    )
 
 
 def _as_activations(x: Shaped[ArrayLike, "*N"], w: Weight) -> Inexact[Array, "*N"]:
@@ -128,7 +220,16 @@ def _as_row(s: Inexact[Array, " R"], ndim: int) -> Inexact[Array, "*ones R"]:
 
 
 def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
-    """Returns the rows `ids` of W (I, O) in the dtype of w, at 2 R O FLOPs per row."""
+    """Returns the rows `ids` of W (I, O) in the dtype of w, at 2 R O FLOPs per row.
+
+    Raises:
+      TypeError: for blocks, in which a row belongs to a single block of the input.
+    """
+    if isinstance(w, BlockSpectralFactors):
+        raise TypeError(
+            "lookup takes no BlockSpectralFactors, whose rows have rank R / B in each "
+            "block of the output: keep the embedding plain"
+        )
     if isinstance(w, SpectralFactors):
         rows = w.u[ids]
         return (rows * _as_row(w.s, rows.ndim)) @ w.v.T
@@ -138,7 +239,20 @@ def lookup(ids: Int[Array, "..."], w: Weight) -> Float[Array, "... O"]:
 
 
 def transpose(w: Weight) -> Weight:
-    """Returns W.T; factors are swapped without any computation."""
+    """Returns W.T; factors are swapped without any computation.
+
+    In blocks, columns are reordered too, and R must be a multiple of B: the inverse of
+    another shuffle need not be a shuffle.
+
+    Raises:
+      ValueError: for R that is no multiple of B.
+    """
+    if isinstance(w, BlockSpectralFactors):
+        blocks, rank = w.s.shape[-2:]
+        _check_even(blocks, rank)
+        # Columns of u_i are (j, k), those of v_j are (k, i), for k below R / B.
+        s, v = (_swap_column_axes(x, rank // blocks) for x in (feeding_s(w.s), w.u))
+        return BlockSpectralFactors(_swap_column_axes(w.v, blocks), s, v)
     if isinstance(w, SpectralFactors):
         return SpectralFactors(w.v, w.s, w.u)
     if isinstance(w, LowRankFactors):
@@ -148,11 +262,53 @@ def transpose(w: Weight) -> Weight:
 
 def to_dense(w: Weight) -> Float[Array, "*layers I O"]:
     """Returns W as a dense array, for tests, analysis and export."""
+    if isinstance(w, BlockSpectralFactors):
+        blocks = w.s.shape[-2]
+        columns = _shuffle(_block_diagonal(w.u), blocks)
+        rows = linalg.transpose(_block_diagonal(w.v))
+        return linalg.matmul(columns * w.s.reshape(*w.s.shape[:-2], 1, -1), rows)
     if isinstance(w, SpectralFactors):
         return linalg.matmul(w.u * w.s[..., None, :], linalg.transpose(w.v))
     if isinstance(w, LowRankFactors):
         return linalg.matmul(w.a, linalg.transpose(w.b))
     return w
+
+
+def _block_diagonal(x: Float[Array, "*L B n R"]) -> Float[Array, "*L Bn BR"]:
+    blocks, n, rank = x.shape[-3:]
+    eye = jnp.eye(blocks, dtype=x.dtype)[:, None, :, None]
+    wide = jnp.expand_dims(x, -2) * eye
+    return wide.reshape(*x.shape[:-3], blocks * n, blocks * rank)
+
+
+def _shuffle(h: Float[Array, "*N BR"], blocks: int) -> Float[Array, "*N BR"]:
+    """Returns h P: columns by block of the input, sorted by block of the output."""
+    return _swap_column_axes(h, h.shape[-1] // blocks)
+
+
+def _swap_column_axes(x: Float[Array, "*N nm"], m: int) -> Float[Array, "*N nm"]:
+    """Reads the last axis as n x m, and transposes it."""
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // m, m)
+    return linalg.transpose(pairs).reshape(x.shape)
+
+
+def feeding_s(s: Float[Array, "*L B R"]) -> Float[Array, "*L B R"]:
+    """Returns the s that column r of u_i meets, for every i and r; see `fed_s`."""
+    blocks, rank = s.shape[-2:]
+    return linalg.transpose(s.reshape(*s.shape[:-2], rank, blocks))
+
+
+def fed_s(s: Float[Array, "*L B R"]) -> Float[Array, "*L B R"]:
+    """Returns s by block of the output from s by block of the input.
+
+    The inverse of `feeding_s`.
+    """
+    return linalg.transpose(s).reshape(s.shape)
+
+
+def _check_even(blocks: int, rank: int) -> None:
+    if rank % blocks:
+        raise ValueError(f"rank {rank} must be a multiple of the {blocks} blocks")
 
 
 def to_low_rank(w: SpectralFactors) -> LowRankFactors:
@@ -365,22 +521,142 @@ def init(
             f"rank must be in 1..{min(fan_in, fan_out)} for shape "
             f"({fan_in}, {fan_out}), got {rank}"
         )
-    if not isinstance(scale, jax.core.Tracer) and not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be finite and at least 0, got {scale}")
     layers = tuple(layers)
     key_u, key_v = jax.random.split(key)
-    with np.errstate(over="ignore", invalid="ignore"):
-        s = _gaussian_singular_values(fan_in, fan_out, rank) * scale / math.sqrt(fan_in)
-        if rescale:
-            s = s * scale * math.sqrt(fan_out) / (np.linalg.norm(s) or 1.0)
-    if isinstance(s, np.ndarray) and not np.max(s) <= jnp.finfo(dtype).max:
-        raise ValueError(f"scale {scale} makes s too large for {jnp.dtype(dtype)}")
+    s = _spectrum(fan_in, fan_out, rank, dtype, scale, rescale)
     drawn = SpectralFactors(
         jax.random.normal(key_u, (*layers, fan_in, rank), dtype),
         jnp.broadcast_to(jnp.asarray(s, dtype), (*layers, rank)),
         jax.random.normal(key_v, (*layers, fan_out, rank), dtype),
     )
     return retract(drawn) if orthonormal else drawn
+
+
+def init_blocks(
+    key: PRNGKeyArray,
+    fan_in: int,
+    fan_out: int,
+    rank: int,
+    *,
+    blocks: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    layers: Sequence[int] = (),
+    scale: float = 1.0,
+    rescale: bool = False,
+    orthonormal: bool = True,
+) -> BlockSpectralFactors:
+    """Initialises blocks with the B R largest singular values of a Gaussian matrix.
+
+    As in `init`, s are quantiles of the Marchenko-Pastur law, and every u_b and v_b is
+    a sample from the Haar distribution. Where B R = min(I, O), W has the whole spectrum
+    and so the Frobenius norm of the dense matrix N(0, scale^2 / I): outputs have the
+    mean square of the dense layer. For smaller B R, `rescale` ensures it. Each block of
+    the output gets values from the whole spectrum, and so does each block of the input.
+
+    Args:
+      key: random key.
+      fan_in: I.
+      fan_out: O.
+      rank: R, columns per block.
+      blocks: B.
+      dtype: dtype of the factors.
+      layers: leading axes; layers are independent.
+      scale: as in `init`.
+      rescale: whether to scale s so that W has the Frobenius norm of the dense matrix.
+      orthonormal: as in `init`.
+
+    Raises:
+      ValueError: as `init`; for blocks that do not divide fan_in and fan_out; and for a
+        rank outside 1..min(fan_in, fan_out) / B.
+    """
+    check_blocks(fan_in, fan_out, rank, blocks)
+    key_u, key_v = jax.random.split(key)
+    s = jnp.asarray(
+        _spectrum(fan_in, fan_out, blocks * rank, dtype, scale, rescale), dtype
+    )
+    # Rolled, the values of one block of the input are spread too.
+    s = jnp.stack([jnp.roll(s[j::blocks], j) for j in range(blocks)])
+    drawn = BlockSpectralFactors(
+        jax.random.normal(key_u, (*layers, blocks, fan_in // blocks, rank), dtype),
+        jnp.broadcast_to(s, (*layers, blocks, rank)),
+        jax.random.normal(key_v, (*layers, blocks, fan_out // blocks, rank), dtype),
+    )
+    return retract(drawn) if orthonormal else drawn
+
+
+def check_blocks(fan_in: int, fan_out: int, rank: int, blocks: int) -> None:
+    """Raises ValueError unless a matrix of this shape can have such blocks."""
+    if blocks < 1 or fan_in % blocks or fan_out % blocks:
+        raise ValueError(
+            f"blocks must divide fan_in {fan_in} and fan_out {fan_out}, got {blocks}"
+        )
+    most = min(fan_in, fan_out) // blocks
+    if not 1 <= rank <= most:
+        raise ValueError(
+            f"rank must be in 1..{most} for shape ({fan_in}, {fan_out}) in {blocks} "
+            f"blocks, got {rank}"
+        )
+
+
+def blocks_from_dense(
+    w: Float[Array, "*layers I O"], *, blocks: int, rank: int, sweeps: int = 20
+) -> BlockSpectralFactors:
+    r"""Returns blocks close to w in Frobenius norm; exact if w is block-spectral.
+
+    Tile (i, j) of W is U_ij diag(s_ij) V_ij.T, with the R / B columns of u_i and v_j
+    that meet, so truncated SVDs of the tiles of w are the start. The columns of
+    different tiles in one u_i need not be orthogonal, so u_i becomes the polar factor
+    of all of them, weighted by s. Each sweep then minimises the error over s, over u
+    and over v in turn, where the minimum over u_i is the polar factor of
+    [w_ij V_ij diag(s_ij)]_j.
+
+    The error never grows from sweep to sweep and is below \|w\|_F, but may end in a
+    local minimum: this is a heuristic. If the tiles of a block-spectral w have rank
+    R / B, the start is w already, to float32 rounding.
+
+    Args:
+      w: dense weight or a stack of dense weights.
+      blocks: B.
+      rank: R, a multiple of B.
+      sweeps: number of sweeps.
+
+    Raises:
+      ValueError: for shapes that `init_blocks` refuses, and for a rank that is no
+        multiple of B.
+    """
+    fan_in, fan_out = w.shape[-2:]
+    check_blocks(fan_in, fan_out, rank, blocks)
+    _check_even(blocks, rank)
+    share, layers = rank // blocks, w.shape[:-2]
+    tiles = linalg.as_float32(w).reshape(
+        *layers, blocks, fan_in // blocks, blocks, fan_out // blocks
+    )
+    tiles = jnp.moveaxis(tiles, -3, -2)  # (*L, i, j, I_B, O_B)
+
+    def polar(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i j n K"]:
+        """The nearest x whose columns are orthonormal over all j."""
+        flat = jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], rank)
+        p, _, qt = jnp.linalg.svd(flat, full_matrices=False)
+        near = linalg.matmul(p, qt).reshape(*x.shape[:-3], x.shape[-2], blocks, share)
+        return jnp.moveaxis(near, -2, -3)
+
+    swap = lambda x: jnp.swapaxes(x, -4, -3)  # between (i, j) and (j, i)
+    u, s, vt = jnp.linalg.svd(tiles, full_matrices=False)
+    s = s[..., None, :share]
+    u = polar(u[..., :share] * s)
+    v = swap(polar(swap(linalg.transpose(vt)[..., :share] * s)))
+    for _ in range(sweeps):
+        s = jnp.sum(u * linalg.matmul(tiles, v), axis=-2, keepdims=True)
+        u = polar(linalg.matmul(tiles, v) * s)
+        v = swap(polar(swap(linalg.matmul(linalg.transpose(tiles), u) * s)))
+    s = jnp.sum(u * linalg.matmul(tiles, v), axis=-2)  # (*L, i, j, K)
+
+    def join(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i n R"]:
+        return jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], rank)
+
+    # Columns of u_i are (j, k); those of v_j, (k, i).
+    v = _swap_column_axes(join(swap(v)), share)
+    return BlockSpectralFactors(join(u), fed_s(s.reshape(*layers, blocks, rank)), v)
 
 
 def retract(tree: T, *, method: str = "cholesky_qr") -> T:
@@ -397,6 +673,26 @@ def retract(tree: T, *, method: str = "cholesky_qr") -> T:
     for i, (u, v) in stiefel.retract(factors, method=method).items():
         leaves[i] = leaves[i]._replace(u=u, v=v)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _spectrum(
+    fan_in: int,
+    fan_out: int,
+    rank: int,
+    dtype: jax.typing.DTypeLike,
+    scale: float,
+    rescale: bool,
+) -> np.ndarray:
+    """Returns the largest singular values of N(0, scale^2 / I), descending."""
+    if not isinstance(scale, jax.core.Tracer) and not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and at least 0, got {scale}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        s = _gaussian_singular_values(fan_in, fan_out, rank) * scale / math.sqrt(fan_in)
+        if rescale:
+            s = s * scale * math.sqrt(fan_out) / (np.linalg.norm(s) or 1.0)
+    if isinstance(s, np.ndarray) and not np.max(s) <= jnp.finfo(dtype).max:
+        raise ValueError(f"scale {scale} makes s too large for {jnp.dtype(dtype)}")
+    return s
 
 
 def _gaussian_singular_values(fan_in: int, fan_out: int, rank: int) -> np.ndarray:
@@ -433,6 +729,16 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     For LowRankFactors, W' - W = [a' - a, a] [b', b' - b].T. The absolute error is about
     sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
 
+    For BlockSpectralFactors the result is an upper bound. With D_i, the entries of s
+    that u_i feeds,
+
+        ||W' - W||_2 <= max_i ||u'_i D'_i - u_i D_i||_2
+                        + max_j ||(v'_j - v_j) diag(s_j)||_2,
+
+    as W' - W = (U' P S' - U P S) V'.T + U P S (V' - V).T, where U and V', the block
+    diagonals, have orthonormal columns and P is a permutation. It is exact where only u
+    and s, or only v, changed.
+
     Differentiable: the derivative is p.T dW q for the singular vectors p and q of the
     norm, their mean where several are equally large, and 0 where W' = W.
 
@@ -465,7 +771,37 @@ def orthonormality_error(tree: Any) -> Float[Array, ""]:
     return jnp.max(jnp.stack([jnp.zeros([]), *errors]))
 
 
+def halves(w: BlockSpectralFactors) -> tuple[SpectralFactors, SpectralFactors]:
+    """Returns u_i D_i and diag(s_j) v_j.T as factors, with the blocks as a layer axis.
+
+    W changes by at most the sum of the changes of the two, of which the first changes
+    with u and s, and the second with v alone; see `composite_update_norm`.
+    """
+    rank = w.s.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(rank, dtype=w.s.dtype), (*w.s.shape, rank))
+    return SpectralFactors(w.u, feeding_s(w.s), eye), SpectralFactors(eye, w.s, w.v)
+
+
 def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
+    """Returns the norm of every pair, or its bound; in blocks, of both halves."""
+    parts: list[tuple[Any, Any]] = []
+    for old, new in pairs:
+        if is_blocks(old) and is_blocks(new):
+            old_in, old_out = halves(old)
+            parts.append((old_in, halves(new)[0]))
+            parts.append((old_out, old_out._replace(v=new.v)))
+        else:
+            parts.append((old, new))
+    found = iter(_plain_norms(parts))
+    return [
+        jnp.max(next(found), axis=-1) + jnp.max(next(found), axis=-1)
+        if is_blocks(old)
+        else next(found)
+        for old, _ in pairs
+    ]
+
+
+def _plain_norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
     if not pairs:
         return []
     products = [_small_product(old, new) for old, new in pairs]

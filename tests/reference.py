@@ -23,6 +23,48 @@ def dense(u, s, v):
     return (u * s[..., None, :]) @ v.swapaxes(-1, -2)
 
 
+def block_diagonal(x):
+    """(B n, B m) from (B, n, m)."""
+    blocks, n, m = np.shape(x)
+    wide = np.zeros((blocks * n, blocks * m))
+    for b in range(blocks):
+        wide[b * n : (b + 1) * n, b * m : (b + 1) * m] = x[b]
+    return wide
+
+
+def block_parts(u, s, v):
+    """U P (I, B R), s (B R) and V (O, B R) with W = U P diag(s) V.T, for one layer.
+
+    Flat index f of the output side is column f // B of block f % B of the input.
+    """
+    u, s, v = float64((u, s, v))
+    blocks, rank = s.shape
+    columns = block_diagonal(u)
+    order = [(f % blocks) * rank + f // blocks for f in range(blocks * rank)]
+    return columns[:, order], s.reshape(-1), block_diagonal(v)
+
+
+def block_dense(u, s, v):
+    columns, s, v = block_parts(u, s, v)
+    return (columns * s) @ v.T
+
+
+def block_gradients(u, s, v, g):
+    """Gradients by u, s and v of a function with the gradient g by W."""
+    columns, wide_s, wide_v = block_parts(u, s, v)
+    blocks, fan_in, rank = np.shape(u)
+    fan_out = np.shape(v)[1]
+    g_columns, g_v = (g @ wide_v) * wide_s, (g.T @ columns) * wide_s
+    g_u, new_v = np.zeros(np.shape(u)), np.zeros(np.shape(v))
+    for f in range(blocks * rank):
+        i, r = f % blocks, f // blocks
+        j, q = f // rank, f % rank
+        g_u[i, :, r] = g_columns[i * fan_in : (i + 1) * fan_in, f]
+        new_v[j, :, q] = g_v[j * fan_out : (j + 1) * fan_out, f]
+    g_s = np.sum(columns * (g @ wide_v), axis=0).reshape(blocks, rank)
+    return g_u, g_s, new_v
+
+
 def spectral_norm(w):
     return np.linalg.norm(w, 2, axis=(-2, -1))
 

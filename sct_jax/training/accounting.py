@@ -36,6 +36,8 @@ def dense_config(config: model.ModelConfig) -> model.ModelConfig:
         spectral=(),
         ranks=model.MatrixRanks(),
         rank_ratios=model.MatrixRankRatios(),
+        num_blocks=1,
+        blocks=model.MatrixBlocks(),
     )
 
 

@@ -189,6 +189,8 @@ class ExperimentConfig:
             "ranks change only with optimizer.name = 'tsvd', not with "
             f"{self.optimizer.name!r}",
         )
+        if self.adaptive_rank.energy is not None:
+            self._validate_plain("adaptive_rank.energy", "ranks of blocks are fixed")
         if self.step == "layerwise":
             self._validate_layerwise()
         self._validate_factors()
@@ -213,6 +215,16 @@ class ExperimentConfig:
             )
         return unused
 
+    def _validate_plain(self, field: str, reason: str) -> None:
+        """Raises UserError if any matrix is in blocks, which `field` does not allow."""
+        split = [n for n in self.model.spectral if self.model.matrix_blocks(n) > 1]
+        errors.check(
+            field,
+            not split,
+            f"{reason}, and model.num_blocks or model.blocks split "
+            f"{', '.join(split)}: set them to 1, or change this",
+        )
+
     def _validate_layerwise(self) -> None:
         """Raises UserError for settings that need all gradients at once."""
         errors.check(
@@ -232,6 +244,11 @@ class ExperimentConfig:
         if not self.model.spectral:
             return
         name, factors = self.optimizer.name, self.model.factors
+        for field in ("retraction", "coordinates"):
+            if getattr(self.optimizer, field, None) == "svd":
+                self._validate_plain(
+                    f"optimizer.{field}", "'svd' mixes columns, which blocks keep apart"
+                )
         low_rank = name in optimizer_config.LOW_RANK_CHAINS
         wanted = "low_rank" if low_rank else "spectral"
         errors.check(

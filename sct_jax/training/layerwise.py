@@ -418,8 +418,9 @@ class Tape(NamedTuple):
 
     Attributes:
       streams: (B, L, D) before every block, and after the last one.
-      bottlenecks: per block, (B L, R) of every factorised matrix in order of use. They
-        are small, and save half of the products that the backward pass would repeat.
+      bottlenecks: per layer, (B L, R) of every factorised matrix in order of use, but
+        of none in blocks. They are small, and save half of the products that the
+        backward pass would repeat.
     """
 
     streams: list[Array]
@@ -456,10 +457,13 @@ def _replaying(bottlenecks: Sequence[Array], *, dense: model.Linear) -> model.Li
 def _with_factors(
     expand: Callable[[Array, Any], Array], dense: model.Linear
 ) -> model.Linear:
-    """`dense` for arrays; for factors `expand`: rows (N, I) and factors -> (N, O)."""
+    """`dense` for arrays; for factors `expand`: rows (N, I) and factors -> (N, O).
+
+    `dense` is for blocks too, whose bottlenecks are about as large as activations.
+    """
 
     def linear(x, w):
-        if not spectral.is_factors(w):
+        if not spectral.is_factors(w) or spectral.is_blocks(w):
             return dense(x, w)
         y = expand(x.reshape(-1, x.shape[-1]), w)
         return y.reshape(*x.shape[:-1], y.shape[-1])

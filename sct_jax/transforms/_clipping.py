@@ -1,8 +1,8 @@
 """Clips updates by the spectral norm of the change of the composite W."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,10 @@ def clip_by_composite_spectral_norm(
 
     The bound holds for the applied update, including the retraction R. c is 1 where the
     full update satisfies it. Place it before `retract_to_stiefel` with the same method.
+
+    BlockSpectralFactors have two c per block: one for u_i and the entries of s that it
+    feeds, one for v_j. Each half may move by max_norm / 2, which bounds W as in
+    `spectral.composite_update_norm`.
 
     Requires factors orthonormal to 3e-5 and a retraction on every step. Ensures the
     bound to 1 % plus float32 rounding (16 eps max|s| sqrt(R)), for any update. A c at
@@ -77,13 +81,44 @@ def clip_by_composite_spectral_norm(
         if not factors:
             return updates, new_state
         bound = jnp.asarray(_common.value_of(max_norm, state.count), jnp.float32)
+        parts = [part for pair in factors for part in _parts(*pair)]
         # Reverse mode refuses the loops of the search.
-        scales = _scales(*jax.lax.stop_gradient((factors, bound)), retraction)
-        return rebuild(
-            [_scale_update(d, c) for (_, d), c in zip(factors, scales, strict=True)]
-        ), new_state
+        scales = _scales(*jax.lax.stop_gradient((parts, bound)), retraction)
+        scaled = iter(
+            [_scale_update(d, c) for (_, d), c in zip(parts, scales, strict=True)]
+        )
+        return rebuild([_joined(d, scaled) for _, d in factors]), new_state
 
-    return optax.GradientTransformationExtraArgs(_common.count_of_whole, update_fn)
+    def init_fn(params):
+        if retraction == "svd":
+            _common.check_no_blocks(params, "the retraction 'svd'")
+        return _common.count_of_whole(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _parts(
+    p: Any, d: Any
+) -> list[tuple[spectral.SpectralFactors, spectral.SpectralFactors]]:
+    """The weight and its update; of blocks, both halves, of which each moves by 2 c."""
+    if not spectral.is_blocks(p):
+        return [(p, d)]
+    (p_in, p_out), (d_in, d_out) = spectral.halves(p), spectral.halves(d)
+    # The halves share the bound: twice s is twice the norm.
+    p_in, p_out, d_in = (w._replace(s=2 * w.s) for w in (p_in, p_out, d_in))
+    zeros = jax.tree.map(jnp.zeros_like, d_in)
+    return [
+        (p_in, d_in._replace(v=zeros.v)),
+        (p_out, d_out._replace(u=zeros.v, s=zeros.s)),
+    ]
+
+
+def _joined(d: Any, scaled: Iterator[spectral.SpectralFactors]) -> Any:
+    """The update of a weight from its scaled parts, the next ones of `scaled`."""
+    first = next(scaled)
+    if not spectral.is_blocks(d):
+        return first
+    return d._replace(u=first.u, s=spectral.fed_s(first.s / 2), v=next(scaled).v)
 
 
 @functools.partial(jax.jit, static_argnames="retraction")

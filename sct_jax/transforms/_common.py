@@ -68,6 +68,22 @@ def check_whole(params: optax.Params) -> None:
             )
 
 
+def check_no_blocks(params: optax.Params, rule: str) -> None:
+    """Raises ValueError for blocks, which a rule on the SVD of W does not know.
+
+    Args:
+      params: the parameters.
+      rule: what does not apply, for the message.
+    """
+    for path, w in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_weight):
+        if spectral.is_blocks(w):
+            raise ValueError(
+                f"{sharding.path_name(path) or 'the weight'} is in blocks, to which "
+                f"{rule} does not apply: its shuffle fixes which columns of u and v "
+                "meet, so a rotation of them changes W. Use another rule, or no blocks"
+            )
+
+
 def value_of(value: ScalarOrSchedule, count: Int[Array, ""]) -> Any:
     """Returns the value, or the value of the schedule at `count`."""
     return value(count) if callable(value) else value
@@ -165,10 +181,10 @@ def require_params(params: optax.Params | None, name: str) -> optax.Params:
 def select_spectral(
     updates: optax.Updates, params: optax.Params
 ) -> tuple[
-    list[tuple[spectral.SpectralFactors, spectral.SpectralFactors]],
+    list[tuple[Any, Any]],
     Callable[[list[Any]], Any],
 ]:
-    """Returns the (param, update) pairs of all SpectralFactors, and a function back.
+    """Returns the (param, update) pairs of all spectral weights, and a function back.
 
     The function takes one value per pair and returns `updates` with these values as the
     new updates. Weights that `optax.masked` removed are left alone.
@@ -202,8 +218,10 @@ def is_weight(x: Any) -> bool:
     return spectral.is_factors(x) or is_masked(x)
 
 
-def is_whole_spectral(x: Any) -> TypeGuard[spectral.SpectralFactors]:
-    """Returns whether x is a SpectralFactors without masked parts."""
+def is_whole_spectral(
+    x: Any,
+) -> TypeGuard[spectral.SpectralFactors | spectral.BlockSpectralFactors]:
+    """Returns whether `spectral.is_spectral(x)`, and no part is masked."""
     return spectral.is_spectral(x) and not any(map(is_masked, x))
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from sct_jax import spectral
 from sct_jax.transforms import _common
 
 
@@ -53,10 +52,10 @@ def freeze_inactive_columns() -> optax.GradientTransformationExtraArgs:
                 return d
             active = columns.active
             wide = active[..., None, :]
-            return spectral.SpectralFactors(
-                jnp.where(wide, d.u, 0),
-                jnp.where(active, d.s, -p.s.astype(d.s.dtype)),
-                jnp.where(wide, d.v, 0),
+            return d._replace(
+                u=jnp.where(wide, d.u, 0),
+                s=jnp.where(active, d.s, -p.s.astype(d.s.dtype)),
+                v=jnp.where(wide, d.v, 0),
             )
 
         updates = jax.tree.map(

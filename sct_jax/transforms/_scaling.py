@@ -56,10 +56,10 @@ def scale_components(
 
         def scale(update):
             if spectral.is_spectral(update):
-                return spectral.SpectralFactors(
-                    times_uv(update.u),
-                    times(update.s, s_now),
-                    times_uv(update.v),
+                return update._replace(
+                    u=times_uv(update.u),
+                    s=times(update.s, s_now),
+                    v=times_uv(update.v),
                 )
             if spectral.is_factors(update):
                 return jax.tree.map(lambda x: times(x, uv_now), update)

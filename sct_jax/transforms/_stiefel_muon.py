@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from sct_jax import linalg, spectral
+from sct_jax import linalg
 from sct_jax.transforms import _common, _transport
 
 COORDINATES = ("factors", "svd")
@@ -85,7 +85,8 @@ def scale_by_stiefel_muon(
 
     Raises:
       ValueError: for unknown coordinates, a decay outside [0, 1), a negative eps or
-        share, or a number of steps that is no integer.
+        share, or a number of steps that is no integer; at `init`, for blocks in the
+        coordinates "svd".
 
     References:
       Jordan et al., Muon: an optimizer for hidden layers, 2024,
@@ -107,6 +108,8 @@ def scale_by_stiefel_muon(
 
     def init_fn(params):
         _common.check_whole(params)
+        if coordinates == "svd":
+            _common.check_no_blocks(params, "the coordinates 'svd'")
         per_weight = lambda fn: _common.per_weight(
             fn, params, _common.is_whole_spectral
         )
@@ -136,7 +139,7 @@ def scale_by_stiefel_muon(
                 inverse = _transport.damped_inverse(weights[i].s)[..., None, :]
                 g = g._replace(u=g.u * inverse, v=g.v * inverse)
             u, v = mean(m.u, g.u, b1), mean(m.v, g.v, b1)
-            means[i] = spectral.SpectralFactors(u, mean(m.s, g.s, s_b1), v)
+            means[i] = m._replace(u=u, s=mean(m.s, g.s, s_b1), v=v)
             square = jnp.square(linalg.as_float32(g.s))
             squares[i] = SecondMoment(mean(squares[i].s, square, s_b2))
             if nesterov:
@@ -154,7 +157,7 @@ def scale_by_stiefel_muon(
                 inverse = _transport.damped_inverse(weights[i].s)[..., None, :]
                 s = a_s * jnp.clip(s, -1, 1)
                 u, v = a_u * u * inverse, a_v * v * inverse
-            update = spectral.SpectralFactors(u, s, v)
+            update = weights[i]._replace(u=u, s=s, v=v)
             leaves[i] = jax.tree.map(lambda x, p: x.astype(p.dtype), update, weights[i])
         unflatten = lambda values: jax.tree.unflatten(treedef, values)
         return unflatten(leaves), StiefelMuonState(

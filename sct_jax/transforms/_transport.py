@@ -92,7 +92,7 @@ def retract_by_svd(
       A transformation that needs `params`, with the state of `inner`.
 
     Raises:
-      ValueError: for unknown `moments`.
+      ValueError: for unknown `moments`; at `init`, for blocks.
     """
     if moments not in (None, *MOMENTS):
         raise ValueError(
@@ -102,6 +102,7 @@ def retract_by_svd(
 
     def init_fn(params):
         _common.check_whole(params)
+        _common.check_no_blocks(params, "the retraction 'svd'")
         return inner.init(params)
 
     def update_fn(updates, state, params=None, **extra_args):
