@@ -162,7 +162,7 @@ def truncate(
     for layer in layers_of(params):
         moments = inputs.second_moments(layer) if inputs else {}
         new = {
-            name: _truncated(w, wanted.matrix_rank(name), moments.get(name), wanted)
+            name: _truncated(name, w, moments.get(name), wanted)
             if name in model.BLOCK_MATRICES
             else w
             for name, w in layer.items()
@@ -171,7 +171,7 @@ def truncate(
             inputs.advance(new if sequential else layer)
         layers.append(new)
     result = {
-        name: _truncated(w, wanted.matrix_rank(name), None, wanted)
+        name: _truncated(name, w, None, wanted)
         if name in model.MATRICES
         else w
         for name, w in params.items()
@@ -194,6 +194,14 @@ def check(config: model.ModelConfig, wanted: model.ModelConfig) -> None:
     """Raises UserError, naming the field and the matrix, for ranks that would grow."""
     for name in config.matrix_shapes():
         before, after = config.matrix_rank(name), wanted.matrix_rank(name)
+        blocks = config.matrix_blocks(name), wanted.matrix_blocks(name)
+        same = before == after and blocks[0] == blocks[1]
+        errors.check(
+            f"model.blocks.{name}",
+            before is None or same or blocks == (1, 1),
+            f"{name!r} has rank {before} in {blocks[0]} blocks and cannot get rank "
+            f"{after} in {blocks[1]}: only dense matrices become blocks; keep both",
+        )
         errors.check(
             "model.spectral",
             before is None or after is not None,
@@ -218,15 +226,24 @@ def _best(w, moment, *, rank: int) -> spectral.SpectralFactors:
 
 
 def _truncated(
+    name: str,
     w: spectral.Weight,
-    rank: int | None,
     moment: Float[Array, "I I"] | None,
     wanted: model.ModelConfig,
 ) -> spectral.Weight:
+    rank, blocks = wanted.matrix_rank(name), wanted.matrix_blocks(name)
     if rank is None or (spectral.is_factors(w) and w[-1].shape[-1] == rank):
         return w
+    if blocks > 1:
+        return _nearest_blocks(w, moment, rank=rank, blocks=blocks)
     factors = _best(w, moment, rank=rank)
     return factors if wanted.factors == "spectral" else spectral.to_low_rank(factors)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "blocks"))
+def _nearest_blocks(w, moment, *, rank: int, blocks: int):
+    del moment
+    return spectral.blocks_from_dense(w, blocks=blocks, rank=rank)
 
 
 class Spectrum(NamedTuple):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from sct_jax import attention, linalg, model, sampling, spectral
+from sct_jax import attention, errors, linalg, model, sampling, spectral
 
 _SLOTS = 64
 """The cache and the prompts are padded to a multiple of it, so that programs of other
@@ -71,7 +71,19 @@ def init_cache(
       latent: whether to keep R numbers per token and factorised matrix k or v, in place
         of the G K of a key or value. Saves memory where R < G K, and costs the product
         with the other factor for all slots, at every token.
+
+    Raises:
+      UserError: for `latent` where k or v is in blocks, whose bottleneck is no smaller
+        than a key.
     """
+    for name in ("k", "v"):
+        in_blocks = any(spectral.is_blocks(w[name]) for w in params[model.LAYERS])
+        errors.check(
+            "latent_cache",
+            not (latent and in_blocks),
+            f"matrix {name!r} is in blocks, whose bottleneck is as large as what a "
+            "cache keeps otherwise; leave it out",
+        )
     dtype = jnp.dtype(config.compute_dtype)
 
     def zeros(w):
@@ -191,7 +203,7 @@ def _latents(layer, x_BLD, config) -> dict[str, Float[Array, "B L R"]]:
     return {
         name: spectral.contract(h_BLD, layer[name])
         for name in ("k", "v")
-        if spectral.is_factors(layer[name])
+        if spectral.is_factors(layer[name]) and not spectral.is_blocks(layer[name])
     }
 
 
@@ -349,7 +361,7 @@ def stream(
     Raises:
       ValueError: for no prompt, an empty one, a token outside the vocabulary, or
         num_tokens below 1.
-      UserError: for an invalid sampler.
+      UserError: for an invalid sampler, and as `init_cache`.
     """
     if not prompts or not all(map(len, prompts)):
         raise ValueError("every prompt must have at least one token")

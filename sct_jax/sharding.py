@@ -26,7 +26,7 @@ BATCH = PartitionSpec(ROWS)
 # Rows of factors are sharded, columns (the rank) never are. So a Gram matrix is a sum
 # of small products over devices, and no factor is gathered. Arrays with one entry per
 # column are replicated. Between v and the next u, only the low-rank bottleneck R
-# crosses `tensor`.
+# crosses `tensor`. Blocks are a leading axis too, and `tensor` does not divide them.
 _IN = r"(q|k|v|gate|up|head)"  # from D to heads, F or V
 _OUT = r"(o|down|embedding)"  # from heads, F or V to D
 _STREAM = "(attention|mlp|final)_norm"  # one scale per entry of D

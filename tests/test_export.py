@@ -46,6 +46,13 @@ CONFIGS = {
         BASE, spectral=model.MATRICES, tie_embeddings=False, qk_norm=True
     ),
     "ranks that differ between layers": dataclasses.replace(BASE, scan_layers=False),
+    "blocks": dataclasses.replace(
+        BASE,
+        spectral=("q", "k", "o", "up", "down", "embedding"),
+        num_blocks=2,
+        blocks=model.MatrixBlocks(q=4, up=1),
+        ranks=model.MatrixRanks(down=7),
+    ),
 }
 each_config = pytest.mark.parametrize("name", CONFIGS)
 each_form = pytest.mark.parametrize("form", exporting.FORMATS)
@@ -359,7 +366,7 @@ def test_attention_is_exchangeable_and_gets_what_the_model_is_called_with(
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-@each_config
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "blocks"])
 def test_plans_divide_what_they_name(exported, name):
     """Every matrix of the layers is divided once, on its wide side."""
     _, loaded = exported(name, "factors")
@@ -380,6 +387,22 @@ def test_plans_divide_what_they_name(exported, name):
         type(modules[key]) in (torch.nn.Linear, torch.nn.Embedding)
         for key in loaded.tp_plan
     )
+
+
+def test_blocks_are_in_the_configuration_and_not_divided(exported):
+    folder, loaded = exported("blocks", "factors")
+    wanted = {"q_proj": 4, "k_proj": 2, "o_proj": 2, "down_proj": 2}
+    assert json.loads((folder / "config.json").read_text())["blocks"] == wanted
+    assert {
+        name.split(".")[-1]: module.blocks
+        for name, module in loaded.named_modules()
+        if hasattr(module, "blocks")
+    } == wanted
+    divided = {key.split(".")[-1] for key in loaded.model.config.base_model_tp_plan}
+    assert divided == {"v_proj", "b", "gate_proj"}
+    found = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert found["model.layers.1.mlp.down_proj.a.weight"].shape == (2, 7, 24)
+    assert found["model.layers.1.mlp.down_proj.b.weight"].shape == (2, 16, 7)
 
 
 def test_the_table_of_the_embedding_can_be_exchanged(exported):

@@ -243,7 +243,7 @@ def _factors(shape: model.ModelConfig) -> dict[str, spectral.SpectralFactors]:
             model.init_block(key, shape, layers=(shape.num_layers,))
         )
     )(jax.random.key(0))
-    return {name: w for name, w in block.items() if spectral.is_spectral(w)}
+    return {n: w for n, w in block.items() if isinstance(w, spectral.SpectralFactors)}
 
 
 def _moved(params: Mapping[str, spectral.SpectralFactors]) -> list[tuple]:

@@ -127,6 +127,16 @@ def ranks(run: workdir.LoadedRun) -> dict[str, int | list[int]]:
     }
 
 
+def blocks(run: workdir.LoadedRun) -> dict[str, int]:
+    """Returns the number of blocks of every matrix that has some, as `ranks`."""
+    config = run.config.model
+    return {
+        names.MODULES[key].split(".")[-1]: config.matrix_blocks(key)
+        for key in model.BLOCK_MATRICES
+        if config.matrix_blocks(key) > 1
+    }
+
+
 def stored(run: workdir.LoadedRun, form: str) -> Iterator[Stored]:
     """Yields the tensors of a format, in the order of the model.
 
@@ -164,7 +174,10 @@ def _dense(tensor: names.Tensor, weight: Any) -> Callable[[], Any]:
         if not spectral.is_factors(weight):
             return np.asarray(weight.T if swap else weight)
         w = jax.tree.map(jnp.asarray, weight)
-        return np.asarray(spectral.to_dense(spectral.transpose(w) if swap else w))
+        if swap and not spectral.is_blocks(w):  # whose transpose may not be one
+            return np.asarray(spectral.to_dense(spectral.transpose(w)))
+        dense = spectral.to_dense(w)
+        return np.asarray(dense.T if swap else dense)
 
     return make
 
@@ -173,13 +186,16 @@ def _factors(tensor: names.Tensor, weight: Any) -> Iterator[Stored]:
     """Two layers: `a` is u, `b` is v diag(s), or a and b of low-rank factors.
 
     With s in `b`, `a` stays orthonormal: what it gives has the scale of its input, and
-    u, |s| and v can be read back, as s are the norms of the columns of `b`.
+    u, |s| and v can be read back, as s are the norms of the columns of `b`. Blocks are
+    a first axis of both.
     """
     base = tensor.name.removesuffix("weight")
     # A row per token, which a lookup reads; all other layers are (fan_out, fan_in).
-    a = weight[0] if tensor.key == "embedding" else weight[0].T
+    a = weight[0] if tensor.key == "embedding" else weight[0].swapaxes(-1, -2)
     yield Stored(f"{base}a.weight", a.shape, lambda: a)
-    v, s = weight[-1], weight.s[None] if spectral.is_spectral(weight) else 1.0
+    v, s = weight[-1], 1.0
+    if spectral.is_spectral(weight):
+        s = weight.s[..., None, :]
     yield Stored(f"{base}b.weight", v.shape, lambda: np.asarray(v * s))
 
 
@@ -266,6 +282,7 @@ def _config_json(run: workdir.LoadedRun, *, form: str, dtype: str) -> Mapping[st
         "model_type": "spectral",
         "qk_norm": run.config.model.qk_norm,
         "ranks": ranks(run),
+        "blocks": blocks(run),
     }
 
 

@@ -63,6 +63,12 @@ They follow what the Transformers backend of vLLM asks of a model, and were test
 transformers, not in vLLM.
 """
 
+_BLOCKS = """
+A matrix of B blocks has B such pairs. Pair i of `a` reads the i-th part of the input,
+the B R results are transposed as a B x R matrix, and pair j of `b` reads row j of what
+is then, read as B x R, and writes the j-th part of the output. W has rank B R.
+"""
+
 _OWN_HEAD = """\
 That backend makes a dense head of its own, so it cannot serve this model, whose head
 has factors.
@@ -148,7 +154,8 @@ def _about(run: workdir.LoadedRun, form: str) -> str:
     if form == "merged":
         return _MERGED if ranks else _DENSE
     head = "embed_tokens" if run.config.model.tie_embeddings else "lm_head"
-    return _FACTORS + _OWN_HEAD * (head in ranks)
+    in_blocks = bool(exporting.blocks(run))
+    return _FACTORS + _OWN_HEAD * (head in ranks) + _BLOCKS * in_blocks
 
 
 def _facts(run: workdir.LoadedRun, progress: Progress) -> list[tuple[str, str]]:
@@ -179,7 +186,12 @@ def _facts(run: workdir.LoadedRun, progress: Progress) -> list[tuple[str, str]]:
 def _ranks(run: workdir.LoadedRun) -> str:
     ranks = exporting.ranks(run)
     kind = run.config.model.factors.replace("_", "-")
-    each = ", ".join(f"{name} {_rank(rank)}" for name, rank in ranks.items())
+    blocks = exporting.blocks(run)
+    each = ", ".join(
+        f"{name} {_rank(rank)}"
+        + (f" in {blocks[name]} blocks" if name in blocks else "")
+        for name, rank in ranks.items()
+    )
     return f"{each} ({kind})" if ranks else "none, all matrices are dense"
 
 

@@ -1,7 +1,8 @@
 """A Llama or Qwen3 decoder whose matrices may be products of two thin ones.
 
 A matrix W (fan_in, fan_out) of rank R is two linear layers without bias, `a` from
-fan_in to R and `b` from R to fan_out. W itself is never built.
+fan_in to R and `b` from R to fan_out. W itself is never built. In a matrix of B
+blocks, both layers are grouped, and the B R numbers between them are shuffled.
 
 This file is part of an exported model, and needs torch and transformers alone. Layers
 are made here, and their forward passes are those of Qwen3 in transformers: attention by
@@ -28,11 +29,14 @@ class SpectralConfig(qwen3_config.Qwen3Config):
       ranks: name of a matrix, such as "q_proj", to its rank, or to one rank per layer.
         A matrix that is not there is dense. "embed_tokens" and "lm_head" are matrices
         too; where embeddings are tied, the head has the rank of the embedding.
+      blocks: name of a matrix of the layers to its number of blocks. One that is not
+        there has none.
       qk_norm: whether queries and keys are normalised, as in Qwen3.
     """
 
     model_type = "spectral"
     ranks = None
+    blocks = None
     qk_norm = False
     base_model_pp_plan: typing.ClassVar = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -45,11 +49,16 @@ class SpectralConfig(qwen3_config.Qwen3Config):
         rank = (self.ranks or {}).get(name)
         return rank[layer] if isinstance(rank, list | tuple) else rank
 
+    def blocks_of(self, name: str) -> int:
+        """Returns the number of blocks of a matrix, 1 if it has none."""
+        return (self.blocks or {}).get(name, 1)
+
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """Returns how layers are divided over devices.
 
         The wide side of each matrix is. R numbers per token are the same everywhere.
+        Matrices in blocks are not divided.
         """
         plan = {}
         for names, style, part in (
@@ -57,6 +66,8 @@ class SpectralConfig(qwen3_config.Qwen3Config):
             (_ROWWISE, "rowwise", ".a"),
         ):
             for name in names:
+                if self.blocks_of(name.split(".")[1]) > 1:
+                    continue
                 factorised = self.rank_of(name.split(".")[1]) is not None
                 plan[f"layers.*.{name}{part if factorised else ''}"] = style
         return plan
@@ -78,6 +89,41 @@ class Factors(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (..., fan_out) from (..., fan_in)."""
         return self.b(self.a(x))
+
+
+class GroupedLinear(nn.Module):
+    """A linear layer without bias for each of B groups of features.
+
+    Attributes:
+      weight: (B, features out, features in) of each group.
+    """
+
+    def __init__(self, blocks: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, out_features, in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (..., B, features out) from (..., B, features in)."""
+        return torch.einsum("...bi,boi->...bo", x, self.weight)
+
+
+class BlockFactors(nn.Module):
+    """A linear layer of rank B R, at the 2 R (fan_in + fan_out) FLOPs of rank R.
+
+    The results of `a`, (B, R) per token, are transposed, and read again as (B, R).
+    """
+
+    def __init__(self, fan_in: int, rank: int, fan_out: int, blocks: int):
+        super().__init__()
+        self.blocks = blocks
+        self.a = GroupedLinear(blocks, fan_in // blocks, rank)
+        self.b = GroupedLinear(blocks, rank, fan_out // blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (..., fan_out) from (..., fan_in)."""
+        h = self.a(x.unflatten(-1, (self.blocks, -1)))
+        h = h.transpose(-1, -2).flatten(-2).unflatten(-1, (self.blocks, -1))
+        return self.b(h).flatten(-2)
 
 
 class FactorsEmbedding(nn.Module):
@@ -106,9 +152,11 @@ class TiedHead(nn.Module):
         return nn.functional.linear(x @ embedding.b.weight, embedding.a.weight)
 
 
-def _linear(fan_in: int, fan_out: int, rank: int | None) -> nn.Module:
+def _linear(fan_in: int, fan_out: int, rank: int | None, blocks: int = 1) -> nn.Module:
     if rank is None:
         return nn.Linear(fan_in, fan_out, bias=False)
+    if blocks > 1:
+        return BlockFactors(fan_in, rank, fan_out, blocks)
     return Factors(fan_in, rank, fan_out)
 
 
@@ -131,11 +179,11 @@ class SpectralAttention(qwen3.Qwen3Attention):
         width = config.hidden_size
         queries = config.num_attention_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
-        rank_of = lambda name: config.rank_of(name, layer_idx)
-        self.q_proj = _linear(width, queries, rank_of("q_proj"))
-        self.k_proj = _linear(width, keys, rank_of("k_proj"))
-        self.v_proj = _linear(width, keys, rank_of("v_proj"))
-        self.o_proj = _linear(queries, width, rank_of("o_proj"))
+        form_of = lambda name: (config.rank_of(name, layer_idx), config.blocks_of(name))
+        self.q_proj = _linear(width, queries, *form_of("q_proj"))
+        self.k_proj = _linear(width, keys, *form_of("k_proj"))
+        self.v_proj = _linear(width, keys, *form_of("v_proj"))
+        self.o_proj = _linear(queries, width, *form_of("o_proj"))
         self.q_norm, self.k_norm = (
             qwen3.Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             if config.qk_norm
@@ -150,10 +198,10 @@ class SpectralMLP(nn.Module):
     def __init__(self, config: SpectralConfig, layer_idx: int):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
-        rank_of = lambda name: config.rank_of(name, layer_idx)
-        self.gate_proj = _linear(width, inner, rank_of("gate_proj"))
-        self.up_proj = _linear(width, inner, rank_of("up_proj"))
-        self.down_proj = _linear(inner, width, rank_of("down_proj"))
+        form_of = lambda name: (config.rank_of(name, layer_idx), config.blocks_of(name))
+        self.gate_proj = _linear(width, inner, *form_of("gate_proj"))
+        self.up_proj = _linear(width, inner, *form_of("up_proj"))
+        self.down_proj = _linear(inner, width, *form_of("down_proj"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (..., hidden_size) from (..., hidden_size)."""

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from sct_jax import data as data_lib
 from sct_jax import errors, sharding
@@ -214,6 +215,13 @@ class ExperimentConfig:
                 "learning rate never reaches its peak"
             )
         return unused
+
+    def check_blocks(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises UserError for a mesh that divides matrices in blocks by `tensor`."""
+        if mesh.shape[sharding.HEADS] > 1:
+            self._validate_plain(
+                f"mesh.{sharding.HEADS}", "blocks are divided by fsdp alone"
+            )
 
     def _validate_plain(self, field: str, reason: str) -> None:
         """Raises UserError if any matrix is in blocks, which `field` does not allow."""

@@ -198,13 +198,18 @@ def _shape(run: trainer.Trainer, origin: Origin) -> model.ModelConfig:
         rank=given.rank,
         ranks=given.ranks,
         rank_ratios=given.rank_ratios,
+        num_blocks=given.num_blocks,
+        blocks=given.blocks,
     )
 
 
 def truncates(run: trainer.Trainer, origin: Origin) -> bool:
     """Returns whether the run has less rank than the other one."""
-    ranks = lambda shape: {n: shape.matrix_rank(n) for n in shape.matrix_shapes()}
-    return ranks(run.config.model) != ranks(origin.config.model)
+    kinds = lambda shape: {
+        name: (shape.matrix_rank(name), shape.matrix_blocks(name))
+        for name in shape.matrix_shapes()
+    }
+    return kinds(run.config.model) != kinds(origin.config.model)
 
 
 def _with_tokenizer(

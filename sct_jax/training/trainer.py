@@ -97,6 +97,7 @@ class Trainer:
             num_heads=config.model.num_heads,
             num_kv_heads=config.model.num_kv_heads,
         )
+        config.check_blocks(mesh)
         name, reason = _select_attention(config, mesh)
         self.choices = {"attention": f"{name} ({reason})"}
         # Without documents the ids are all alike, and cuDNN does not take them.
