@@ -171,9 +171,7 @@ def truncate(
             inputs.advance(new if sequential else layer)
         layers.append(new)
     result = {
-        name: _truncated(name, w, None, wanted)
-        if name in model.MATRICES
-        else w
+        name: _truncated(name, w, None, wanted) if name in model.MATRICES else w
         for name, w in params.items()
         if name != model.LAYERS
     } | {model.LAYERS: tuple(layers)}

@@ -77,6 +77,10 @@ MUON = dataclasses.replace(
     learning_rates=(0.01, 0.02, 0.04),
     non_matrix_lr=0.027,
 )
+BLOCKS, TWO_BLOCKS = (
+    methods.changed(LOW_RANK, methods.model(num_blocks=blocks), name=f"{blocks} blocks")
+    for blocks in (4, 2)
+)
 LONG_DECAY = ": decay .9"
 
 
@@ -142,18 +146,21 @@ def _d64() -> grid.Comparison:
     return _study(
         base(64, 176),
         methods.narrow(MUON),
-        LOW_RANK,
         with_long_decay(LOW_RANK),
-        MUON,
+        with_long_decay(BLOCKS),
         dense_first(0.4, chain="adamw"),
         dense_first(0.4, chain="muon"),
         dense_first(0.4, chain="adamw", truncation="plain"),
         dense_first(0.4, chain="muon", truncation="plain"),
+        MUON,
         dense_first(0.2, chain="adamw"),
-        dense_first(0.2, chain="muon"),
         dense_first(0.6, chain="adamw"),
+        dense_first(0.2, chain="muon"),
         dense_first(0.6, chain="muon"),
         dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
+        dense_first(0.4, chain="muon", then=BLOCKS),
+        with_long_decay(TWO_BLOCKS),
+        LOW_RANK,
         with_long_decay(methods.narrow(MUON)),
     )
 

@@ -7,6 +7,7 @@ A trial trains this trunk once. Every budget then branches off with its own deca
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -137,12 +138,12 @@ class Trial:
             * experiment.data.tokens_per_step
             for shape in settings.models(experiment.model)
         ]
-        edges = [0.0, *settings.switch_at]
-        if settings.switch_at and settings.switch_at[0] >= 1:  # in steps
-            spans = [b - a for a, b in zip(edges, edges[1:], strict=False)]
-            spent = sum(n * cost for n, cost in zip(spans, costs, strict=False))
-            return round(edges[-1] + (flops - spent) / costs[-1])
-        shares = [b - a for a, b in zip(edges, [*edges[1:], 1.0], strict=True)]
+        ends = settings.switch_at
+        if ends and ends[0] >= 1:  # in steps
+            steps = [b - a for a, b in itertools.pairwise((0.0, *ends))]
+            spent = sum(n * cost for n, cost in zip(steps, costs[:-1], strict=True))
+            return round(ends[-1] + (flops - spent) / costs[-1])
+        shares = [b - a for a, b in itertools.pairwise((0.0, *ends, 1.0))]
         return round(
             flops * sum(q / cost for q, cost in zip(shares, costs, strict=True))
         )

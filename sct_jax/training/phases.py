@@ -5,6 +5,7 @@ of them the matrices are truncated, and the optimizer starts anew.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -79,7 +80,7 @@ class PhasesConfig:
             "phases.switch_at; give one each, 0 for dense",
         )
         multiples = [m or math.inf for m in (*self.multiples, 1.0)]
-        falls = all(a > b for a, b in zip(multiples, multiples[1:], strict=False))
+        falls = all(a > b for a, b in itertools.pairwise(multiples))
         errors.check(
             "phases.rank_multiples",
             falls,
@@ -168,7 +169,7 @@ class PhasesConfig:
         ends = flop_ends(self.switch_at, costs, num_steps)
         errors.check(
             "phases.switch_at",
-            all(a < b for a, b in zip([0, *ends], ends, strict=False)),
+            all(a < b for a, b in itertools.pairwise((0, *ends))),
             f"shares {self.switch_at} of the FLOPs of {num_steps} steps end phases "
             f"after {', '.join(map(str, ends))} steps, so one has none; take other "
             "shares, or more steps",
@@ -186,8 +187,7 @@ def flop_ends(
       costs: FLOPs per step, or per token, of every phase.
       num_steps: of all phases.
     """
-    edges = [0.0, *shares, 1.0]
-    spans = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    spans = [b - a for a, b in itertools.pairwise((0.0, *shares, 1.0))]
     steps = [span / cost for span, cost in zip(spans, costs, strict=True)]
     scale, total, ends = num_steps / sum(steps), 0.0, []
     for count in steps:
