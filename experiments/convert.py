@@ -5,7 +5,9 @@ python -m experiments.convert --from=SmolLM2-135M --workdir=runs/smollm2-r144 \
   --rank-ratio=.25 --matrices=gate,up,down --matrix=down:energy=.95
 
 The folder holds config.json, tokenizer.json and model.safetensors, whole or in parts.
-Matrices that get a rank become factors u, s, v: the best approximation of that rank.
+Matrices that get a rank become factors u, s, v: the best approximation of that rank,
+or with --text=SOURCE the one whose outputs on that text are best. --budget=.3 gives the
+factors that part of the parameters, and each matrix the rank that keeps the most.
 Others stay dense. experiments.generate reads the result, and experiments.pretrain
 starts from it with --init-from. The exit code is 0, 2 for bad input, or 4 if the run
 could not be written.
@@ -17,14 +19,17 @@ if __name__ == "__main__":
     process.start("experiments.convert")
 
 import argparse
+import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import rich.table
 
-from sct_jax import errors, model, paths
+from sct_jax import compression, data, errors, model, paths
 from sct_jax.interop import folders, importing
 from sct_jax.interop import source as source_lib
 from sct_jax.training import (
@@ -35,6 +40,8 @@ from sct_jax.training import (
     overrides,
     workdir,
 )
+
+_WINDOW, _ROWS = 512, 8  # of the text, per pass
 
 RULES = {"rank": int, "rank_ratio": float, "energy": float}
 
@@ -49,8 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir.check_new(path)
         source = source_lib.open_folder(flags.source)
         tokenizer = folders.load_tokenizer(source, flags.tokenizer)
+        text = None
+        if flags.text is not None:
+            errors.check("--text", bool(rules), "has no effect; add a rank")
+            text = calibration_text(flags, source, tokenizer)
         imported = importing.load(
-            source, rules, scan_layers=flags.scan_layers, log=process.say
+            source,
+            rules,
+            scan_layers=flags.scan_layers,
+            text=text,
+            budget=flags.budget,
+            log=process.say,
         )
         config = folders.run_config(
             imported.config, source.max_length, path / "tokenizer.json"
@@ -100,6 +116,23 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="one matrix with its own rank, rank_ratio or energy; repeatable",
     )
     parser.add_argument(
+        "--budget",
+        type=float,
+        help="parameters of the factors, as a part of those of their dense matrices; "
+        "ranks go where they keep the most energy",
+    )
+    parser.add_argument(
+        "--text",
+        help="approximate the outputs on this text, and not the matrices alone; a path "
+        "or glob, as data.source",
+    )
+    parser.add_argument(
+        "--text_tokens",
+        type=int,
+        default=65_536,
+        help="how much of that text (default: %(default)s tokens)",
+    )
+    parser.add_argument(
         "--tokenizer", help="a tokenizer.json, if not that of the folder"
     )
     parser.add_argument(
@@ -119,6 +152,15 @@ def parse_rules(flags: argparse.Namespace) -> dict[str, importing.Rule]:
     common = {name: getattr(flags, name) for name in RULES}
     given = {f"--{n.replace('_', '-')}" for n, x in common.items() if x is not None}
     rules: dict[str, importing.Rule] = {}
+    if flags.budget is not None:
+        errors.check_bounds("--", flags, "budget", above=0, most=1)
+        errors.check(
+            "--budget",
+            not given and not flags.matrix,
+            "chooses the ranks itself; leave out --rank, --rank-ratio, --energy and "
+            "--matrix",
+        )
+        return dict.fromkeys(_matrices(flags.matrices), importing.Rule())
     if given:
         rule = importing.Rule(**common)
         rule.validate("--")
@@ -126,12 +168,45 @@ def parse_rules(flags: argparse.Namespace) -> dict[str, importing.Rule]:
     errors.check(
         "--matrices",
         bool(given) or flags.matrices is None,
-        "has no effect alone; add --rank, --rank-ratio or --energy",
+        "has no effect alone; add --rank, --rank-ratio, --energy or --budget",
     )
     for text in flags.matrix:
         name, rule = _matrix(text)
         rules[name] = rule
     return rules
+
+
+def calibration_text(
+    flags: argparse.Namespace, source: source_lib.Source, tokenizer: data.Tokenizer
+) -> compression.Text:
+    """Returns the start of the training text, in windows of the model.
+
+    Raises:
+      UserError: for text that cannot be read, or too little of it.
+    """
+    errors.check_bounds("--", flags, "text_tokens", least=1)
+    length = min(source.max_length, _WINDOW, flags.text_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "tokenizer.json")
+        tokenizer.save(file)
+        settings = data.DataConfig(
+            source=flags.text,
+            tokenizer=file,
+            seq_len=length,
+            batch_size=max(flags.text_tokens // length, 1),
+        )
+        try:
+            corpus = data.prepare(
+                settings, vocab_size=source.config.vocab_size, log=process.say
+            )
+            batch = next(data.train_batches(corpus, settings, seed=0))
+        except errors.UserError as error:
+            raise errors.UserError(f"--text: {error}") from error
+    rows = range(0, len(batch["inputs"]), _ROWS)
+    return compression.Text(
+        tokens=[jnp.asarray(batch["inputs"][i : i + _ROWS]) for i in rows],
+        segment_ids=[jnp.asarray(batch["segment_ids"][i : i + _ROWS]) for i in rows],
+    )
 
 
 def _matrices(text: str | None) -> tuple[str, ...]:

@@ -362,8 +362,8 @@ def from_dense(
       energy: alternative to `rank`: fraction of the sum of s^2 to keep, in (0, 1]; with
         `second_moment`, of E ||x @ w||^2. All layers of a stack get the largest rank
         that any of them needs. Does not work under jit.
-      second_moment: mean of x.T x over inputs x, or any multiple of it, (*layers, I, I);
-        symmetric and positive semidefinite, of any rank. See `compression.Inputs`.
+      second_moment: (*layers, I, I), the mean of x.T x over inputs x or any multiple of
+        it; positive semidefinite, of any rank. See `compression.Inputs`.
 
     Raises:
       ValueError: if both `rank` and `energy` are given, for a rank outside
@@ -414,6 +414,7 @@ def truncate(
 
     Raises:
       ValueError: see `from_dense`.
+      TypeError: for blocks, which `blocks_from_dense` makes of dense weights.
     """
     if not is_factors(w):
         return from_dense(w, rank=rank, second_moment=second_moment)
@@ -447,7 +448,7 @@ def singular_values(
 def _left_and_basis(
     w: SpectralFactors | LowRankFactors,
 ) -> tuple[Float[Array, "*layers I R"], Float[Array, "*layers O R"]]:
-    """x and v with W = x v.T and orthonormal v: W is approximated as well as x is."""
+    """X and v with W = x v.T and orthonormal v: W is approximated as well as x is."""
     if isinstance(w, SpectralFactors):
         return w.u * w.s[..., None, :], w.v
     v, mixed = jnp.linalg.qr(linalg.as_float32(w.b))

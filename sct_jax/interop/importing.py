@@ -4,15 +4,17 @@ One tensor at a time: beside the result, memory holds a few copies of one matrix
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from sct_jax import errors, model, spectral
+from sct_jax import compression, errors, model, spectral
 from sct_jax.interop import names
 from sct_jax.interop import source as source_lib
 
@@ -94,6 +96,8 @@ def load(
     rules: Mapping[str, Rule],
     *,
     scan_layers: bool = False,
+    text: compression.Text | None = None,
+    budget: float | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Imported:
     """Returns the parameters of a checkpoint, in float32.
@@ -103,10 +107,15 @@ def load(
       rules: for the matrices that get factors; the others stay dense.
       scan_layers: layout that the configuration asks for. The parameters have separate
         layers in both cases.
+      text: where the matrices of the layers are approximated, see
+        `compression.truncate`, layer after layer; memory then holds one dense layer,
+        and what the text is in front of it.
+      budget: parameters of the factors, as a part of those of their dense matrices.
+        Then ranks are allocated by energy, and `rules` only name the matrices.
       log: receives a line per layer.
 
     Raises:
-      UserError: see `Source.read`, and for a rule that does not fit.
+      UserError: see `Source.read`, and for a rule or a budget that does not fit.
     """
     shapes = source.config.matrix_shapes()
     for name, rule in rules.items():
@@ -116,19 +125,39 @@ def load(
             name in shapes,
             "the head of this model is its transposed embedding; leave it out",
         )
-        rule.validate("")
-    ranks, notes = _ranks(source, rules, log=log)
+        if budget is None:
+            rule.validate("")
+    if budget is None:
+        ranks, notes = _ranks(source, rules, text=text, log=log)
+    else:
+        ranks = _allocated(source, tuple(rules), budget, text=text, log=log)
+        notes = []
     config = _with_ranks(source.config, ranks, scan_layers=scan_layers)
     found: dict[str, list[float]] = {name: [] for name in ranks}
-    blocks: list[model.Params] = [{} for _ in range(config.num_layers)]
-    params: model.Params = {model.LAYERS: tuple(blocks)}
-    for tensor in names.tensors(source.config):
-        weight = source.read(tensor)
-        _log_layer(tensor, config, log)
-        if tensor.key in ranks:
-            weight, error = _truncate(weight, ranks[tensor.key], tensor.name)
-            found[tensor.key].append(error)
-        (params if tensor.layer is None else blocks[tensor.layer])[tensor.key] = weight
+
+    def truncate(tensor, weight, moment=None):
+        if tensor.key not in ranks:
+            return weight
+        factors, error = _truncate(weight, ranks[tensor.key], tensor.name, moment)
+        found[tensor.key].append(error)
+        return factors
+
+    layers = []
+    inputs = None if text is None else _inputs(source, text)
+    for index, tensors in enumerate(_tensors_of_layers(source.config)):
+        log(f"layer {index + 1} of {config.num_layers}")
+        if inputs is None:
+            layers.append({t.key: truncate(t, source.read(t)) for t in tensors})
+            continue
+        dense = {t.key: source.read(t) for t in tensors}
+        moments = inputs.second_moments(dense)
+        layers.append(
+            {t.key: truncate(t, dense[t.key], moments.get(t.key)) for t in tensors}
+        )
+        inputs.advance(layers[-1])
+    ends = [t for t in names.tensors(source.config) if t.layer is None]
+    params: model.Params = {t.key: truncate(t, source.read(t)) for t in ends}
+    params[model.LAYERS] = tuple(layers)
     truncations = [
         Truncation(name, shapes[name], ranks[name], tuple(found[name]))
         for name in ranks
@@ -136,17 +165,47 @@ def load(
     return Imported(config, params, truncations, notes)
 
 
-def _log_layer(
-    tensor: names.Tensor, config: model.ModelConfig, log: Callable[[str], None]
-) -> None:
-    if tensor.layer is not None and tensor.key == next(iter(names.MODULES)):
-        log(f"layer {tensor.layer + 1} of {config.num_layers}")
+def _tensors_of_layers(config: model.ModelConfig) -> Iterator[list[names.Tensor]]:
+    in_layers = (t for t in names.tensors(config) if t.layer is not None)
+    for _, tensors in itertools.groupby(in_layers, key=lambda t: t.layer):
+        yield list(tensors)
+
+
+def _inputs(source: source_lib.Source, text: compression.Text) -> compression.Inputs:
+    """The text before the first layer."""
+    embedding = next(names.tensors(source.config))
+    ends = {embedding.key: source.read(embedding)}
+    return compression.Inputs(ends, text, source.config)
+
+
+def _dense_layers(
+    source: source_lib.Source,
+    wanted: Collection[str],
+    *,
+    text: compression.Text | None,
+    log: Callable[[str], None],
+) -> Iterator[tuple[names.Tensor, Float[np.ndarray, "I O"], Any]]:
+    """Every wanted matrix of the layers, and the second moment of its inputs."""
+    inputs = None if text is None else _inputs(source, text)
+    for tensors in _tensors_of_layers(source.config):
+        moments = {}
+        if inputs is None:
+            read = {t.key: source.read(t) for t in tensors if t.key in wanted}
+        else:
+            read = {t.key: source.read(t) for t in tensors}
+            moments = inputs.second_moments(read)
+            inputs.advance(read)
+        for tensor in tensors:
+            if tensor.key in wanted:
+                log(f"singular values of {tensor.name}")
+                yield tensor, read[tensor.key], moments.get(tensor.key)
 
 
 def _ranks(
     source: source_lib.Source,
     rules: Mapping[str, Rule],
     *,
+    text: compression.Text | None,
     log: Callable[[str], None],
 ) -> tuple[dict[str, int], list[str]]:
     """The rank of every matrix with factors, and a note for each that was clamped."""
@@ -164,13 +223,54 @@ def _ranks(
                 f"{name}: rank {wanted} is clamped to {ranks[name]}, as the matrix is "
                 f"{shape[0]} x {shape[1]}"
             )
+    by_energy = {n: rule.energy for n, rule in rules.items() if rule.energy is not None}
+    if by_energy.keys() & set(model.BLOCK_MATRICES):
+        for tensor, weight, moment in _dense_layers(
+            source, by_energy, text=text, log=log
+        ):
+            s = _singular_values(weight, moment)
+            needed = int(spectral.energy_rank(jnp.asarray(s), by_energy[tensor.key]))
+            ranks[tensor.key] = max(ranks[tensor.key], needed)
     for tensor in names.tensors(source.config):
-        energy = rules[tensor.key].energy if tensor.key in rules else None
-        if energy is not None:
+        if tensor.layer is None and tensor.key in by_energy:
             log(f"singular values of {tensor.name}")
-            needed = _energy_rank(source.read(tensor), energy)
+            s = _singular_values(source.read(tensor), None)
+            needed = int(spectral.energy_rank(jnp.asarray(s), by_energy[tensor.key]))
             ranks[tensor.key] = max(ranks[tensor.key], needed)
     return ranks, notes
+
+
+def _allocated(
+    source: source_lib.Source,
+    wanted: Sequence[str],
+    budget: float,
+    *,
+    text: compression.Text | None,
+    log: Callable[[str], None],
+) -> dict[str, int]:
+    """The ranks that keep the most energy within a part of the dense parameters."""
+    config, shapes = source.config, source.config.matrix_shapes()
+    outside = sorted(set(wanted) - set(model.BLOCK_MATRICES))
+    errors.check(
+        "--budget",
+        not outside,
+        f"is shared by matrices of the layers alone, without {', '.join(outside)}",
+    )
+    squares: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
+    for tensor, weight, moment in _dense_layers(source, wanted, text=text, log=log):
+        energy = np.square(_singular_values(weight, moment).astype(np.float64))
+        squares[tensor.key].append(energy / max(energy.sum(), np.finfo(float).tiny))
+    spectra = {
+        name: compression.Spectrum(
+            np.stack(squares[name]), config.num_layers * (sum(shapes[name]) + 1)
+        )
+        for name in wanted
+    }
+    dense = config.num_layers * sum(math.prod(shapes[name]) for name in wanted)
+    try:
+        return compression.allocate(spectra, budget=int(budget * dense))
+    except errors.UserError as error:
+        raise errors.UserError(f"--{error}") from error
 
 
 def _with_ranks(
@@ -189,18 +289,25 @@ def _with_ranks(
 # --- On the processor, whatever else there is: a decomposition gains little elsewhere.
 
 
-def _energy_rank(weight: Float[np.ndarray, "I O"], energy: float) -> int:
+def _singular_values(
+    weight: Float[np.ndarray, "I O"], moment: Float[Array, "I I"] | None
+) -> Float[np.ndarray, " K"]:
     with jax.default_device(jax.devices("cpu")[0]):
-        s = jnp.linalg.svd(jnp.asarray(weight), compute_uv=False)
-        return int(spectral.energy_rank(s, energy))
+        values = spectral.singular_values(jnp.asarray(weight), second_moment=moment)
+    return np.asarray(values)
 
 
 def _truncate(
-    weight: Float[np.ndarray, "I O"], rank: int, name: str
+    weight: Float[np.ndarray, "I O"],
+    rank: int,
+    name: str,
+    moment: Float[Array, "I I"] | None,
 ) -> tuple[spectral.SpectralFactors, float]:
     """The factors, and their relative error."""
     with jax.default_device(jax.devices("cpu")[0]):
-        factors = spectral.from_dense(jnp.asarray(weight), rank=rank)
+        factors = spectral.from_dense(
+            jnp.asarray(weight), rank=rank, second_moment=moment
+        )
     u, s, v = map(np.asarray, factors)
     errors.check(
         name,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import reprlib
 import types
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from sct_jax import compression, errors, sharding
 from sct_jax import data as data_lib
-from sct_jax import errors, sharding
 from sct_jax import model as model_lib
 from sct_jax import rank as rank_lib
 from sct_jax.training import layerwise, optimizer_config
@@ -166,8 +167,9 @@ class ExperimentConfig:
         """Raises UserError, naming the field, for an impossible configuration."""
         check_types(self)
         for name, value in flatten(dataclasses.asdict(self)).items():
-            if isinstance(value, float):
-                errors.check_float32(name, value)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float):
+                    errors.check_float32(name, number)
         errors.check_bounds("", self, "num_steps", least=1, most=errors.MAX_INT32)
         errors.check_bounds("", self, "log_every", least=1)
         errors.check_bounds("", self, "seed", least=0, below=2**32)
@@ -196,6 +198,15 @@ class ExperimentConfig:
             self._validate_layerwise()
         self._validate_factors()
         self.phases.validate(num_steps=self.num_steps, shape=self.model)
+        errors.check(
+            "phases.carry_momentum",
+            not self.phases.carry_momentum or self.optimizer.name == "stiefel_muon",
+            "only optimizer.name = 'stiefel_muon' can take momentum over, not "
+            f"{self.optimizer.name!r}; set it to false",
+        )
+        shapes = [phase.config.model for phase in phases_of(self)]
+        for before, after in itertools.pairwise(shapes):
+            compression.check(before, after)
         for phase in phases_of(self)[:-1]:
             phase.config.validate()
 

@@ -396,14 +396,21 @@ def _switch(
     *,
     windows_before: int,
 ) -> state_lib.TrainState:
-    """The state that the phase after this one starts from; says what truncation cost."""
+    """The state that the next phase starts from; says what the truncation cost."""
     before, after = call.runs[number : number + 2]
     step = call.phases[number].last
     losses = [before.evaluate(state.params, text)]
     calibration = switching.calibration_text(
         after, corpus, step, windows_before=windows_before
     )
-    state = switching.switch(state, before, after, text=calibration)
+    dense = not before.config.model.spectral
+    state = switching.switch(
+        state,
+        before,
+        after,
+        text=calibration,
+        carry_momentum=dense and call.config.phases.carry_momentum,
+    )
     losses.append(after.evaluate(state.params, text))
     call.say(console.describe_switch(step, after.config.model, losses))
     return state

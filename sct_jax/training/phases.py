@@ -178,7 +178,7 @@ class PhasesConfig:
 
 
 def flop_ends(
-    shares: Sequence[float], costs: Sequence[float], num_steps: int
+    shares: Sequence[float], costs: Sequence[int | float], num_steps: int
 ) -> list[int]:
     """Returns the step at which every phase ends, for given shares of the FLOPs.
 

@@ -184,9 +184,12 @@ class Trainer:
         Args:
           params: arrays on the devices of the mesh, divided in any way.
         """
+        placed = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        if self.mesh.size > 1:  # only arrays that stay where they are can be donated
+            params = jax.jit(lambda x: x, out_shardings=placed.params)(params)
         begin = jax.jit(
             lambda params: state_lib.start(params, self.tx),
-            out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state),
+            out_shardings=placed,
             donate_argnums=0,
         )
         return begin(params)
