@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 
@@ -14,7 +15,7 @@ import rich.console
 import samples
 
 from experiments import convert
-from sct_jax import data, errors, model, rank, sharding, spectral
+from sct_jax import compression, data, errors, model, rank, sharding, spectral
 from sct_jax.interop import importing, source
 from sct_jax.training import (
     array_files,
@@ -219,7 +220,80 @@ def test_one_tensor_is_read_at_a_time(folders, monkeypatch):
     assert len(names_read) == 2 * len(opened.places) + 2
 
 
+def text_of(config, *, seed=0):
+    ids = jax.random.randint(jax.random.key(seed), (4, 32), 0, config.vocab_size)
+    return compression.Text([ids])
+
+
+@pytest.mark.parametrize("rule", [{"rank": 6}, {"energy": 0.7}], ids=str)
+def test_text_decides_what_a_rank_keeps(folders, rule):
+    """As truncation of the dense model does, one layer in memory at a time."""
+    opened = source.open_folder(folders / "untied")
+    text = text_of(opened.config)
+    found = importing.load(opened, every(importing.Rule(**rule)), text=text)
+    dense = importing.load(opened, {})
+    dense = dense._replace(params=jax.tree.map(jnp.asarray, dense.params))
+    if "energy" in rule:
+        inputs = compression.Inputs(dense.params, text, dense.config)
+        needed = dict.fromkeys(model.BLOCK_MATRICES, 1)
+        for layer in dense.params["layers"]:
+            for name, moment in inputs.second_moments(layer).items():
+                kept = spectral.from_dense(
+                    layer[name], energy=0.7, second_moment=moment
+                )
+                needed[name] = max(needed[name], kept.s.shape[-1])
+            inputs.advance(layer)
+        assert needed == {n: found.config.matrix_rank(n) for n in needed}
+    expected = compression.truncate(dense.params, dense.config, found.config, text=text)
+    for layer, other in zip(found.params["layers"], expected["layers"], strict=True):
+        for name in model.BLOCK_MATRICES:
+            np.testing.assert_allclose(
+                spectral.to_dense(layer[name]),
+                spectral.to_dense(other[name]),
+                atol=1e-4,
+            )
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_budget_goes_where_it_keeps_the_most(folders, with_text):
+    opened = source.open_folder(folders / "untied")
+    text = text_of(opened.config) if with_text else None
+    wanted = every(importing.Rule())
+    found = importing.load(opened, wanted, budget=0.4, text=text)
+    shapes, config = found.config.matrix_shapes(), found.config
+    dense = sum(math.prod(shapes[name]) for name in wanted)
+    spent = sum(config.matrix_rank(n) * (sum(shapes[n]) + 1) for n in wanted)
+    assert 0.35 * dense < spent <= 0.4 * dense
+    whole = importing.load(opened, {})
+    whole = whole._replace(params=jax.tree.map(jnp.asarray, whole.params))
+    spectra = compression.spectra(whole.params, whole.config, tuple(wanted), text=text)
+    size = int(0.4 * config.num_layers * dense)
+    expected = compression.allocate(spectra, budget=size)
+    assert {name: config.matrix_rank(name) for name in wanted} == expected
+
+
 # --- The command.
+
+
+def test_the_command_reads_text(folders, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(samples_of_text()) * 50)
+    common = (f"--from={folders / 'tied'}", "--budget=.3", "--scan-layers")
+    for name, flags in {"plain": [], "text": [f"--text={words}"]}.items():
+        out = run(
+            *common,
+            f"--workdir={tmp_path / name}",
+            "--text-tokens=256",
+            *flags,
+            capsys=capsys,
+        )
+        assert "truncated: energy and error over layers" in out
+    plain, read = (workdir.load_run(tmp_path / name) for name in ("plain", "text"))
+    assert plain.config.model.spectral == read.config.model.spectral
+    assert not np.array_equal(
+        plain.params["layers"]["down"].u[..., 0],
+        read.params["layers"]["down"].u[..., 0],
+    )
 
 
 def run(*argv, capsys):
@@ -463,6 +537,13 @@ def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, cap
             "--rank: set one of rank, rank_ratio, energy, not rank and energy",
         ),
         (["--matrices=q"], "--matrices: has no effect alone"),
+        (["--budget=0"], "--budget: 0.0 must be > 0 and <= 1"),
+        (["--budget=.001"], "--budget: "),
+        (["--budget=.5", "--rank=3"], "--budget: chooses the ranks itself"),
+        (["--budget=.5", "--matrices=embedding"], "--budget: is shared by matrices of"),
+        (["--text=x.txt"], "--text: has no effect; add a rank"),
+        (["--rank=3", "--text=no/such.txt"], "--text: data.source: "),
+        (["--rank=3", "--text=x.txt", "--text_tokens=0"], "--text_tokens: 0 must be"),
         (["--rank=3", "--matrices=query"], "--matrices: unknown value 'query'"),
         (["--matrix=down"], "--matrix=down: unknown value ''"),
         (["--matrix=x:rank=3"], "unknown value 'x'"),

@@ -189,7 +189,8 @@ def test_fields_without_effect_are_noted(experiment):
 
 def test_a_run_goes_through_its_phases(experiment, finished):
     path, text = finished
-    assert "dense to step 4, rank 8 to step 8, rank 4 to step 12" in text
+    table = " ".join(text.replace("│", " ").split())
+    assert "dense to step 4 (" in table and "rank 4 to step 12 (" in table
     assert "step 4: truncated to rank 8; held-out loss" in text
     assert "step 8: truncated to rank 4; held-out loss" in text
     run = workdir.load_run(path)

@@ -131,11 +131,14 @@ def describe_ranks(step: int, before: Mapping[str, int], change: rank.Change) ->
     )
 
 
-def describe_phases(phases: Sequence[config_lib.Phase]) -> str:
-    """Returns where every phase of a run ends, and the ranks of its matrices."""
+def describe_phases(
+    phases: Sequence[config_lib.Phase], plans: Sequence[memory.Plan]
+) -> str:
+    """Returns where every phase of a run ends, its ranks, and its bytes per device."""
     return ", ".join(
-        f"{describe_rank(phase.config.model)} to step {phase.last:,}"
-        for phase in phases
+        f"{describe_rank(phase.config.model)} to step {phase.last:,} "
+        f"({memory.human(sum(plan.needed.values()))})"
+        for phase, plan in zip(phases, plans, strict=True)
     )
 
 

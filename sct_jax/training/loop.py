@@ -137,7 +137,7 @@ def train(
     )
     choices = run.choices | plan.choices
     if len(phases) > 1:
-        choices["phases"] = console.describe_phases(phases)
+        choices["phases"] = console.describe_phases(phases, plans)
     console.print_start(output, config, summary, mesh, choices=choices)
     if dry_run:
         if compile_step:
