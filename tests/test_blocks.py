@@ -739,6 +739,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     settings = dataclasses.replace(
         settings,
         num_steps=4,
+        data=dataclasses.replace(settings.data, batch_size=8),
         optimizer=optimizer_config.StiefelMuon(max_update_norm=0.05),
         checkpoint=config_lib.CheckpointConfig(every=2),
     )
@@ -754,3 +755,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         workdir.load_run(parts).params,
         workdir.load_run(whole).params,
     )
+
+
+def test_studies_measure_the_spectrum():
+    config = dataclasses.replace(ONE_LAYER, spectral=model.BLOCK_MATRICES)
+    params = model.init(jax.random.key(1), config)
+    found = measure.spectra(params)["down"][: 2 * config.rank]
+    expected = np.sort(np.abs(params["layers"]["down"].s).ravel())[::-1]
+    assert_close(found, expected, 16 * EPS)

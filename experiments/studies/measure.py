@@ -167,6 +167,8 @@ def spectra(params: model.Params) -> dict[str, np.ndarray]:
 def _singular_values(w: Any) -> np.ndarray:
     if isinstance(w, forward_variants.Guided):
         w = w.factors
+    if spectral.is_blocks(w):
+        w = spectral.to_dense(w)
     if isinstance(w, spectral.SpectralFactors):
         # Without a retraction u and v need not be orthonormal.
         w = spectral.to_low_rank(w)
