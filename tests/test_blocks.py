@@ -16,6 +16,7 @@ import rich.console
 import samples
 import saved_runs
 
+from experiments.studies import measure
 from sct_jax import (
     data,
     decode,
