@@ -256,6 +256,15 @@ def test_the_projection_never_gets_worse_by_more_sweeps():
     assert all(y < x for x, y in itertools.pairwise(errors_found))
 
 
+@pytest.mark.parametrize("part", ["u", "s", "v"])
+def test_no_part_of_the_projection_can_be_improved_alone(part):
+    dense = normal(32, 48)
+    found = spectral.blocks_from_dense(dense, blocks=4, rank=8, sweeps=200)
+    error = lambda w: float(jnp.linalg.norm(dense - to_dense(w)))
+    least = min(error(moved(found, 1e-2, parts=part, seed=i)) for i in range(8))
+    assert error(found) < least
+
+
 def test_the_projection_takes_a_matrix_of_lower_rank():
     dense = jnp.zeros((16, 16)).at[0, 0].set(2.0)
     found = spectral.blocks_from_dense(dense, blocks=4, rank=4)
