@@ -73,6 +73,7 @@ class BlockSpectralFactors(NamedTuple):
     v: Float[Array, "*layers B O_B R"]  # O_B = O / B
 
 
+_Factors = SpectralFactors | BlockSpectralFactors | LowRankFactors
 Weight = Array | SpectralFactors | BlockSpectralFactors | LowRankFactors
 
 
@@ -80,7 +81,7 @@ def is_factors(
     x: Any,
 ) -> TypeGuard[SpectralFactors | BlockSpectralFactors | LowRankFactors]:
     """Returns whether x is a factor tuple. Use as `is_leaf` in `jax.tree.map`."""
-    return isinstance(x, SpectralFactors | BlockSpectralFactors | LowRankFactors)
+    return isinstance(x, _Factors)
 
 
 def is_spectral(x: Any) -> TypeGuard[SpectralFactors | BlockSpectralFactors]:
@@ -416,7 +417,7 @@ def truncate(
       ValueError: see `from_dense`.
       TypeError: for blocks, which `blocks_from_dense` makes of dense weights.
     """
-    if not is_factors(w):
+    if not isinstance(w, _Factors):
         return from_dense(w, rank=rank, second_moment=second_moment)
     left, v = _left_and_basis(w)
     small = from_dense(left, rank=rank, second_moment=second_moment)
@@ -437,8 +438,11 @@ def singular_values(
 
     Raises:
       ValueError: see `from_dense`.
+      TypeError: for blocks, where they are |s| without a second moment.
     """
-    left = _left_and_basis(w)[0] if is_factors(w) else linalg.as_float32(w)
+    left = (
+        linalg.as_float32(w) if not isinstance(w, _Factors) else _left_and_basis(w)[0]
+    )
     if second_moment is not None:
         root = _square_root(second_moment, left.shape[-2])
         left = linalg.matmul(root, left)
@@ -446,11 +450,16 @@ def singular_values(
 
 
 def _left_and_basis(
-    w: SpectralFactors | LowRankFactors,
+    w: SpectralFactors | BlockSpectralFactors | LowRankFactors,
 ) -> tuple[Float[Array, "*layers I R"], Float[Array, "*layers O R"]]:
     """X and v with W = x v.T and orthonormal v: W is approximated as well as x is."""
     if isinstance(w, SpectralFactors):
         return w.u * w.s[..., None, :], w.v
+    if isinstance(w, BlockSpectralFactors):
+        raise TypeError(
+            "BlockSpectralFactors cannot be truncated, as the shuffle depends on the "
+            "rank: use plain factors, or blocks_from_dense of a dense weight"
+        )
     v, mixed = jnp.linalg.qr(linalg.as_float32(w.b))
     return linalg.matmul(w.a, linalg.transpose(mixed)), v
 

@@ -170,6 +170,11 @@ def test_a_lookup_is_refused():
         spectral.lookup(jnp.arange(3), draw(EVEN))
 
 
+def test_a_truncation_is_refused():
+    with pytest.raises(TypeError, match="cannot be truncated"):
+        spectral.truncate(draw(EVEN), 2)
+
+
 @each_shape
 def test_s_by_block_of_the_input_and_back(shape):
     w = draw(shape, layers=(2,))
