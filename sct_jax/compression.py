@@ -20,8 +20,10 @@ from sct_jax import errors, linalg, model, sharding, spectral
 SecondMoments = dict[str, Float[Array, "I I"]]  # by the name of a matrix of a layer
 
 # The first of the matrices that read the same inputs.
-_READS = {"q": "q", "k": "q", "v": "q", "o": "o"}
+_READS: dict[str, str] = {"q": "q", "k": "q", "v": "q", "o": "o"}
 _READS |= {"gate": "gate", "up": "gate", "down": "down"}
+
+_SWEEPS = 50  # of `spectral.blocks_from_dense`
 
 
 class Text(NamedTuple):
@@ -118,7 +120,7 @@ def _moments(layer, stream, rope, segments, *, linear, **static) -> SecondMoment
         return linear(x, w)
 
     model.block(layer, stream, rope, segments, linear=observe, **static)
-    by_name = dict(zip(model.BLOCK_MATRICES, found, strict=True))
+    by_name: dict[str, Array] = dict(zip(model.BLOCK_MATRICES, found, strict=True))
     return {source: by_name[source] for source in dict.fromkeys(_READS.values())}
 
 
@@ -239,9 +241,10 @@ def _truncated(
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "blocks"))
-def _nearest_blocks(w, moment, *, rank: int, blocks: int):
-    del moment
-    return spectral.blocks_from_dense(w, blocks=blocks, rank=rank)
+def _nearest_blocks(w, moment, *, rank, blocks) -> spectral.BlockSpectralFactors:
+    return spectral.blocks_from_dense(
+        w, blocks=blocks, rank=rank, second_moment=moment, sweeps=_SWEEPS
+    )
 
 
 class Spectrum(NamedTuple):

@@ -609,39 +609,61 @@ def check_blocks(fan_in: int, fan_out: int, rank: int, blocks: int) -> None:
 
 
 def blocks_from_dense(
-    w: Float[Array, "*layers I O"], *, blocks: int, rank: int, sweeps: int = 20
+    w: Float[Array, "*layers I O"],
+    *,
+    blocks: int,
+    rank: int,
+    second_moment: Float[Array, "*layers M M"] | None = None,
+    sweeps: int = 20,
 ) -> BlockSpectralFactors:
     r"""Returns blocks close to w in Frobenius norm; exact if w is block-spectral.
 
     Tile (i, j) of W is U_ij diag(s_ij) V_ij.T, with the R / B columns of u_i and v_j
     that meet, so truncated SVDs of the tiles of w are the start. The columns of
     different tiles in one u_i need not be orthogonal, so u_i becomes the polar factor
-    of all of them, weighted by s. Each sweep then minimises the error over s, over u
-    and over v in turn, where the minimum over u_i is the polar factor of
-    [w_ij V_ij diag(s_ij)]_j.
+    of all of them, weighted by s. Each sweep then lowers the error over s, over u and
+    over v in turn. The minimum over u_i is the polar factor of [w_ij V_ij
+    diag(s_ij)]_j, likewise that over v_j.
 
-    The error never grows from sweep to sweep and is below \|w\|_F, but may end in a
-    local minimum: this is a heuristic. If the tiles of a block-spectral w have rank
+    With `second_moment`, the error is that of the outputs, see `from_dense`. As v stays
+    orthonormal, the minima over s and v have closed forms too. u takes a step that
+    minimises an upper bound, with the largest eigenvalue of its block of the moment in
+    the place of the block.
+
+    The error never grows from sweep to sweep and is below that of W = 0, but may end in
+    a local minimum: this is a heuristic. If the tiles of a block-spectral w have rank
     R / B, the start is w already, to float32 rounding.
 
     Args:
       w: dense weight or a stack of dense weights.
       blocks: B.
       rank: R, a multiple of B.
+      second_moment: as in `from_dense`.
       sweeps: number of sweeps.
 
     Raises:
-      ValueError: for shapes that `init_blocks` refuses, and for a rank that is no
-        multiple of B.
+      ValueError: for shapes that `init_blocks` refuses, for a rank that is no multiple
+        of B, and for a second moment that `from_dense` refuses.
     """
     fan_in, fan_out = w.shape[-2:]
     check_blocks(fan_in, fan_out, rank, blocks)
     _check_even(blocks, rank)
     share, layers = rank // blocks, w.shape[:-2]
-    tiles = linalg.as_float32(w).reshape(
-        *layers, blocks, fan_in // blocks, blocks, fan_out // blocks
-    )
-    tiles = jnp.moveaxis(tiles, -3, -2)  # (*L, i, j, I_B, O_B)
+    w = linalg.as_float32(w)
+
+    def to_tiles(x: Float[Array, "*L I O"]) -> Float[Array, "*L i j I_B O_B"]:
+        rows, columns = (n // blocks for n in x.shape[-2:])
+        return jnp.moveaxis(x.reshape(*layers, blocks, rows, blocks, columns), -3, -2)
+
+    tiles = seen = to_tiles(w)
+    moments = None
+    if second_moment is not None:
+        root = _square_root(second_moment, fan_in)
+        moment = linalg.gram(root)
+        seen = to_tiles(linalg.matmul(moment, w))
+        moments = jnp.stack([to_tiles(moment)[..., i, i, :, :] for i in range(blocks)])
+        moments = jnp.moveaxis(moments, 0, -3)[..., None, :, :]  # (*L, i, 1, I_B, I_B)
+        largest = jnp.linalg.eigvalsh(moments)[..., -1:, None]
 
     def polar(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i j n K"]:
         """The nearest x whose columns are orthonormal over all j."""
@@ -651,15 +673,32 @@ def blocks_from_dense(
         return jnp.moveaxis(near, -2, -3)
 
     swap = lambda x: jnp.swapaxes(x, -4, -3)  # between (i, j) and (j, i)
-    u, s, vt = jnp.linalg.svd(tiles, full_matrices=False)
-    s = s[..., None, :share]
-    u = polar(u[..., :share] * s)
-    v = swap(polar(swap(linalg.transpose(vt)[..., :share] * s)))
-    for _ in range(sweeps):
-        s = jnp.sum(u * linalg.matmul(tiles, v), axis=-2, keepdims=True)
-        u = polar(linalg.matmul(tiles, v) * s)
-        v = swap(polar(swap(linalg.matmul(linalg.transpose(tiles), u) * s)))
-    s = jnp.sum(u * linalg.matmul(tiles, v), axis=-2)  # (*L, i, j, K)
+
+    def scales(u, v):
+        s = jnp.sum(u * linalg.matmul(seen, v), axis=-2, keepdims=True)
+        if moments is None:
+            return s
+        weight = jnp.sum(u * linalg.matmul(moments, u), axis=-2, keepdims=True)
+        return s / linalg.safe_divisor(weight)
+
+    def sweep(_, uv):
+        u, v = uv
+        s = scales(u, v)
+        toward = linalg.matmul(seen, v) * s
+        if moments is not None:
+            toward += jnp.square(s) * (largest * u - linalg.matmul(moments, u))
+        u = polar(toward)
+        return u, swap(polar(swap(linalg.matmul(linalg.transpose(seen), u) * s)))
+
+    if moments is None:
+        start = from_dense(tiles, rank=share)
+    else:
+        wide = jnp.broadcast_to(moments, (*tiles.shape[:-1], tiles.shape[-2]))
+        start = from_dense(tiles, rank=share, second_moment=wide)
+    s = start.s[..., None, :]
+    uv = polar(start.u * s), swap(polar(swap(start.v * s)))
+    u, v = jax.lax.fori_loop(0, sweeps, sweep, uv)
+    s = scales(u, v)[..., 0, :]  # (*L, i, j, K)
 
     def join(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i n R"]:
         return jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], rank)

@@ -375,3 +375,17 @@ def test_momentum_needs_a_chain_that_takes_it(experiment):
     )
     with pytest.raises(errors.UserError, match=r"phases\.carry_momentum: only"):
         changed.validate()
+
+
+def test_dense_weights_become_blocks(experiment, tmp_path):
+    blocks = dataclasses.replace(
+        experiment,
+        num_steps=6,
+        model=dataclasses.replace(SHAPE, num_blocks=2),
+        phases=phases.PhasesConfig(switch_at=(4.0,), dense_learning_rate=0.01),
+    )
+    result, _ = train(blocks, tmp_path / "run")
+    assert result.status == "finished"
+    run = workdir.load_run(tmp_path / "run")
+    assert spectral.is_blocks(run.params["layers"]["down"])
+    assert float(spectral.orthonormality_error(run.params)) < 1e-5
