@@ -656,7 +656,8 @@ def blocks_from_dense(
         return jnp.moveaxis(x.reshape(*layers, blocks, rows, blocks, columns), -3, -2)
 
     tiles = seen = to_tiles(w)
-    moments = None
+    moments: Any = None
+    largest: Any = None  # eigenvalue of each
     if second_moment is not None:
         root = _square_root(second_moment, fan_in)
         moment = linalg.gram(root)
