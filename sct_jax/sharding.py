@@ -235,19 +235,21 @@ def check_heads(
     """Raises UserError unless each device gets whole heads of queries, keys and values.
 
     Rows of q.v divide by `tensor` even where heads do not. Attention would then move
-    parts of heads between devices.
+    parts of heads between devices. Where `tensor` divides `num_kv_heads`, it divides
+    `num_heads`, which is a multiple of it.
     """
     parts = mesh.shape[HEADS]
-    for field, weights, heads in (
-        ("num_heads", "q and o", num_heads),
-        ("num_kv_heads", "k and v", num_kv_heads),
-    ):
-        errors.check(
-            f"mesh.{HEADS}",
-            heads % parts == 0,
-            f"model.{field} = {heads}, the heads of {weights}, is not divisible by "
-            f"{parts}: {_nearest_sizes(heads, parts)}",
-        )
+    heads = f"model.num_kv_heads = {num_kv_heads}"
+    if num_heads == num_kv_heads:
+        heads = f"model.num_heads = {heads}"
+    divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+    errors.check(
+        f"mesh.{HEADS}",
+        num_kv_heads % parts == 0,
+        f"{parts} does not divide {heads}, and every device needs whole heads: set it "
+        f"to one of {', '.join(map(str, divisors))}, or the heads to a multiple of "
+        f"{parts}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ also in threads, over a store in memory.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -302,7 +303,8 @@ def test_a_number_in_use_is_named(tmp_path):
 def test_a_port_in_use_is_named(tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(errors.UserError, match=f"port {port}: Address already"):
+        reason = os.strerror(errno.EADDRINUSE)
+        with pytest.raises(errors.UserError, match=f"port {port}: {reason}; choose"):
             processes.start(processes.Address(f"localhost:{port}", 2, 0), tmp_path)
 
 

@@ -179,11 +179,13 @@ def test_heads_are_not_divided():
     with pytest.raises(errors.UserError) as caught:
         sharding.check_heads(devices, num_heads=9, num_kv_heads=3)
     assert str(caught.value) == (
-        "mesh.tensor: model.num_heads = 9, the heads of q and o, is not divisible by "
-        "4: 8 or 12 would be, or 9 by 3"
+        "mesh.tensor: 4 does not divide model.num_kv_heads = 3, and every device needs "
+        "whole heads: set it to one of 1, 3, or the heads to a multiple of 4"
     )
-    with pytest.raises(errors.UserError, match=r"num_kv_heads = 2, .* k and v"):
+    with pytest.raises(errors.UserError, match=r"num_kv_heads = 2, .* of 1, 2, or"):
         sharding.check_heads(devices, num_heads=8, num_kv_heads=2)
+    with pytest.raises(errors.UserError, match=r"num_heads = model\.num_kv_heads = 6,"):
+        sharding.check_heads(devices, num_heads=6, num_kv_heads=6)
 
 
 def test_mesh_axes():

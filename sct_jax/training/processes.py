@@ -478,10 +478,11 @@ def _reach(address: Address, *, timeout: float) -> None:
     if address.process_id == 0:
         try:
             socket.create_server(("", int(port))).close()
-        except OSError as error:
+        except OSError as error:  # its own text repeats the address
+            reason = os.strerror(error.errno) if error.errno else error
             raise errors.UserError(
-                f"--coordinator: process 0 cannot listen on port {port}: "
-                f"{error.strerror}; choose another port, in all processes"
+                f"--coordinator: process 0 cannot listen on port {port}: {reason}; "
+                "choose another port, in all processes"
             ) from error
         print(
             f"waiting for {address.num_processes} processes at {address.coordinator}",
