@@ -547,7 +547,7 @@ def forward(
     *,
     segment_ids: Int[Array, "B L"] | None = None,
     linear: Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Float[Array, "B L V"]:
     """Returns the logits of the next token at every position, in float32.
 
@@ -558,7 +558,7 @@ def forward(
       segment_ids: document id of each position. Attention does not cross documents.
       linear: multiplies by every matrix of the layers, and by the head. The embedding
         lookup does not use it.
-      placement: where arrays are on a mesh; XLA is to choose if None.
+      placement: where arrays are on a mesh; by default, XLA chooses.
     """
     x_BLD = hidden(
         params,
@@ -577,7 +577,7 @@ def loss(
     config: ModelConfig,
     *,
     linear: Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Scalar:
     """Returns the mean next-token loss of a batch, in nats per token.
 
@@ -611,18 +611,26 @@ def head_loss(
     config: ModelConfig,
     *,
     linear: Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Scalar:
     """Returns the mean loss, in nats per token, from the result of `hidden`."""
     ends = {name: params[name] for name in head_keys(config)}
-    if placement:
-        ends = placement.weights(ends, x_BLD.dtype)
+    ends = placement.weights(ends, x_BLD.dtype)
     return losses.head_cross_entropy(
         lambda ends, x: logits(ends, x, config, linear=linear),
         ends,
         x_BLD,
         targets_BL,
-        row_shards=placement.row_shards if placement else 1,
+        row_shards=placement.row_shards,
+    )
+
+
+def linear_on(placement: sharding.Placement) -> Linear:
+    """Returns `spectral.linear` for activations on a mesh, or on one device."""
+    return functools.partial(
+        spectral.linear,
+        flatten_rows=placement.mesh.size == 1,
+        constrain=placement.bottleneck,
     )
 
 
@@ -638,7 +646,7 @@ def hidden(
     *,
     segment_ids: Int[Array, "B L"] | None = None,
     linear: Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after the last layer; arguments as in `forward`."""
     x_BLD = embed(params, tokens_BL, config, placement=placement)
@@ -670,16 +678,15 @@ def embed(
     tokens_BL: Int[Array, "B L"],
     config: ModelConfig,
     *,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream before the first layer, in the compute dtype."""
     table = {"embedding": params["embedding"]}
-    if placement:
-        # In float32: the gradient of a row is a sum over all tokens that read it.
-        table = placement.weights(table, jnp.float32)
+    # In float32: the gradient of a row is a sum over all tokens that read it.
+    table = placement.weights(table, jnp.float32)
     x_BLD = spectral.lookup(tokens_BL, table["embedding"])
     x_BLD = x_BLD.astype(jnp.dtype(config.compute_dtype))
-    return placement.stream(x_BLD) if placement else x_BLD
+    return placement.stream(x_BLD)
 
 
 def logits(
@@ -708,14 +715,13 @@ def block(
     *,
     config: ModelConfig,
     linear: Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after one layer: causal attention, then SwiGLU.
 
     `linear` multiplies by the seven matrices, in the order q, k, v, o, gate, up, down.
     """
-    if placement:
-        params = placement.weights(params, x_BLD.dtype)
+    params = placement.weights(params, x_BLD.dtype)
     batch, length, _ = x_BLD.shape
     q_BLHK, k_BMGK, v_BMGK = attention_inputs(
         params, x_BLD, config=config, linear=linear
@@ -728,8 +734,7 @@ def block(
         implementation=config.attention,
     )
     x_BLD = x_BLD + linear(attended_BLHK.reshape(batch, length, -1), params["o"])
-    if placement:
-        x_BLD = placement.stream(x_BLD)
+    x_BLD = placement.stream(x_BLD)
     mlp = functools.partial(add_mlp, config=config, linear=linear)
     if config.remat != "full":
         x_BLD = mlp(params, x_BLD)
@@ -740,9 +745,9 @@ def block(
             matrices,
             x_BLD,
             tokens_per_chunk=MLP_TOKENS,
-            row_shards=placement.row_shards if placement else 1,
+            row_shards=placement.row_shards,
         )
-    return placement.stream(x_BLD) if placement else x_BLD
+    return placement.stream(x_BLD)
 
 
 def attention_inputs(
@@ -848,7 +853,7 @@ def rotate(
 _CHEAP = ("convert_element_type", "sharding_constraint", "transpose")
 
 
-def _rematerialised(apply, remat: str, placement: sharding.Placement | None):
+def _rematerialised(apply, remat: str, placement: sharding.Placement):
     if remat == "full":
         return jax.checkpoint(apply)
     if remat == "dots":
@@ -858,7 +863,7 @@ def _rematerialised(apply, remat: str, placement: sharding.Placement | None):
             policies.save_only_these_names(attention.SAVED),
         )
         return jax.checkpoint(apply, policy=policy)
-    if placement and placement.gathers_weights:
+    if placement.gathers_weights:
         # Gather again in the backward pass: kept, all layers would be the whole model.
         policy = lambda primitive, *_, **__: primitive.name not in _CHEAP
         return jax.checkpoint(apply, policy=policy)

@@ -229,6 +229,11 @@ def _nearest_sizes(size: int, parts: int) -> str:
     return f"{sizes} would be, or {size} by {fewer}"
 
 
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of parts into which a mesh divides the rows of a batch."""
+    return math.prod(mesh.shape[name] for name in ROWS)
+
+
 def check_heads(
     mesh: Mesh | AbstractMesh, *, num_heads: int, num_kv_heads: int
 ) -> None:
@@ -259,6 +264,8 @@ class Placement:
     XLA may choose another division for what nothing constrains: of activations by the
     axis of the weights, for example.
 
+    On a mesh of one device every method returns its argument.
+
     Attributes:
       mesh: the devices.
       layout: one of `LAYOUTS`.
@@ -270,7 +277,7 @@ class Placement:
     @property
     def row_shards(self) -> int:
         """Number of parts of a batch."""
-        return math.prod(self.mesh.shape[name] for name in ROWS)
+        return row_shards(self.mesh)
 
     @property
     def gathers_weights(self) -> bool:
@@ -309,8 +316,14 @@ class Placement:
         return jax.tree_util.tree_map_with_path(one, tree)
 
     def _constrain(self, x: Array, *spec: Any) -> Array:
+        if self.mesh.size == 1:
+            return x
         place = NamedSharding(self.mesh, PartitionSpec(*spec))
         return jax.lax.with_sharding_constraint(x, place)
+
+
+UNPLACED = Placement(AbstractMesh((1,) * len(AXES), AXES))
+"""One device; or a mesh on which XLA chooses, with the layout `UNAIDED`."""
 
 
 def _without(axes: str | tuple[str, ...] | None, name: str) -> Any:

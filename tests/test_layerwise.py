@@ -33,13 +33,15 @@ def draw_batch(rows=2, length=6, vocab_size=64):
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:], "segment_ids": segments}
 
 
-def build(optimizer=None, shape=SMALL, mesh=None):
+def build(optimizer=None, shape=SMALL, placement=sharding.UNPLACED):
     """Returns the chain, and the layerwise step."""
     optimizer = optimizer or chain()
     tx = optimizer.build(
         10, decay_mask=model.decay_mask, matrix_mask=model.hidden_matrices
     )
-    return tx, layerwise.make_train_step(layerwise.stack_of(shape), tx, mesh=mesh)
+    return tx, layerwise.make_train_step(
+        layerwise.stack_of(shape, placement), tx, placement=placement
+    )
 
 
 def chain(kind=optimizer_config.Sct, **fields):
@@ -153,19 +155,44 @@ def dense_step():
     return build(chain(optimizer_config.AdamW), DENSE)[1]
 
 
+def compiled_functions(step):
+    """How many there are: of each pass, and of the update."""
+    passes = ("_forward", "_block_grads", "_head_grads", "_embed_grads")
+    updates = sum(update._cache_size() for update in step._updates.values())
+    return [getattr(step, name)._cache_size() for name in passes], updates
+
+
 def test_the_state_is_donated_and_nothing_compiles_twice(dense_step):
     state, batch = dense_step.init(jax.random.key(0)), draw_batch()
-    compiled = ("_forward", "_block_grads", "_update", "_head_grads", "_embed_grads")
-    sizes = []
+    found = []
     for _ in range(2):
         before = state
         state, _ = dense_step(state, batch, False)
         jax.block_until_ready(state)
         assert all(x.is_deleted() for x in jax.tree.leaves(before.params))
-        sizes.append([getattr(dense_step, name)._cache_size() for name in compiled])
-    assert sizes[0] == sizes[1]
+        found.append(compiled_functions(dense_step))
+    assert found[0] == found[1]
     # Head and embedding, and one function per shape of matrix, not per layer.
-    assert sizes[0][2] <= len(model.BLOCK_MATRICES) + 2
+    assert found[0][1] <= len(model.BLOCK_MATRICES) + 2
+
+
+def test_nothing_compiles_twice_on_a_mesh():
+    mesh = sharding.MeshConfig(data=1, fsdp=2, tensor=2).build(4)
+    _, step = build(
+        chain(optimizer_config.AdamW), DENSE, placement=sharding.Placement(mesh)
+    )
+    state = step.init(jax.random.key(0))
+    places = sharding.shardings(state, mesh)
+    state, found = jax.device_put(state, places), []
+    rows = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    batch = jax.device_put(draw_batch(), rows)
+    for _ in range(2):
+        state, _ = step(state, batch, False)
+        found.append(compiled_functions(step))
+    assert found[0] == found[1]
+    passes, updates = found[0]
+    assert passes == [1, 1, 1, 1]
+    assert updates <= len(model.BLOCK_MATRICES) + 2
 
 
 def test_fewer_layers_are_the_first_ones(dense_step):
@@ -182,14 +209,17 @@ def test_rows_are_joined_on_one_device_alone(monkeypatch, sizes, flattened):
     """In the dense matrices of a layer, and in the head."""
     seen = set()
 
-    def linear(x, w, *, flatten_rows):
+    def linear(x, w, *, flatten_rows, constrain):
         seen.add((w.shape, flatten_rows))
         return x @ w
 
     monkeypatch.setattr(spectral, "linear", linear)
-    mesh = sizes and sharding.MeshConfig(**sizes).build(sizes["fsdp"])
+    placement = sharding.UNPLACED
+    if sizes:
+        mesh = sharding.MeshConfig(**sizes).build(sizes["fsdp"])
+        placement = sharding.Placement(mesh)
     step = layerwise.make_train_step(
-        layerwise.stack_of(DENSE), optax.sgd(1.0), mesh=mesh
+        layerwise.stack_of(DENSE), optax.sgd(1.0), placement=placement
     )
     params = jax.eval_shape(step.init, jax.random.key(0)).params
     x, batch = jnp.ones((2, 6, DENSE.d_model)), draw_batch()
@@ -206,7 +236,7 @@ def test_eight_devices_take_the_step_of_one():
     _, single = build()
     expected, wanted = single(single.init(jax.random.key(0)), batch, True)
     mesh = sharding.MeshConfig(data=2, fsdp=2, tensor=2).build()
-    _, step = build(mesh=mesh)
+    _, step = build(placement=sharding.Placement(mesh))
     state = step.init(jax.random.key(0))
     places = sharding.shardings(state, mesh)
     state = jax.device_put(state, places)

@@ -1,7 +1,6 @@
 """Exact counts of parameters, bytes and FLOPs, from shapes alone."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import optax
 
-from sct_jax import model, spectral
+from sct_jax import model, sharding
 from sct_jax.training import layerwise, liveness
 from sct_jax.training import state as state_lib
 from sct_jax.training import step as step_lib
@@ -166,7 +165,7 @@ def activation_bytes(
         state = state_lib.abstract(shallow, tx)
         tokens = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
         batch = dict.fromkeys(("inputs", "targets", "segment_ids"), tokens)
-        linear = functools.partial(spectral.linear, flatten_rows=True)
+        linear = model.linear_on(sharding.UNPLACED)
         step = step_lib.make_train_step(
             shallow,
             tx,
@@ -227,7 +226,7 @@ def layerwise_bytes(
     )
     tied = num_bytes({key: params[key] for key in embedded.keys() & head.keys()})
     stream, streams = tape.streams[0], num_bytes((tape.streams, tape.bottlenecks))
-    linear = functools.partial(spectral.linear, flatten_rows=True)  # as in the step
+    linear = model.linear_on(sharding.UNPLACED)  # as in the step
     head_loss = lambda ends, x, batch: stack.head_loss(ends, x, batch, linear)
     block = lambda layer, x, batch: stack.block(layer, x, batch, linear)
     head_peak = liveness.peak_bytes(

@@ -12,14 +12,12 @@ Any chain of `optimizers` works whose rules are local: the update of a weight de
 no other layer. `check_local` tells which chains are.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from sct_jax import errors, linalg, model, sharding, spectral
@@ -60,7 +58,7 @@ class Stack(NamedTuple):
 
 
 def stack_of(
-    config: model.ModelConfig, placement: sharding.Placement | None = None
+    config: model.ModelConfig, placement: sharding.Placement = sharding.UNPLACED
 ) -> Stack:
     """Returns the pieces of the transformer in `model`.
 
@@ -128,8 +126,7 @@ def make_train_step(
     stack: Stack,
     tx: optax.GradientTransformation,
     *,
-    mesh: Mesh | None = None,
-    layout: str = sharding.UNAIDED,
+    placement: sharding.Placement = sharding.UNPLACED,
     guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> "LayerwiseStep":
     """Returns `step(state, batch, diagnose) -> (state, metrics)`; do not jit it.
@@ -143,15 +140,10 @@ def make_train_step(
     Args:
       stack: the model, see `stack_of`.
       tx: a chain with local rules.
-      mesh: devices over which the state is sharded; None for one device.
-      layout: of tensor parallelism on them, see `sharding.LAYOUTS`.
+      placement: where the state is on a mesh.
       guard: decides which steps are applied. It judges a spike by the loss alone.
     """
-    # The same rule as in `spectral.linear`: joining a sharded axis moves activations.
-    flatten_rows = mesh is None or mesh.size == 1
-    return LayerwiseStep(
-        stack, tx, guard, mesh=mesh, layout=layout, flatten_rows=flatten_rows
-    )
+    return LayerwiseStep(stack, tx, guard, placement)
 
 
 class LayerwiseStep:
@@ -162,17 +154,13 @@ class LayerwiseStep:
         stack: Stack,
         tx: optax.GradientTransformation,
         guard: guard_lib.Guard,
-        *,
-        mesh: Mesh | None,
-        layout: str,
-        flatten_rows: bool,
+        placement: sharding.Placement,
     ):
         self._stack = stack
         self._tx = optax.with_extra_args_support(tx)
         self._guard = guard
-        self._mesh = mesh
-        self._layout = layout
-        self._linear = functools.partial(spectral.linear, flatten_rows=flatten_rows)
+        self._on_mesh = placement.mesh.size > 1
+        self._linear = model.linear_on(placement)
         self._head_only = tuple(k for k in stack.head_keys if k not in stack.embed_keys)
         self._tied = tuple(k for k in stack.head_keys if k in stack.embed_keys)
         self._init_ends = jax.jit(
@@ -187,11 +175,7 @@ class LayerwiseStep:
         # The gradient of a block's input replaces the gradient of its output.
         self._block_grads = jax.jit(self._block_grads_fn, donate_argnames="dx")
         self._embed_grads = jax.jit(self._embed_grads_fn)
-        self._update = jax.jit(
-            self._update_fn,
-            static_argnames=("layout", "diagnose"),
-            donate_argnames=("params", "per_param_state"),
-        )
+        self._updates: dict[Any, Callable[..., Any]] = {}  # by `_places`
         self._accepts = jax.jit(guard.accepts)
         self._after = jax.jit(guard.after)
         self._summarise = jax.jit(_summarise)
@@ -268,10 +252,9 @@ class LayerwiseStep:
 
         def update(grads: dict[str, Any], select: Callable[[Any], Any]) -> _Part:
             """Returns the part of the model that `select` selects, updated."""
-            *part, part_metrics = self._update(
-                select(params),
-                [select(node) for node in per_param_state],
-                shared,
+            part = select(params), [select(node) for node in per_param_state], shared
+            *part, part_metrics = self._update_in_place(part)(
+                *part,
                 grads,
                 accepted[-1],
                 layout=layout,
@@ -403,14 +386,26 @@ class LayerwiseStep:
         metrics = {"squared_grad_norm": squared_norm, "accepted": accepted}
         if diagnose:
             metrics |= step_lib.diagnose(params, new)
-        per_param_state, shared, _ = _split_state(self._place(opt_state))
-        return self._place(new), per_param_state, shared, metrics
+        per_param_state, shared, _ = _split_state(opt_state)
+        return new, per_param_state, shared, metrics
 
-    def _place(self, tree):
-        if self._mesh is None:
-            return tree
-        shardings = sharding.shardings(tree, self._mesh, self._layout)
-        return jax.lax.with_sharding_constraint(tree, shardings)
+    def _update_in_place(self, part: Any) -> Callable[..., Any]:
+        """`_update_fn`, compiled so that its results are where `part` is.
+
+        Left to XLA, a result may have an equivalent sharding of another form, for which
+        the functions that read it would compile once more.
+        """
+        places = jax.tree.map(lambda x: x.sharding, part) if self._on_mesh else None
+        leaves, treedef = jax.tree.flatten(places)
+        key = treedef, tuple(leaves)
+        if key not in self._updates:
+            self._updates[key] = jax.jit(
+                self._update_fn,
+                static_argnames=("layout", "diagnose"),
+                donate_argnames=("params", "per_param_state"),
+                out_shardings=places and (*places, None),
+            )
+        return self._updates[key]
 
 
 class Tape(NamedTuple):

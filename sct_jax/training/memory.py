@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sct_jax import attention, errors, model
+from sct_jax import attention, errors, model, sharding
 from sct_jax.training import accounting, hardware, layerwise
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
@@ -99,7 +99,7 @@ def plan(
         )
         sizes = {
             **{name: whole[name] for name in ("parameters", "gradients", "optimizer")},
-            "activations": needed["activations"] * _row_shards(mesh),
+            "activations": needed["activations"] * sharding.row_shards(mesh),
         }
     sizes.pop("total", None)
     sizes["total"] = sum(sizes.values())
@@ -183,12 +183,12 @@ def step_bytes(
         passing = whole["streams"] + whole["activations"]
         return sizes | {
             "gradients": whole["gradients"] // shards,
-            "activations": passing // _row_shards(mesh),
+            "activations": passing // sharding.row_shards(mesh),
         }
     activations = _activation_bytes(
         config.model,
         config.optimizer if tx is None else tx,
-        rows=config.data.batch_size // _row_shards(mesh),
+        rows=config.data.batch_size // sharding.row_shards(mesh),
         seq_len=config.data.seq_len,
         num_microbatches=config.data.num_microbatches,
         platform=mesh.devices.flat[0].platform,
@@ -245,7 +245,7 @@ def _could_divide_more(mesh: Mesh) -> bool:
 
 def _remedies(config, mesh, state, tx) -> Iterator[tuple[str, int]]:
     """Changes of one field, and the bytes that a step would then need."""
-    data, shards = config.data, _row_shards(mesh)
+    data, shards = config.data, sharding.row_shards(mesh)
     changes: list[tuple[str, str, Any]] = []
     rows = data.batch_size // (data.num_microbatches * shards)
     least = next((n for n in range(2, rows + 1) if rows % n == 0), 1)
@@ -269,10 +269,6 @@ def _remedies(config, mesh, state, tx) -> Iterator[tuple[str, int]]:
 def _with(config: config_lib.ExperimentConfig, group: str, **fields: Any) -> Any:
     changed = dataclasses.replace(getattr(config, group), **fields)
     return dataclasses.replace(config, **{group: changed})
-
-
-def _row_shards(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 @functools.lru_cache(maxsize=64)

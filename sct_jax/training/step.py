@@ -27,7 +27,7 @@ def loss_fn(
     config: model.ModelConfig,
     *,
     linear: model.Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Float[Array, ""]:
     """Returns the mean next-token loss of a batch, in nats per token."""
     return model.loss(params, batch, config, linear=linear, placement=placement)
@@ -54,7 +54,7 @@ def make_train_step(
     *,
     num_microbatches: int = 1,
     linear_at: Callable[[Int[Array, ""]], model.Linear] = lambda _: spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
     diagnose: Diagnose = diagnose,
     guard: guard_lib.Guard = guard_lib.DEFAULT,
 ) -> TrainStep:
@@ -137,7 +137,7 @@ def make_eval_step(
     *,
     num_microbatches: int = 1,
     linear: model.Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> Callable[[model.Params, Batch], Float[Array, ""]]:
     """Returns `eval_step(params, batch) -> loss` in nats per token; jit it.
 

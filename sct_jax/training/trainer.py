@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from sct_jax import attention_kernels, data, errors, model, rank, sharding, spectral
+from sct_jax import attention_kernels, data, errors, model, rank, sharding
 from sct_jax.training import config as config_lib
 from sct_jax.training import evaluation, hardware, layerwise, memory, metrics
 from sct_jax.training import state as state_lib
@@ -80,15 +80,8 @@ class Trainer:
         self.config = config
         self.mesh = mesh
         self.tx = config.build_optimizer() if tx is None else tx
-        placement = None
-        if mesh.size > 1:
-            placement = sharding.Placement(mesh, config.mesh.tensor_layout)
-        if linear is None:
-            linear = functools.partial(
-                spectral.linear,
-                flatten_rows=placement is None,
-                constrain=placement and placement.bottleneck,
-            )
+        placement = sharding.Placement(mesh, config.mesh.tensor_layout)
+        linear = linear or model.linear_on(placement)
         self.linear, self.placement = linear, placement
         _check_batch(config.data, mesh)
         self.rows = _rows_of_process(config.data.batch_size, mesh)
@@ -146,8 +139,7 @@ class Trainer:
             self._layerwise_step = layerwise.make_train_step(
                 stack._replace(block=place(stack.block)),
                 self.tx,
-                mesh=mesh,
-                layout=config.mesh.tensor_layout,
+                placement=placement,
                 guard=config.optimizer.guard,
             )
         self._eval_step = jax.jit(
@@ -416,7 +408,7 @@ def _rows_of_process(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def _check_batch(config: data.DataConfig, mesh: Mesh) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     share = config.batch_size // config.num_microbatches
     errors.check(
         "data.batch_size",
