@@ -74,7 +74,8 @@ def head_cross_entropy(
 
     Args:
       head: (params, x) -> logits (..., V), independent for every position.
-      params: all parameters of the head.
+      params: all parameters of the head; on a mesh, a copy for each shard along a first
+        axis, see `sharding.Placement.copies`.
       x: what the head reads.
       targets: as in `next_token_cross_entropy`.
       mask: likewise.
@@ -82,8 +83,7 @@ def head_cross_entropy(
       tokens_per_chunk: rounded up to a whole number of positions of every sequence; on
         a mesh, of each shard.
       row_shards: number of parts of the batch that lie on different devices; divides B.
-        Each sums the gradient of `params` over its own tokens, and the parts are added
-        once, instead of once per chunk.
+        Each sums the gradient of its copy of `params` over its own tokens.
 
     Raises:
       ValueError: for a z_loss that is negative or not finite, for a size below 1, or
@@ -93,20 +93,16 @@ def head_cross_entropy(
     if tokens_per_chunk < 1:
         raise ValueError(f"tokens_per_chunk must be at least 1, got {tokens_per_chunk}")
     batch, length = targets.shape
-    if row_shards < 1 or batch % row_shards:
-        raise ValueError(f"row_shards = {row_shards} must divide the batch of {batch}")
-    size = min(length, -(-tokens_per_chunk * row_shards // batch))
+    size = min(length, remat.chunk_size(tokens_per_chunk, batch, row_shards))
     weights = _weights(targets, mask)
-    arrays = (x, targets, weights)
 
-    def of_rows(*arrays: Array) -> Array:
+    def of_rows(params: Any, *arrays: Array) -> Array:
         chunks = [remat.in_chunks(array, size) for array in arrays]
         return _chunked_nats(head, z_loss, params, *chunks)  # pyright: ignore
 
-    if row_shards == 1:
-        return of_rows(*arrays) / _total(weights)
-    shards = [array.reshape(row_shards, -1, *array.shape[1:]) for array in arrays]
-    return jnp.sum(jax.vmap(of_rows)(*shards)) / _total(weights)
+    arrays = [remat.in_parts(array, row_shards) for array in (x, targets, weights)]
+    nats = remat.map_parts(of_rows, params, *arrays, parts=row_shards, join=jnp.sum)
+    return nats / _total(weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -591,17 +591,17 @@ def loss(
       linear: as in `forward`. Derivatives do not reach what it closes over in the head.
       placement: as in `forward`.
     """
-    x_BLD = hidden(
-        params,
-        batch["inputs"],
-        config,
-        segment_ids=batch.get("segment_ids"),
-        linear=linear,
-        placement=placement,
+    tokens_BL, targets_BL = batch["inputs"], batch["targets"]
+    table = _ends(params, ("embedding",), jnp.float32, placement)
+    x_BLD = _embed(table, tokens_BL, config, placement)
+    x_BLD = _apply_layers(
+        params[LAYERS], x_BLD, config, batch.get("segment_ids"), linear, placement
     )
-    return head_loss(
-        params, x_BLD, batch["targets"], config, linear=linear, placement=placement
-    )
+    others = [name for name in head_keys(config) if name not in table]
+    head = _ends(params, others, x_BLD.dtype, placement)
+    if config.tie_embeddings:
+        head |= table  # the gradients of both uses meet in one copy
+    return _head_loss(head, x_BLD, targets_BL, config, linear, placement)
 
 
 def head_loss(
@@ -614,8 +614,11 @@ def head_loss(
     placement: sharding.Placement = sharding.UNPLACED,
 ) -> Scalar:
     """Returns the mean loss, in nats per token, from the result of `hidden`."""
-    ends = {name: params[name] for name in head_keys(config)}
-    ends = placement.weights(ends, x_BLD.dtype)
+    ends = _ends(params, head_keys(config), x_BLD.dtype, placement)
+    return _head_loss(ends, x_BLD, targets_BL, config, linear, placement)
+
+
+def _head_loss(ends, x_BLD, targets_BL, config, linear, placement):
     return losses.head_cross_entropy(
         lambda ends, x: logits(ends, x, config, linear=linear),
         ends,
@@ -623,6 +626,16 @@ def head_loss(
         targets_BL,
         row_shards=placement.row_shards,
     )
+
+
+def _ends(
+    params: Params,
+    keys: Sequence[str],
+    dtype: jax.typing.DTypeLike,
+    placement: sharding.Placement,
+) -> Params:
+    """Some of embedding, final norm and head, a copy for each part of the batch."""
+    return placement.copies({name: params[name] for name in keys}, dtype)
 
 
 def linear_on(placement: sharding.Placement) -> Linear:
@@ -650,9 +663,13 @@ def hidden(
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream after the last layer; arguments as in `forward`."""
     x_BLD = embed(params, tokens_BL, config, placement=placement)
-    rope = rotary_table(tokens_BL.shape[1], config)
+    return _apply_layers(params[LAYERS], x_BLD, config, segment_ids, linear, placement)
+
+
+def _apply_layers(layers, x_BLD, config, segment_ids, linear, placement):
+    rope = rotary_table(x_BLD.shape[1], config)
     plain = functools.partial(block, config=config, linear=linear, placement=placement)
-    layers, apply = params[LAYERS], _rematerialised(plain, config.remat, placement)
+    apply = _rematerialised(plain, config.remat, placement)
     if isinstance(layers, tuple):
         for layer in layers:
             x_BLD = apply(layer, x_BLD, rope, segment_ids)
@@ -681,10 +698,19 @@ def embed(
     placement: sharding.Placement = sharding.UNPLACED,
 ) -> Float[Array, "B L D"]:
     """Returns the residual stream before the first layer, in the compute dtype."""
-    table = {"embedding": params["embedding"]}
     # In float32: the gradient of a row is a sum over all tokens that read it.
-    table = placement.weights(table, jnp.float32)
-    x_BLD = spectral.lookup(tokens_BL, table["embedding"])
+    ends = _ends(params, ("embedding",), jnp.float32, placement)
+    return _embed(ends, tokens_BL, config, placement)
+
+
+def _embed(ends, tokens_BL, config, placement):
+    x_BLD = remat.map_parts(
+        spectral.lookup,
+        remat.in_parts(tokens_BL, placement.row_shards),
+        ends["embedding"],
+        parts=placement.row_shards,
+        join=lambda x: x.reshape(*tokens_BL.shape, -1),
+    )
     x_BLD = x_BLD.astype(jnp.dtype(config.compute_dtype))
     return placement.stream(x_BLD)
 

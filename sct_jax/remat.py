@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Block = Callable[..., Array]  # parameters of one layer, x, *args -> x
 
@@ -87,7 +87,7 @@ def by_chunks(
         once, instead of once per chunk. `fn` then gets the rows of one part.
     """
     batch, length, _ = x.shape
-    size = -(-tokens_per_chunk * row_shards // batch)
+    size = chunk_size(tokens_per_chunk, batch, row_shards)
     if size >= length:
         return fn(params, x)
 
@@ -95,9 +95,8 @@ def by_chunks(
         chunks: Array = _by_chunks(fn, params, in_chunks(x, size))  # pyright: ignore
         return chunks.swapaxes(0, 1).reshape(x.shape[0], -1, x.shape[-1])[:, :length]
 
-    if row_shards == 1:
-        return of_rows(x)
-    return jax.vmap(of_rows)(x.reshape(row_shards, -1, *x.shape[1:])).reshape(x.shape)
+    whole = lambda parts: parts.reshape(x.shape)
+    return map_parts(of_rows, in_parts(x, row_shards), parts=row_shards, join=whole)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -127,6 +126,43 @@ def _by_chunks_bwd(fn, residuals, d_out):
 
 
 _by_chunks.defvjp(_by_chunks_fwd, _by_chunks_bwd)
+
+
+def in_parts(x: Shaped[Array, "B ..."], parts: int) -> Shaped[Array, "..."]:
+    """Returns x with a leading axis of parts, each with its rows; x itself for one.
+
+    Raises:
+      ValueError: if the parts do not divide the rows.
+    """
+    if parts < 1 or len(x) % parts:
+        raise ValueError(f"{parts} row shards must divide the batch of {len(x)}")
+    return x if parts == 1 else x.reshape(parts, -1, *x.shape[1:])
+
+
+def map_parts(
+    fn: Callable[..., Array],
+    *arguments: Any,
+    parts: int,
+    join: Callable[[Array], Array],
+) -> Array:
+    """Returns `join` of what `fn` makes of each part; fn(*arguments) for one part.
+
+    What `fn` closes over has the sum of the gradients of all parts.
+
+    Args:
+      fn: a function of one part.
+      *arguments: trees of arrays with a leading axis of parts if there are several.
+      parts: how many there are, which lie on different devices.
+      join: of an array with a leading axis of parts.
+    """
+    if parts == 1:
+        return fn(*arguments)
+    return join(jax.vmap(fn)(*arguments))
+
+
+def chunk_size(tokens: int, batch: int, row_shards: int) -> int:
+    """Returns how many positions of all rows of a shard have at least `tokens`."""
+    return -(-tokens * row_shards // batch)
 
 
 def in_chunks(x: Array, size: int) -> Array:

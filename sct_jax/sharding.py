@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -312,6 +313,23 @@ class Placement:
                 return leaf
             rows = self._constrain(leaf, *spec)
             return self._constrain(rows.astype(dtype), *whole)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def copies(self, tree: T, dtype: jax.typing.DTypeLike) -> T:
+        """Gives each part of a batch what `weights` returns, along a new first axis.
+
+        All uses of a copy add their gradients on its devices, and the sum over the
+        copies is one reduction. A single part gets the arrays without that axis.
+        """
+        tree = self.weights(tree, dtype)
+        if self.row_shards == 1:
+            return tree
+
+        def one(path, leaf):
+            spec = partition_spec(path_name(path), leaf.shape, self.layout)
+            copies = jnp.broadcast_to(leaf, (self.row_shards, *leaf.shape))
+            return self._constrain(copies, ROWS, *(_without(a, "fsdp") for a in spec))
 
         return jax.tree_util.tree_map_with_path(one, tree)
 

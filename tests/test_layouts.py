@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sct_jax import data, model, sharding
-from sct_jax.training import collectives, optimizer_config, trainer
+from sct_jax.training import accounting, collectives, optimizer_config, trainer
 from sct_jax.training import config as config_lib
 
 BYTES = 4  # of a number in float32
@@ -203,13 +203,20 @@ def test_fsdp_moves_parameters_and_no_activations(shape):
 
 
 def test_gradients_of_replicas_are_as_large_as_the_parameters():
-    ends = ("embedding", "head", "final_norm")
-    for shape in (ENDS["spectral"], DENSE):
+    for shape in (SHAPE, ENDS["spectral, tied"], DENSE):
         found = moved(shape, data=4)
-        params = num_parameters(shape, "layers", *ends) * BYTES
+        params = accounting.parameters(shape) * BYTES
         assert {(c.kind, c.axes) for c in found} == {("all-reduce", ("data",))}
         total = collectives.total(found).payload_bytes
         assert params <= total < params + 64  # and scalars of the loss
+
+
+def test_a_tied_table_is_gathered_and_summed_once():
+    """Though the first layer and the head read it."""
+    found = moved(data=1, fsdp=4)
+    of_table = [c for c in found if c.payload_bytes >= V * D * BYTES]
+    sizes = [(c.kind, c.payload_bytes // (V * D * BYTES)) for c in of_table]
+    assert sorted(sizes) == [("all-gather", 1), ("all-reduce", 1)]
 
 
 def test_the_retraction_and_the_clip_of_fsdp_gather_nothing():

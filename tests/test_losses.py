@@ -235,6 +235,32 @@ def test_chunks_give_the_loss_and_gradient_of_all_logits(masked, z_loss, tokens)
         np.testing.assert_allclose(a, b, atol=32 * EPS)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 1000])
+def test_shards_give_the_loss_and_gradient_of_the_whole(tokens):
+    params, x, targets, mask = hidden_example((6, 10))
+
+    def whole(params, x):
+        return losses.next_token_cross_entropy(head(params, x), targets, mask=mask)
+
+    def by_shards(params, x):
+        copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (3, *p.shape)), params)
+        return losses.head_cross_entropy(
+            head, copies, x, targets, mask=mask, tokens_per_chunk=tokens, row_shards=3
+        )
+
+    found = jax.jit(jax.value_and_grad(by_shards, (0, 1)))(params, x)
+    expected = jax.jit(jax.value_and_grad(whole, (0, 1)))(params, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=64 * EPS, atol=64 * EPS)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_shards_that_do_not_divide_the_batch_are_refused(shards):
+    params, x, targets, _ = hidden_example()
+    with pytest.raises(ValueError, match=f"^{shards} row shards must divide .* 3"):
+        losses.head_cross_entropy(head, params, x, targets, row_shards=shards)
+
+
 def test_chunks_ignore_nan_where_nothing_counts():
     params, x, targets, _ = hidden_example()
     x = jnp.where((targets < 0)[..., None], jnp.nan, x)
