@@ -10,7 +10,7 @@ import jax
 import pytest
 import samples
 
-from experiments import communication
+from experiments import communication, step_figures
 from sct_jax import data, sharding
 from sct_jax.training import accounting, collectives, config, optimizer_config
 
@@ -31,7 +31,7 @@ FIELDS = {
     "data.seq_len": 16,
 }
 TINY = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-RATES = communication.Rates(
+RATES = step_figures.Rates(
     flops=1e12, node_size=4, node_bandwidth=8e9, network_bandwidth=1e9
 )
 
@@ -56,7 +56,7 @@ def compiled(run, **sizes):
     return communication.compile_step(run, run.mesh.build(8))
 
 
-@pytest.fixture(scope="module", params=communication.MODELS)
+@pytest.fixture(scope="module", params=step_figures.MODELS)
 def replicated(request):
     """A step on eight replicas."""
     run = experiment()
@@ -107,14 +107,14 @@ def test_remat_is_what_fits_into_the_memory_given(available, remat):
     sizes = {"data": 2, "fsdp": 2, "tensor": 2}
     run, _ = communication.for_compilation(run, sizes)
     by_model, notes = communication.runs(
-        run, communication.MODELS, run.mesh.build(8), available=available
+        run, step_figures.MODELS, run.mesh.build(8), available=available
     )
     assert [run.model.remat for run in by_model.values()] == [remat, remat]
     assert by_model["dense"].model == dataclasses.replace(
         accounting.dense_config(run.model), remat=remat
     )
     assert [note.partition(" here")[0] for note in notes] == [
-        f'{name}: model.remat="{remat}"' for name in communication.MODELS
+        f'{name}: model.remat="{remat}"' for name in step_figures.MODELS
     ]
 
 
@@ -123,7 +123,7 @@ def test_remat_is_what_fits_into_the_memory_given(available, remat):
 
 def test_seconds_are_bytes_over_the_slowest_link(replicated):
     sent = collectives.total(replicated.most).wire_bytes
-    plan = communication.plan(replicated, RATES)
+    plan = step_figures.plan(replicated, RATES)
     assert (plan["node"], plan["network"]) == (0, sent / 1e9)
     flops = 8 * 16 * accounting.flops_per_token(replicated.experiment.model, seq_len=16)
     assert plan["compute"] == flops / 8 / 1e12
@@ -164,7 +164,7 @@ def test_bytes_are_divided_into_those_per_token_and_the_rest():
             group_size=8,
         )
         run = experiment(data=data.DataConfig(batch_size=batch_size, seq_len=16))
-        return communication.Step(
+        return step_figures.Step(
             experiment=run,
             mesh=mesh,
             seconds=0.0,
@@ -172,7 +172,7 @@ def test_bytes_are_divided_into_those_per_token_and_the_rest():
             found=[moved("gradient", 800), moved("stream", 80 * batch_size)],
         )
 
-    figures = communication.as_figures(step(8), step(16), RATES)
+    figures = step_figures.as_figures(step(8), step(16), RATES)
     assert figures["fixed_bytes"] == pytest.approx(1.75 * 800)
     # Each of the 8 devices sends 1.75 x 80 bytes per row of 16 tokens.
     assert figures["bytes_per_token"] == pytest.approx(8 * 1.75 * 80 / 16)
@@ -193,7 +193,7 @@ def test_both_models_are_printed_and_written(tmp_path, capsys):
     printed = capsys.readouterr().out
     written = json.loads(path.read_text())
     assert written["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    spectral, dense = (written["models"][name] for name in communication.MODELS)
+    spectral, dense = (written["models"][name] for name in step_figures.MODELS)
     for model_figures in (spectral, dense):
         parts = model_figures["collectives"]
         total = model_figures["total"]
