@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from sct_jax import data, model, sharding
-from sct_jax.training import accounting, collectives, optimizer_config, trainer
+from sct_jax.training import (
+    accounting,
+    collectives,
+    hlo,
+    optimizer_config,
+    processes,
+    trainer,
+)
 from sct_jax.training import config as config_lib
 
 BYTES = 4  # of a number in float32
@@ -224,6 +231,30 @@ def test_the_retraction_and_the_clip_of_fsdp_gather_nothing():
     assert update
     assert {c.kind for c in update} == {"all-reduce"}
     assert len(update) == 5
+
+
+# --- Several processes.
+
+
+def groups(text):
+    """The devices of every group of every collective, in order."""
+    module = hlo.Module.parse(text)
+    return {
+        tuple(group)
+        for computation in module.computations.values()
+        for instruction in computation.instructions.values()
+        if instruction.opcode.removesuffix("-start") in collectives.KINDS
+        for group in hlo.device_groups(instruction.attributes, module.num_devices)
+        if len(group) > 1 and instruction.opcode != "collective-permute"
+    }
+
+
+def test_a_step_needs_no_group_that_processes_do_not_connect():
+    mesh, text = compiled(data=2, fsdp=2, tensor=2)
+    gather = processes.gather_in_groups(mesh).lower(1.0).compile()
+    assert groups(text) <= groups(gather.as_text())
+    in_order = {group for group in groups(text) if list(group) == sorted(group)}
+    assert groups(text) - in_order  # why every order is there
 
 
 # --- Numbers.

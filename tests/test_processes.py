@@ -80,14 +80,23 @@ def free_port():
 class Group:
     """Processes that train one model; killed at the end of a `with` block."""
 
-    def __init__(self, config, workdir, *flags, count=2, devices=2, own_flags=()):
+    def __init__(
+        self,
+        config,
+        workdir,
+        *flags,
+        count=2,
+        devices=2,
+        own_flags=(),
+        program=("-m", "experiments.pretrain"),
+    ):
         self.workdir = workdir
         self.outputs = [workdir.parent / f"output.{i}.txt" for i in range(count)]
         options = os.environ["XLA_FLAGS"].split()
         options = [o for o in options if "device_count" not in o]
         options.append(f"--xla_force_host_platform_device_count={devices}")
         environment = {**os.environ, "XLA_FLAGS": " ".join(options)}
-        command = [sys.executable, "-m", "experiments.pretrain", f"--config={config}"]
+        command = [sys.executable, *program, f"--config={config}"]
         command += [f"--workdir={workdir}", *flags]
         if count > 1:
             command += [
@@ -250,6 +259,33 @@ def test_an_error_of_one_process_ends_the_other(endless, tmp_path):
         codes = group.codes()
     assert codes == [exit_codes.ExitCode.SAVE_FAILED] * 2, group.output(1)
     assert "was removed, renamed or replaced" in group.output()
+
+
+LIBRARY_USER = """
+import os, sys
+import jax
+from sct_jax.training import loop, overrides, trainer
+
+flags, pairs = overrides.parse_command(sys.argv[1:], "")
+address = flags.address
+jax.distributed.initialize(
+    address.coordinator, address.num_processes, address.process_id
+)
+if address.process_id == 1:
+    trainer.Trainer.evaluate = lambda *_: {}["a bug"]
+try:
+    loop.train(*overrides.load_command(flags, pairs))
+except KeyError:
+    os._exit(9)
+"""
+
+
+def test_an_exception_of_a_library_user_ends_the_other_process(endless, tmp_path):
+    """In a second, not when it is missed."""
+    path = tmp_path / "run"
+    with Group(endless, path, program=("-c", LIBRARY_USER)) as group:
+        assert group.codes() == [exit_codes.ExitCode.INTERNAL_ERROR, 9]
+    assert "process 1 has ended: an unexpected error" in group.output()
 
 
 def test_processes_with_other_configurations_are_refused(endless, tmp_path):
@@ -418,7 +454,6 @@ def test_all_stop_after_the_same_step_that_none_has_passed(connect):
     assert len(set(stops.values())) == 1
     (step, number), *_ = stops.values()
     assert step >= 10 and number == signal.SIGTERM
-    assert all(peer.has_agreed_stop() for peer in peers)
 
 
 def test_an_end_reaches_the_others_with_its_code(connect):
@@ -427,6 +462,15 @@ def test_an_end_reaches_the_others_with_its_code(connect):
     wait_until(lambda: peers[0].ended and peers[2].ended)
     for peer in (peers[0], peers[2]):
         assert peer.ended == (4, "process 1 has ended: the disk is full")
+
+
+def test_who_has_left_does_not_wait_for_the_others(connect, monkeypatch):
+    peers = connect(2)
+    peers[1].leave(1, "")
+    monkeypatch.setattr(processes, "_peers", peers[1])
+    processes.close()
+    with pytest.raises(errors.UserError, match=r"^processes: .*start all of them"):
+        processes.attach()
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])

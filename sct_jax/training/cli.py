@@ -4,25 +4,22 @@ python -m experiments.pretrain --config=configs/smollm_r128.py:tiny
 sct-train --config=my_config.py --config.seed=1
 """
 
-import errno
 import functools
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 # Silences JAX about absent accelerators, and TFDS about TensorFlow. JAX sets "1".
 if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-
-import jax
 
 from sct_jax import errors
 from sct_jax.training import (
     checkpoint,
     compilation,
     exit_codes,
+    failures,
     loop,
     origin,
     overrides,
@@ -58,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flags, pairs, inherit=functools.partial(origin.inherit, log=say)
             )
         except errors.UserError as error:
-            _refuse(error)
+            processes.leave(ExitCode.BAD_INPUT, f"error: {error}")
+            overrides.fail(str(error))
     if flags.stall_timeout is None and processes.count() > 1:
         flags.stall_timeout = processes.STALL_TIMEOUT  # who waits for whom is unknown
     try:
@@ -74,78 +72,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                 init_from=flags.init_from,
             )
     except errors.UserError as error:
-        _refuse(error)
+        overrides.fail(str(error))
     except Exception as error:
-        code = _failed(error, workdir)
-        processes.leave(code, code.meaning)
-        return code
-    return _ended(result)
-
-
-def _refuse(error: errors.UserError) -> NoReturn:
-    """Exits for bad input."""
-    processes.leave(ExitCode.BAD_INPUT, f"error: {error}")
-    overrides.fail(str(error))
-
-
-def _ended(result: loop.Result) -> int:
-    """The exit code of a run that ended as it should."""
-    if result.signal is None:
-        processes.close()
-        diverged = result.status == "diverged"
-        return ExitCode.DIVERGED if diverged else ExitCode.FINISHED
-    code = exit_codes.of_signal(result.signal)
-    if processes.has_agreed_stop():
-        processes.close()
-    else:
-        processes.leave(code, f"signal {result.signal}")
-    return code
+        return _failed(error, workdir)
+    processes.close()
+    if result.signal is not None:
+        return exit_codes.of_signal(result.signal)
+    return ExitCode.DIVERGED if result.status == "diverged" else ExitCode.FINISHED
 
 
 def _failed(error: Exception, workdir: pathlib.Path) -> ExitCode:
     """Says what happened, what is kept and what to do; the exit code."""
     kept = _describe_kept(workdir)
-    if isinstance(error, checkpoint.SaveError):
-        process.say(f"error: {error}; {kept}")
-        return ExitCode.SAVE_FAILED
-    if isinstance(error, OSError) and error.errno in _STORAGE:
-        process.say(
-            f"error: cannot write: {error}; free space or raise the limit; {kept}"
-        )
-        return ExitCode.SAVE_FAILED
-    if _is_out_of_memory(error):
+    code = failures.code_of(error)
+    if code == ExitCode.OUT_OF_MEMORY:
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
         process.say(
             f"error: out of memory ({first_line}); lower data.batch_size, raise "
             f'data.num_microbatches, or set model.remat to "full"; {kept}'
         )
-        return ExitCode.OUT_OF_MEMORY
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        processes.await_loss()  # which is then the cause
-    process.report_bug(error, kept)
-    return ExitCode.INTERNAL_ERROR
-
-
-# Of a disk or file system, not of a program.
-_STORAGE = (
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.ESTALE,
-)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        or (
-            isinstance(error, jax.errors.JaxRuntimeError)
-            and "RESOURCE_EXHAUSTED" in str(error)
+    elif isinstance(error, checkpoint.SaveError):
+        process.say(f"error: {error}; {kept}")
+    elif code == ExitCode.SAVE_FAILED:
+        process.say(
+            f"error: cannot write: {error}; free space or raise the limit; {kept}"
         )
-    )
+    else:
+        process.report_bug(error, kept)
+    return code
 
 
 def _describe_kept(workdir: pathlib.Path) -> str:

@@ -16,6 +16,8 @@ from sct_jax.training import (
     checkpoint,
     console,
     evaluation,
+    exit_codes,
+    failures,
     hardware,
     layerwise,
     memory,
@@ -49,6 +51,22 @@ class Result(NamedTuple):
     signal: int | None = None
 
 
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Lets an exception that ends this process end the other ones too."""
+    processes.attach()
+    try:
+        yield
+    except BaseException as error:
+        code = failures.code_of(error)
+        if code == exit_codes.ExitCode.INTERNAL_ERROR and failures.is_of_runtime(error):
+            processes.await_loss()  # which is then the cause
+        is_refusal = code == exit_codes.ExitCode.BAD_INPUT
+        processes.leave(code, f"error: {error}" if is_refusal else code.meaning)
+        raise
+
+
+@_ending_together()
 def train(
     config: config_lib.ExperimentConfig,
     path: str | os.PathLike[str],
@@ -87,6 +105,8 @@ def train(
         remembers it.
       output: where to print; standard output if None.
 
+    Of several processes, an exception in one ends the others, with its exit code.
+
     Raises:
       UserError: naming what the user has to change, before the step is compiled.
       ValueError: for `compile_step` without `dry_run`.
@@ -101,7 +121,6 @@ def train(
         profiling.check_range(profile, num_steps=config.num_steps)
     hardware.check_backend()
     metrics.check_sinks(config.log)
-    processes.attach()
     if not processes.is_first():
         output = rich.console.Console(quiet=True)
         say = functools.partial(console.say, output)
@@ -185,10 +204,13 @@ def train(
         except (signals.Interrupted, Exception):
             if interrupts.raised is None:
                 raise
-            done = workdir.steps_done(path)
-            kept = f"step {done} is saved" if done else "nothing to save"
-            say(f"interrupted before a new step; {kept}")
-            return Result("interrupted", done, interrupts.raised)
+    done = workdir.steps_done(path)
+    kept = f"step {done} is saved" if done else "nothing to save"
+    say(f"interrupted before a new step; {kept}")
+    processes.leave(
+        exit_codes.of_signal(interrupts.raised), f"signal {interrupts.raised}"
+    )
+    return Result("interrupted", done, interrupts.raised)
 
 
 def _compile_only(
@@ -537,8 +559,8 @@ class _Loop(NamedTuple):
     def _compile(self, state: state_lib.TrainState) -> None:
         if seconds := self.run.compile(state):
             self.progress.print(f"compiled in {seconds:.1f} s")
-        # Connections for collectives on CPU wait no longer than 30 seconds.
         processes.exchange("compiled")
+        processes.connect_devices(self.run.mesh)
 
     def _peak_tokens_per_second(self) -> float | None:
         """What all FLOPs of the devices would train, at the ranks of the start."""

@@ -15,6 +15,7 @@ If one process ends, every other one ends too:
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from sct_jax import errors, files
 from sct_jax.training import exit_codes
@@ -154,11 +157,6 @@ def agreed_stop(step: int, signal: int | None) -> int | None:
     return _peers.agreed_stop(step, signal) if _peers else signal
 
 
-def has_agreed_stop() -> bool:
-    """Returns whether all processes have ended, or will, at an `agreed_stop`."""
-    return _peers is not None and _peers.has_agreed_stop()
-
-
 def start(
     address: Address | None,
     folder: pathlib.Path,
@@ -210,9 +208,18 @@ def start(
 
 
 def attach(*, peer_timeout: float = PEER_TIMEOUT) -> None:
-    """Takes over the connection that `jax.distributed.initialize` has made, if any."""
+    """Takes over the connection that `jax.distributed.initialize` has made, if any.
+
+    Raises:
+      UserError: if this process took it over before, and has left the others since.
+    """
     global _peers
     if _peers is not None:
+        errors.check(
+            "processes",
+            not _peers.has_left(),
+            "an earlier run ended all other processes; start all of them again",
+        )
         return
     from jax._src import distributed  # orbax too has no other way to the store
 
@@ -222,10 +229,41 @@ def attach(*, peer_timeout: float = PEER_TIMEOUT) -> None:
     _peers = Peers(state.client, state.process_id, state.num_processes, peer_timeout)
 
 
+def connect_devices(mesh: Mesh) -> None:
+    """Connects the devices of all processes, in every group that a mesh has.
+
+    To be called by all at once. On CPU, the first collective of a group waits for 30
+    seconds and no longer. Later ones wait until all processes come to them, such as one
+    that compiles slowly between two of them.
+    """
+    if _peers is not None and mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(gather_in_groups(mesh)(1.0))
+
+
+def gather_in_groups(mesh: Mesh) -> Callable[[float], Any]:
+    """Returns a function with a collective along all axes of a mesh, in every order.
+
+    XLA connects a group of devices for each order that they have in it.
+    """
+    axes = [name for name in mesh.axis_names if mesh.shape[name] > 1]
+    sizes = range(1, len(axes) + 1)
+    orders = [order for n in sizes for order in itertools.permutations(axes, n)]
+    gather = lambda x: sum(jnp.sum(jax.lax.all_gather(x, order)) for order in orders)
+    whole = PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            gather, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False
+        )
+    )
+
+
 def close() -> None:
-    """Ends the connection once every process has come here."""
+    """Ends the connection once every process has come here.
+
+    At once if there is none, or if this process has left the others.
+    """
     global _peers
-    if _peers is None:
+    if _peers is None or _peers.has_left():
         return
     _peers.exchange("close", None)
     _peers.close()
@@ -309,10 +347,6 @@ class Peers:
                 return None
             return self._stop[1]
 
-    def has_agreed_stop(self) -> bool:
-        """Returns whether a step to stop at is known."""
-        return self._stop is not None
-
     def leave(self, code: int, reason: str) -> None:
         """Says that this process ends; process 0 waits for the others to end too."""
         self._leave(code, f"process {self.index} has ended: {reason}")
@@ -325,6 +359,10 @@ class Peers:
         )
         teller.start()
         teller.join(_LINGER if self.index == 0 else 4 * _PERIOD)
+
+    def has_left(self) -> bool:
+        """Returns whether this process has told the others that it ends."""
+        return self._closed.is_set()
 
     def close(self) -> None:
         """Ends the threads."""
