@@ -263,9 +263,7 @@ class Placement:
     """Where the model's arrays are, for functions that XLA partitions.
 
     XLA may choose another division for what nothing constrains: of activations by the
-    axis of the weights, for example.
-
-    On a mesh of one device every method returns its argument.
+    axis of the weights, for example. On one device every method returns its argument.
 
     Attributes:
       mesh: the devices.

@@ -389,7 +389,8 @@ class Peers:
             for i, beat in heard.items():
                 if seen[i][0] != beat:
                     seen[i] = beat, now
-            for i in range(1, self.count) if self.index == 0 else ():
+            watched = range(1, self.count) if self.index == 0 else ()
+            for i in watched:
                 if now - seen[str(i)][1] > self.timeout:
                     self._lost.add(i)
                     reason = f"process {i} has not answered for {self.timeout:g} s"
