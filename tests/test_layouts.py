@@ -252,9 +252,7 @@ def groups(text):
 def test_a_step_needs_no_group_that_processes_do_not_connect():
     mesh, text = compiled(data=2, fsdp=2, tensor=2)
     gather = processes.gather_in_groups(mesh).lower(1.0).compile()
-    assert groups(text) <= groups(gather.as_text())
-    in_order = {group for group in groups(text) if list(group) == sorted(group)}
-    assert groups(text) - in_order  # why every order is there
+    assert groups(text) and groups(text) <= groups(gather.as_text())
 
 
 # --- Numbers.

@@ -243,7 +243,7 @@ def connect_devices(mesh: Mesh) -> None:
 def gather_in_groups(mesh: Mesh) -> Callable[[float], Any]:
     """Returns a function with a collective along all axes of a mesh, in every order.
 
-    XLA connects a group of devices for each order that they have in it.
+    XLA (jaxlib 0.10.2) connects a group anew for another order of its devices.
     """
     axes = [name for name in mesh.axis_names if mesh.shape[name] > 1]
     sizes = range(1, len(axes) + 1)
