@@ -52,7 +52,7 @@ class Inputs:
         config: model.ModelConfig,
         *,
         linear: model.Linear = spectral.linear,
-        placement: sharding.Placement | None = None,
+        placement: sharding.Placement = sharding.UNPLACED,
     ):
         """Starts before the first layer.
 
@@ -61,7 +61,7 @@ class Inputs:
           text: what flows through the layers.
           config: architecture of the model.
           linear: multiplies by every matrix.
-          placement: where arrays are on a mesh; XLA is to choose if None.
+          placement: where arrays are on a mesh; by default, XLA chooses.
         """
         # Each layer runs alone, so nothing is to be recomputed.
         config = dataclasses.replace(config, remat="none", attention="auto")
@@ -132,7 +132,7 @@ def truncate(
     text: Text | None = None,
     sequential: bool = True,
     linear: model.Linear = spectral.linear,
-    placement: sharding.Placement | None = None,
+    placement: sharding.Placement = sharding.UNPLACED,
 ) -> model.Params:
     """Returns parameters whose matrices have the factors of another configuration.
 

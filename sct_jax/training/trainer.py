@@ -38,7 +38,7 @@ class Trainer:
       abstract_state: shapes, dtypes and shardings of the state before the first step.
       rows: those of a batch that the devices of this process take, in order.
       linear: multiplies by every matrix.
-      placement: where arrays are on the mesh; None on one device.
+      placement: where arrays are on the mesh.
     """
 
     def __init__(
