@@ -81,6 +81,10 @@ BLOCKS, TWO_BLOCKS = (
     methods.changed(LOW_RANK, methods.model(num_blocks=blocks), name=f"{blocks} blocks")
     for blocks in (4, 2)
 )
+# Square blocks with orthonormal columns are rotations. What if they need not be?
+FREE_BLOCKS = methods.changed(
+    BLOCKS, methods.optimizer(retraction="none"), name="4 blocks without retraction"
+)
 LONG_DECAY = ": decay .9"
 
 
@@ -148,6 +152,7 @@ def _d64() -> grid.Comparison:
         methods.narrow(MUON),
         with_long_decay(LOW_RANK),
         with_long_decay(BLOCKS),
+        with_long_decay(FREE_BLOCKS),
         dense_first(0.4, chain="adamw"),
         dense_first(0.4, chain="muon"),
         dense_first(0.4, chain="adamw", truncation="plain"),

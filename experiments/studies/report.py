@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.studies import page, summary
 from experiments.studies import rows as rows_lib
 from experiments.studies import trial as trial_lib
@@ -20,6 +22,7 @@ from sct_jax import errors
 from sct_jax.training import overrides
 
 RESULTS = "Held-out loss: mean ± standard deviation over seeds"
+TRUNCATIONS = "Held-out loss around truncations: mean over seeds"
 DIFFERENCES = "Loss minus {}, paired by seed: mean ± standard error"
 NOTES = (
     "Every kind of budget has its own best learning rate: the one with the lowest "
@@ -84,6 +87,11 @@ def contents(title: str, rows: Sequence[rows_lib.Row]) -> page.Page:
         tables=[
             page.Table(RESULTS, *table(methods)),
             *(
+                [page.Table(TRUNCATIONS, *truncations(methods))]
+                if any(row.switches for row in rows)
+                else []
+            ),
+            *(
                 page.Table(DIFFERENCES.format(r.name), *differences(methods, r))
                 for r in summary.references(methods)
             ),
@@ -125,12 +133,47 @@ def table(
                 method.with_error(first, "bits_per_byte"),
                 f"{row.parameters:,}",
                 f"{spent.flops / 1e12:.2f} ({spent.layer_flops / 1e12:.2f})",
-                f"{row.train_bytes / 1e6:.1f}",
+                _megabytes(row),
                 _number(method.largest_update(first), ".2g"),
                 _number(method.num_spikes(first), ".1f"),
             ]
         )
     return header, body
+
+
+def truncations(
+    methods: Sequence[summary.MethodSummary],
+) -> tuple[list[str], list[list[str]]]:
+    """Returns header and body of the losses around every truncation."""
+    body = []
+    for method in methods:
+        for budget in method.budgets:
+            rows = method.rows(budget)
+            steps = rows[0].results[budget].steps
+            around = [[s for s in row.switches if s.length == steps] for row in rows]
+            for switches in zip(*around, strict=True):
+                before, after = (
+                    float(np.mean([getattr(s, field) for s in switches]))
+                    for field in ("before", "after")
+                )
+                body.append(
+                    [
+                        method.name,
+                        str(budget),
+                        f"{switches[0].step} of {steps}",
+                        f"{before:.3f}",
+                        f"{after:.3f} (+{after - before:.3f})",
+                        method.with_error(budget),
+                    ]
+                )
+    return ["method", "budget", "step", "before", "after", "at the end"], body
+
+
+def _megabytes(row: rows_lib.Row) -> str:
+    """Bytes of training, one after the other where a run has phases."""
+    return " then ".join(
+        f"{size / 1e6:.1f}" for size in row.phase_bytes or [row.train_bytes]
+    )
 
 
 def differences(
