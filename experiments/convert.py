@@ -19,6 +19,7 @@ if __name__ == "__main__":
     process.start("experiments.convert")
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -41,7 +42,8 @@ from sct_jax.training import (
     workdir,
 )
 
-_WINDOW, _ROWS = 512, 8  # of the text, per pass
+# Of the text: tokens in all and per window, and windows per pass.
+_TEXT_TOKENS, _WINDOW, _ROWS = 65_536, 512, 8
 
 RULES = {"rank": int, "rank_ratio": float, "energy": float}
 
@@ -57,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = source_lib.open_folder(flags.source)
         tokenizer = folders.load_tokenizer(source, flags.tokenizer)
         text = None
+        errors.check(
+            "--text-tokens",
+            flags.text is not None or flags.text_tokens is None,
+            "has no effect without --text",
+        )
         if flags.text is not None:
             errors.check("--text", bool(rules), "has no effect; add a rank")
             text = calibration_text(flags, source, tokenizer)
@@ -79,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_codes.ExitCode.SAVE_FAILED
     output = console.standard_output()
     if imported.truncations:
-        output.print(truncation_table(imported.truncations))
+        of = "outputs on the text" if text else "matrices"
+        output.print(truncation_table(imported.truncations, of=of))
     for note in imported.notes:
         console.say(output, f"note: {note}")
     console.say(output, f"wrote {path}: {describe(imported.config, source.config)}")
@@ -129,8 +137,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text_tokens",
         type=int,
-        default=65_536,
-        help="how much of that text (default: %(default)s tokens)",
+        help=f"how much of that text, at most (default: {_TEXT_TOKENS:,} tokens)",
     )
     parser.add_argument(
         "--tokenizer", help="a tokenizer.json, if not that of the folder"
@@ -179,13 +186,14 @@ def parse_rules(flags: argparse.Namespace) -> dict[str, importing.Rule]:
 def calibration_text(
     flags: argparse.Namespace, source: source_lib.Source, tokenizer: data.Tokenizer
 ) -> compression.Text:
-    """Returns the start of the training text, in windows of the model.
+    """Returns windows from all over the training text, as many as there are.
 
     Raises:
-      UserError: for text that cannot be read, or too little of it.
+      UserError: for text that cannot be read, or has no window.
     """
     errors.check_bounds("--", flags, "text_tokens", least=1)
-    length = min(source.max_length, _WINDOW, flags.text_tokens)
+    tokens = flags.text_tokens or _TEXT_TOKENS
+    length = min(source.max_length, _WINDOW, tokens)
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "tokenizer.json")
         tokenizer.save(file)
@@ -193,12 +201,14 @@ def calibration_text(
             source=flags.text,
             tokenizer=file,
             seq_len=length,
-            batch_size=max(flags.text_tokens // length, 1),
+            batch_size=1,
         )
         try:
             corpus = data.prepare(
                 settings, vocab_size=source.config.vocab_size, log=process.say
             )
+            windows = min(tokens, len(corpus.train) - 1) // length
+            settings = dataclasses.replace(settings, batch_size=max(windows, 1))
             batch = next(data.train_batches(corpus, settings, seed=0))
         except errors.UserError as error:
             raise errors.UserError(f"--text: {error}") from error
@@ -239,11 +249,16 @@ def _matrix(text: str) -> tuple[str, importing.Rule]:
 
 
 def truncation_table(
-    truncations: Sequence[importing.Truncation],
+    truncations: Sequence[importing.Truncation], *, of: str = "matrices"
 ) -> rich.table.Table:
-    """Returns a table of the ranks, and of what they keep of each matrix."""
+    """Returns a table of the ranks, and of what they keep.
+
+    Args:
+      truncations: of each matrix.
+      of: what has the energies and errors.
+    """
     table = rich.table.Table(
-        title="truncated: energy and error over layers", title_justify="left"
+        title=f"truncated: energy and error of {of}, over layers", title_justify="left"
     )
     for column in (
         "matrix",

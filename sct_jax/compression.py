@@ -7,7 +7,7 @@ the least that its rank allows. One layer is handled at a time.
 import dataclasses
 import functools
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -54,7 +54,7 @@ class Inputs:
         linear: model.Linear = spectral.linear,
         placement: sharding.Placement = sharding.UNPLACED,
     ):
-        """Starts before the first layer.
+        """Puts the text in front of the first layer.
 
         Args:
           params: any parameters with the embedding of the model.
@@ -88,7 +88,7 @@ class Inputs:
         return {name: total[source] for name, source in _READS.items()}
 
     def advance(self, layer: model.Params) -> None:
-        """Moves the streams behind a layer."""
+        """Moves the text past a layer."""
         self.streams = [
             self._layer(layer, stream, self._rope, segments)
             for stream, segments in zip(self.streams, self._segments, strict=True)
@@ -134,7 +134,7 @@ def truncate(
     linear: model.Linear = spectral.linear,
     placement: sharding.Placement = sharding.UNPLACED,
 ) -> model.Params:
-    """Returns parameters whose matrices have the factors of another configuration.
+    """Returns parameters whose matrices have the ranks of another configuration.
 
     A matrix that is dense or has factors in both, of equal rank, stays as it is.
 
@@ -144,8 +144,8 @@ def truncate(
       wanted: the same shapes, with more factors or smaller ranks.
       text: where the matrices of the layers are approximated; everywhere alike if None,
         as embedding and head always are.
-      sequential: whether a layer sees the outputs of truncated layers, so that it makes
-        up for some of their error, or those of the layers as they were.
+      sequential: whether a layer sees the outputs of the truncated layers before it, or
+        of the layers as they were.
       linear: see `Inputs`.
       placement: see `Inputs`.
 
@@ -180,14 +180,14 @@ def truncate(
     return model.stack_layers(result) if stacked else result
 
 
-def layers_of(params: model.Params) -> Sequence[model.Params]:
-    """Returns the layers of parameters in either layout."""
+def layers_of(params: model.Params) -> Iterator[model.Params]:
+    """Yields the layers of parameters in either layout, one at a time."""
     layers = params[model.LAYERS]
-    return (
-        layers
-        if isinstance(layers, tuple)
-        else model.unstack_layers(params)[model.LAYERS]
-    )
+    if isinstance(layers, tuple):
+        yield from layers
+        return
+    for index in range(len(jax.tree.leaves(layers)[0])):
+        yield jax.tree.map(lambda x, index=index: x[index], layers)
 
 
 def check(config: model.ModelConfig, wanted: model.ModelConfig) -> None:
@@ -195,6 +195,11 @@ def check(config: model.ModelConfig, wanted: model.ModelConfig) -> None:
     for name in config.matrix_shapes():
         before, after = config.matrix_rank(name), wanted.matrix_rank(name)
         blocks = config.matrix_blocks(name), wanted.matrix_blocks(name)
+        errors.check(
+            "model.spectral",
+            before is None or after is not None,
+            f"{name!r} has factors of rank {before} and cannot become dense",
+        )
         same = before == after and blocks[0] == blocks[1]
         errors.check(
             f"model.blocks.{name}",
@@ -203,9 +208,10 @@ def check(config: model.ModelConfig, wanted: model.ModelConfig) -> None:
             f"{after} in {blocks[1]}: only dense matrices become blocks; keep both",
         )
         errors.check(
-            "model.spectral",
-            before is None or after is not None,
-            f"{name!r} has factors of rank {before} and cannot become dense; add it",
+            f"model.ranks.{name}",
+            same or after is None or after % blocks[1] == 0,
+            f"rank {after} must be a multiple of the {blocks[1]} blocks, for a dense "
+            "matrix to become them",
         )
         errors.check(
             f"model.ranks.{name}",
@@ -251,7 +257,8 @@ class Spectrum(NamedTuple):
     """What each further rank of a matrix keeps.
 
     Attributes:
-      squares: s^2 per layer, descending, as parts of their sum; (layers, min(I, O)).
+      squares: s^2 per layer, descending, as parts of their sum; (layers, R), for ranks
+        at which factors have fewer parameters than the matrix.
       cost: parameters of all layers per rank.
     """
 
@@ -259,14 +266,18 @@ class Spectrum(NamedTuple):
     cost: int
 
 
-def spectra(
+Matrix = tuple[str, spectral.Weight, Array | None]
+"""Name, weight of one layer, and second moment of its inputs."""
+
+
+def matrices_of(
     params: model.Params,
     config: model.ModelConfig,
-    names: Sequence[str],
+    names: Collection[str],
     *,
     text: Text | None = None,
-) -> dict[str, Spectrum]:
-    """Returns what each rank of matrices of the layers keeps, for `allocate`.
+) -> Iterator[Matrix]:
+    """Yields matrices of all layers, for `spectra`.
 
     Args:
       params: in either layout.
@@ -275,20 +286,35 @@ def spectra(
       text: see `truncate`; the layers stay as they are.
     """
     inputs = None if text is None else Inputs(params, text, config)
-    squares: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for layer in layers_of(params):
         moments = inputs.second_moments(layer) if inputs else {}
         for name in names:
-            s = _singular_values(layer[name], moments.get(name))
-            energy = np.square(np.asarray(s, np.float64))
-            squares[name].append(energy / max(energy.sum(), np.finfo(float).tiny))
+            yield name, layer[name], moments.get(name)
         if inputs:
             inputs.advance(layer)
-    shapes = config.matrix_shapes()
-    return {
-        name: Spectrum(np.stack(found), config.num_layers * (sum(shapes[name]) + 1))
-        for name, found in squares.items()
-    }
+
+
+def spectra(
+    matrices: Iterable[Matrix], config: model.ModelConfig
+) -> dict[str, Spectrum]:
+    """Returns what each rank of matrices of the layers keeps, for `allocate`.
+
+    Args:
+      matrices: from `matrices_of`, of all layers.
+      config: of their model.
+    """
+    squares: dict[str, list[np.ndarray]] = {}
+    for name, w, moment in matrices:
+        energy = np.square(np.asarray(_singular_values(w, moment), np.float64))
+        share = energy / max(energy.sum(), np.finfo(float).tiny)
+        squares.setdefault(name, []).append(share)
+    found = {}
+    for name, shares in squares.items():
+        fan_in, fan_out = config.matrix_shapes()[name]
+        per_rank = fan_in + fan_out + 1
+        most = max(fan_in * fan_out // per_rank, 1)
+        found[name] = Spectrum(np.stack(shares)[:, :most], len(shares) * per_rank)
+    return found
 
 
 @jax.jit
@@ -297,18 +323,22 @@ def _singular_values(w, moment):
 
 
 def allocate(
-    spectra: Mapping[str, Spectrum], *, budget: int, multiple: int = 1
+    spectra: Mapping[str, Spectrum],
+    *,
+    budget: int,
+    multiple: int = 1,
+    field: str = "budget",
 ) -> dict[str, int]:
     """Returns the ranks that keep the most energy within a number of parameters.
 
-    All layers of a matrix get one rank. Ranks are raised one multiple at a time, where
-    a parameter keeps the most; for descending spectra, no other choice of as many
-    parameters keeps more, but for the last step.
+    All layers of a matrix get one rank. Each multiple goes where a parameter keeps the
+    most. As spectra fall, no other ranks of as many parameters keep more.
 
     Args:
       spectra: by matrix.
       budget: parameters of all factors together.
       multiple: of which ranks are, as far as the shape allows.
+      field: what set the budget, for messages.
 
     Raises:
       UserError: where the budget is below one multiple per matrix.
@@ -329,7 +359,7 @@ def allocate(
         ranks[name] = stop
     least = budget - left
     errors.check(
-        "budget",
+        field,
         left >= 0,
         f"{budget:,} parameters are too few: rank {multiple} in each of "
         f"{', '.join(spectra)} takes {least:,}",

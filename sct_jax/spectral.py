@@ -409,7 +409,7 @@ def truncate(
     """Returns `from_dense` of W without forming it: the best approximation of rank R.
 
     Args:
-      w: dense weight, or factors of any rank; u and v must be orthonormal.
+      w: dense weight, or factors of any rank, orthonormal or not.
       rank: number of singular values to keep, at most that of the factors.
       second_moment: see `from_dense`.
 
@@ -433,7 +433,7 @@ def singular_values(
     `from_dense` adds to E ||x @ W||^2.
 
     Args:
-      w: dense weight, or factors; u and v must be orthonormal.
+      w: dense weight, or factors, orthonormal or not.
       second_moment: see `from_dense`.
 
     Raises:
@@ -452,16 +452,16 @@ def singular_values(
 def _left_and_basis(
     w: SpectralFactors | BlockSpectralFactors | LowRankFactors,
 ) -> tuple[Float[Array, "*layers I R"], Float[Array, "*layers O R"]]:
-    """X and v with W = x v.T and orthonormal v: W is approximated as well as x is."""
-    if isinstance(w, SpectralFactors):
-        return w.u * w.s[..., None, :], w.v
+    """The x and v of W = x v.T with orthonormal v, so that x decides what is best."""
     if isinstance(w, BlockSpectralFactors):
         raise TypeError(
             "BlockSpectralFactors cannot be truncated, as the shuffle depends on the "
             "rank: use plain factors, or blocks_from_dense of a dense weight"
         )
-    v, mixed = jnp.linalg.qr(linalg.as_float32(w.b))
-    return linalg.matmul(w.a, linalg.transpose(mixed)), v
+    left = w.u * w.s[..., None, :] if isinstance(w, SpectralFactors) else w.a
+    # v may have left the manifold: some retractions are lazy, or none.
+    v, mixed = jnp.linalg.qr(linalg.as_float32(w[-1]))
+    return linalg.matmul(left, linalg.transpose(mixed)), v
 
 
 _DAMPING = 1e-6

@@ -80,7 +80,7 @@ def test_a_bad_step_is_skipped_counted_and_said(experiment, spoil, tmp_path, cap
     counts = {step: row["skipped_steps"] for step, row in rows_of(tmp_path).items()}
     assert counts == {1: 0, 2: 0, 4: 1, 6: 2, 8: 2}
     assert text.count("not applied") == 2
-    assert "1 of the steps up to 4 were not applied (1 in this run)" in text
+    assert "1 of the steps up to 4 were not applied (1 so far)" in text
     state = state_of(experiment, tmp_path)
     assert (int(state.step), int(state.guard.skipped)) == (8, 2)
     assert int(state.opt_state[0].count) == 6

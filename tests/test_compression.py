@@ -107,6 +107,18 @@ def test_factors_are_truncated_like_their_matrix(kind, whitened):
     )
 
 
+def test_factors_off_the_manifold_are_truncated_like_their_matrix():
+    """As a chain without a retraction leaves them."""
+    w = spectral.init(jax.random.key(0), 24, 40, 12)
+    w = w._replace(v=w.v + 0.3 * jax.random.normal(jax.random.key(1), w.v.shape))
+    found = spectral.truncate(w, 5)
+    wanted = spectral.from_dense(spectral.to_dense(w), rank=5)
+    np.testing.assert_allclose(
+        spectral.to_dense(found), spectral.to_dense(wanted), atol=3e-5
+    )
+    assert float(spectral.orthonormality_error(found)) < 1e-5
+
+
 def test_stacks_are_truncated_layer_by_layer():
     w = jnp.asarray([weight_of(i, 16, 24) for i in range(3)], jnp.float32)
     x = [inputs_of(i, 100, 16) for i in range(3)]
@@ -258,34 +270,23 @@ def test_each_output_is_closer_than_plain_truncation_makes_it(stacked):
     assert lost[0] > lost[1]  # it is no plain truncation
 
 
-def test_later_layers_make_up_for_earlier_ones():
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_layer_sees_the_layers_before_it(sequential):
+    """Truncated or not: the inputs of the second layer are those past the first."""
     params, text = params_and_text()
-    exact = model.unstack_layers(params)["layers"]
-
-    def last_outputs(params):
-        inputs = compression.Inputs(params, text, DENSE)
-        for layer in compression.layers_of(params):
-            inputs.advance(layer)
-        return np.concatenate([np.asarray(x).reshape(-1) for x in inputs.streams])
-
-    wanted = last_outputs(params)
-    lost = {
-        sequential: np.linalg.norm(
-            last_outputs(
-                compression.truncate(
-                    params, DENSE, LOW, text=text, sequential=sequential
-                )
-            )
-            - wanted
+    found = compression.truncate(params, DENSE, LOW, text=text, sequential=sequential)
+    first, second = compression.layers_of(params)
+    new_first, new_second = compression.layers_of(found)
+    inputs = compression.Inputs(params, text, DENSE)
+    inputs.advance(new_first if sequential else first)
+    for name, moment in inputs.second_moments(second).items():
+        wanted = spectral.from_dense(second[name], rank=4, second_moment=moment)
+        np.testing.assert_allclose(
+            spectral.to_dense(new_second[name]), spectral.to_dense(wanted), atol=1e-5
         )
-        for sequential in (True, False)
-    }
-    assert len(exact) > 1
-    assert lost[True] != lost[False]
-    assert lost[True] < 1.1 * lost[False]
 
 
-def test_matrices_that_stay_are_the_same_arrays():
+def test_matrices_that_stay_are_not_changed():
     params, _ = params_and_text()
     wanted = dataclasses.replace(DENSE, spectral=("down",), rank=4)
     found = compression.truncate(params, DENSE, wanted)
@@ -304,6 +305,12 @@ def test_matrices_that_stay_are_the_same_arrays():
         ({"rank": 4}, {"rank": 5}, r"model\.ranks\.q: 5 is above the rank 4"),
         ({}, {"spectral": ("q",)}, r"model\.spectral: 'k' has factors of rank 4"),
         ({}, {"factors": "low_rank"}, r"model\.factors: 'low_rank' differs"),
+        ({}, {"num_blocks": 2}, r"model\.blocks\.q: 'q' has rank 4 in 1 blocks"),
+        (
+            {"spectral": ()},
+            {"spectral": ("q",), "num_blocks": 4, "rank": 6},
+            r"model\.ranks\.q: rank 6 must be a multiple of the 4 blocks",
+        ),
     ],
 )
 def test_ranks_only_fall(before, after, message):
@@ -342,27 +349,30 @@ def test_ranks_under_a_budget_are_multiples():
     flat = compression.Spectrum(np.full((2, 20), 1 / 20), 10)
     steep = compression.Spectrum(2.0 ** -np.arange(1, 21)[None], 10)
     found = compression.allocate({"flat": flat, "steep": steep}, budget=240, multiple=4)
-    assert found == {"flat": 16, "steep": 8} or found == {"flat": 20, "steep": 4}
+    assert found == {"flat": 20, "steep": 4}
     with pytest.raises(errors.UserError, match=r"budget: 79 parameters are too few"):
         compression.allocate({"flat": flat, "steep": steep}, budget=79, multiple=4)
 
 
 def test_spectra_are_shares_of_the_outputs():
     params, text = params_and_text()
-    found = compression.spectra(params, DENSE, ("down", "q"), text=text)
-    assert found["down"].squares.shape == (
-        DENSE.num_layers,
-        min(DENSE.d_model, DENSE.d_ff),
+    spectra = lambda *names, **options: compression.spectra(
+        compression.matrices_of(params, DENSE, names, **options), DENSE
     )
-    np.testing.assert_allclose(found["down"].squares.sum(axis=1), 1, rtol=1e-6)
-    plain = compression.spectra(params, DENSE, ("q",))
+    found = spectra("down", "q", text=text)
+    most = DENSE.d_model * DENSE.d_ff // (DENSE.d_model + DENSE.d_ff + 1)
+    assert found["down"].squares.shape == (DENSE.num_layers, most)
+    assert np.all(np.diff(found["down"].squares) <= 0)
+    plain = spectra("q")
     first = model.unstack_layers(params)["layers"][0]["q"]
     s = np.square(np.linalg.svd(np.asarray(first), compute_uv=False))
-    np.testing.assert_allclose(plain["q"].squares[0], s / s.sum(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        plain["q"].squares[0], (s / s.sum())[: len(plain["q"].squares[0])], rtol=1e-4
+    )
     # What is kept agrees with the truncation itself.
     inputs = compression.Inputs(params, text, DENSE)
-    moment = inputs.second_moments(compression.layers_of(params)[0])["down"]
-    w = compression.layers_of(params)[0]["down"]
+    layer = next(compression.layers_of(params))
+    moment, w = inputs.second_moments(layer)["down"], layer["down"]
     factors = spectral.from_dense(w, rank=6, second_moment=moment)
     root = np.linalg.cholesky(
         np.asarray(moment, np.float64) + 1e-7 * np.eye(len(moment))

@@ -266,7 +266,10 @@ def test_a_budget_goes_where_it_keeps_the_most(folders, with_text):
     assert 0.35 * dense < spent <= 0.4 * dense
     whole = importing.load(opened, {})
     whole = whole._replace(params=jax.tree.map(jnp.asarray, whole.params))
-    spectra = compression.spectra(whole.params, whole.config, tuple(wanted), text=text)
+    matrices = compression.matrices_of(
+        whole.params, whole.config, tuple(wanted), text=text
+    )
+    spectra = compression.spectra(matrices, whole.config)
     size = int(0.4 * config.num_layers * dense)
     expected = compression.allocate(spectra, budget=size)
     assert {name: config.matrix_rank(name) for name in wanted} == expected
@@ -287,7 +290,7 @@ def test_the_command_reads_text(folders, tmp_path, capsys):
             *flags,
             capsys=capsys,
         )
-        assert "truncated: energy and error over layers" in out
+        assert "truncated: energy and error of " in out
     plain, read = (workdir.load_run(tmp_path / name) for name in ("plain", "text"))
     assert plain.config.model.spectral == read.config.model.spectral
     assert not np.array_equal(

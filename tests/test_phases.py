@@ -10,12 +10,13 @@ import pytest
 import rich.console
 import samples
 
-from sct_jax import data, errors, model, sharding, spectral
+from sct_jax import compression, data, errors, model, rank, sharding, spectral
 from sct_jax.training import config as config_lib
 from sct_jax.training import (
     loop,
     metrics,
     optimizer_config,
+    origin,
     phases,
     switching,
     trainer,
@@ -265,7 +266,7 @@ def test_a_switch_keeps_what_ranks_allow(experiment):
         state = before.init(jax.random.key(1))
         state = state.replace(step=jnp.array(4))
         loss = before.evaluate(state.params, before.held_out(corpus))["eval/loss"]
-        text = switching.calibration_text(after, corpus, 4)
+        text = switching.calibration_text(after, corpus, step=4, seed=0)
         assert (text is None) == (method == "plain")
         state = switching.switch(state, before, after, text=text)
         assert state.step == 4 and state.guard.count == 0
@@ -280,6 +281,23 @@ def test_eight_devices_switch_like_one(experiment, finished, tmp_path):
     assert result.status == "finished"
     found, expected = losses_of(tmp_path / "run"), losses_of(finished[0])
     assert found == pytest.approx(expected, rel=2e-4)
+
+
+def test_a_damaged_end_falls_back_to_an_earlier_phase(experiment, finished, tmp_path):
+    path = tmp_path / "run"
+    rarely = dataclasses.replace(
+        experiment, checkpoint=config_lib.CheckpointConfig(every=100)
+    )
+    train(rarely, path)
+    with workdir.reading(path) as checkpoints:
+        assert checkpoints.steps() == [8, 12]
+    for file in (path / "checkpoints" / "12" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[::-1])
+    result, text = train(rarely, path)
+    assert result.status == "finished"
+    assert "12 is damaged" in text and "step 8: truncated to rank 4" in text
+    assert losses_of(path)[12] == losses_of(finished[0])[12]
 
 
 def test_a_longer_run_must_not_move_a_switch(experiment, tmp_path):
@@ -323,7 +341,33 @@ def test_a_dense_run_starts_a_truncated_one(experiment, tmp_path):
     result, text = train(low, tmp_path / "low", init_from=str(tmp_path / "dense"))
     assert result.status == "finished"
     assert "starting from the parameters of step 3" in text
+    assert "truncating from dense to rank 4" in text
     assert workdir.load_run(tmp_path / "low").config.model.matrix_rank("q") == 4
+    # Before its first step it is the truncation of the other run.
+    run = trainer.Trainer(low, sharding.MeshConfig().build(1))
+    found = origin.find(str(tmp_path / "dense"))
+    corpus = data.prepare(low.data, vocab_size=low.model.vocab_size)
+    text = switching.calibration_text(run, corpus, step=0, seed=low.seed)
+    state, _ = origin.start(run, found, text=text, log=lambda line: None)
+    expected = compression.truncate(
+        model.stack_layers(workdir.load_run(tmp_path / "dense").params),
+        dense.model,
+        low.model,
+        text=text,
+    )
+    for name in model.BLOCK_MATRICES:
+        np.testing.assert_allclose(
+            spectral.to_dense(state.params["layers"][name]),
+            spectral.to_dense(expected["layers"][name]),
+            atol=1e-5,
+        )
+    plain = compression.truncate(
+        model.stack_layers(workdir.load_run(tmp_path / "dense").params),
+        dense.model,
+        low.model,
+    )
+    down = [spectral.to_dense(p["layers"]["down"]) for p in (expected, plain)]
+    assert np.abs(down[0] - down[1]).max() > 1e-3
 
 
 def test_momentum_follows_the_factors(experiment):
@@ -367,14 +411,55 @@ def test_momentum_follows_the_factors(experiment):
     assert not moved["embedding",].any()
 
 
-def test_momentum_needs_a_chain_that_takes_it(experiment):
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (optimizer_config.Sct(), "only optimizer.name = 'stiefel_muon'"),
+        (
+            optimizer_config.StiefelMuon(coordinates="svd", retraction="svd"),
+            "is of other directions",
+        ),
+    ],
+)
+def test_momentum_needs_a_chain_that_takes_it(experiment, chain, message):
     changed = dataclasses.replace(
         experiment,
-        optimizer=optimizer_config.Sct(),
+        optimizer=chain,
         phases=dataclasses.replace(DENSE_THEN_TWICE, carry_momentum=True),
     )
-    with pytest.raises(errors.UserError, match=r"phases\.carry_momentum: only"):
+    with pytest.raises(errors.UserError, match=rf"phases\.carry_momentum: .*{message}"):
         changed.validate()
+
+
+def test_losses_around_a_truncation_are_logged(finished):
+    rows = metrics.read_rows(finished[0] / "metrics.jsonl")
+    found = {r["step"]: r for r in rows if "truncation/loss_after" in r}
+    assert found.keys() == {4, 8}
+    for step, row in found.items():
+        (evaluated,) = [r for r in rows if r["step"] == step and "eval/loss" in r]
+        assert row["truncation/loss_before"] == pytest.approx(evaluated["eval/loss"])
+        assert row["truncation/loss_after"] != row["truncation/loss_before"]
+
+
+def test_adaptive_ranks_belong_to_the_last_phase(experiment, tmp_path):
+    adaptive = dataclasses.replace(
+        experiment,
+        optimizer=optimizer_config.Tsvd(peak_learning_rate=0.01),
+        phases=phases.PhasesConfig(switch_at=(4.0,), dense_learning_rate=0.01),
+        adaptive_rank=rank.AdaptiveRankConfig(
+            energy=0.5, every=2, warmup_steps=2, floor=1, multiple=1
+        ),
+    )
+    result, text = train(adaptive, tmp_path / "run")
+    assert result.status == "finished"
+    assert "step 4: truncated to rank 4" in text and "rank" in text
+    stored = workdir.newest_record(tmp_path / "run")["ranks"]
+    assert min(stored.values()) < 4
+    train_until(7, adaptive, tmp_path / "again")
+    train(adaptive, tmp_path / "again")
+    again = workdir.newest_record(tmp_path / "again")
+    assert again["ranks"] == stored
+    assert again["leaves"] == workdir.newest_record(tmp_path / "run")["leaves"]
 
 
 def test_dense_weights_become_blocks(experiment, tmp_path):

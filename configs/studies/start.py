@@ -3,10 +3,11 @@
   python -m experiments.studies.compare --config=configs/studies/start.py:d64
   python -m experiments.studies.report experiments/studies/results/start-d64
 
-Every served model has the FLOPs per token of rank d/4 in all seven matrices, and every
-training as many FLOPs as the wide dense model takes for its tokens, dense phases
-included. Tokens are bytes and windows have 64 of them, so that the matrices are nearly
-all of the work. All methods are tuned alike, with the first seed; then all get three.
+Every served model but the wide dense one has the FLOPs per token of rank d/4 in all
+seven matrices, and every training as many FLOPs as the wide one takes for its tokens,
+dense phases included. Tokens are bytes and windows have 64 of them, so that the
+matrices are nearly all of the work. All methods are tuned alike, with the first seed;
+then all get three.
 
 Papers: SVD-LLM, arXiv 2403.07378 (whitened truncation); Li et al., Train large, then
 compress, arXiv 2002.11794. Text: the Python standard library.

@@ -109,6 +109,12 @@ class Comparison:
             field = f"methods.{method.name}.learning_rates"
             check_ascending(field, method.learning_rates)
             self.trial(method, method.learning_rates[0], self.seeds[0]).validate()
+            errors.check(
+                f"methods.{method.name}: phases.switch_at",
+                "seconds" not in self.budgets
+                or not self.experiment(method).phases.switch_at,
+                'has no equal time: leave "seconds" out of budgets',
+            )
             self._check_text(method)
 
     def _check_base(self) -> None:

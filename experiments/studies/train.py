@@ -96,29 +96,55 @@ def _in_phases(
     """The same for a run in phases, which trains every branch from the start."""
     held_out, params, phase_bytes = {}, {}, []
     for length in lengths:
-        recorded = record if length == lengths[-1] else None
-        phases = trial.phases(length)
-        parts = [_of_phase(trial, phase) for phase in phases]
-        state, losses = _first_phase(parts[0], corpus)
-        record.losses = list(losses)
-        phase_bytes = [_train_bytes(state)]
-        for phase, before, part in zip(phases[1:], parts, parts[1:], strict=False):
-            run = trainer_of(part)
-            text = switching.calibration_text(run, corpus, phase.first)
-            evaluate = lambda r, state: r.evaluate(state.params, r.held_out(corpus))
-            full = evaluate(trainer_of(before), state)
-            state = switching.switch(state, trainer_of(before), run, text=text)
-            cut = evaluate(run, state)
-            record.switches.append(
-                rows.Switch(length, phase.first, full["eval/loss"], cut["eval/loss"])
-            )
-            phase_bytes.append(_train_bytes(state))
-            state = Segment.of_phase(part, corpus, first=phase.first).train(
-                state, recorded
-            )
-        params, last = state.params, trainer_of(parts[-1])
-        held_out[length] = last.evaluate(params, last.held_out(corpus))
+        params, phase_bytes, figures = _branch_in_phases(trial, corpus, length, record)
+        held_out[length] = figures
+        if not math.isfinite(figures["eval/loss"]):
+            longer = [other for other in lengths if other > length]
+            held_out |= dict.fromkeys(longer, figures)
+            break
     return held_out, params, phase_bytes
+
+
+def _branch_in_phases(
+    trial: trial_lib.Trial, corpus: data.Corpus, length: int, record: measure.Record
+) -> tuple[model.Params, list[int], Mapping[str, float]]:
+    """Parameters, bytes of every phase, and held-out figures.
+
+    Ends with the phase that diverges. The record gets all truncations, and the curves
+    of the longest branch, but for the norms and singular values of the first phase.
+    """
+    phases = trial.phases(length)
+    parts = [_of_phase(trial, phase) for phase in phases]
+    state, losses = _first_phase(parts[0], corpus)
+    longest = length == trial.experiment.num_steps
+    if longest:
+        record.losses += losses
+    run, phase_bytes = trainer_of(parts[0]), [_train_bytes(state)]
+    text = run.held_out(corpus)
+    figures = run.evaluate(state.params, text)
+    for phase, part in zip(phases[1:], parts[1:], strict=True):
+        if not math.isfinite(figures["eval/loss"]):
+            break
+        before, run = run, trainer_of(part)
+        calibration = switching.calibration_text(
+            run, corpus, step=phase.first, seed=phase.config.seed
+        )
+        state = switching.switch(
+            state,
+            before,
+            run,
+            text=calibration,
+            carry_momentum=trial.experiment.phases.carry_momentum,
+        )
+        cut = run.evaluate(state.params, text)["eval/loss"]
+        record.switches.append(
+            rows.Switch(length, phase.first, figures["eval/loss"], cut)
+        )
+        phase_bytes.append(_train_bytes(state))
+        segment = Segment.of_phase(part, corpus, first=phase.first)
+        state = segment.train(state, record if longest else None)
+        figures = run.evaluate(state.params, text)
+    return state.params, phase_bytes, figures
 
 
 def _of_phase(trial: trial_lib.Trial, phase: config.Phase) -> trial_lib.Trial:
@@ -129,6 +155,17 @@ def _of_phase(trial: trial_lib.Trial, phase: config.Phase) -> trial_lib.Trial:
     return dataclasses.replace(part, non_matrix_lr=None) if part.is_dense else part
 
 
+class _FirstPhase(NamedTuple):
+    """A first phase that trials share: its state on the host, and its losses."""
+
+    state: state_lib.TrainState
+    losses: Sequence[float]
+
+
+_first_phases: dict[tuple[trial_lib.Trial, str], _FirstPhase] = {}
+_KEPT_PHASES = 4
+
+
 def _first_phase(
     part: trial_lib.Trial, corpus: data.Corpus
 ) -> tuple[state_lib.TrainState, Sequence[float]]:
@@ -137,24 +174,18 @@ def _first_phase(
     Trials that differ in later phases alone share it.
     """
     own = dataclasses.replace(part.experiment, truncation=config.TruncationConfig())
-    shared = dataclasses.replace(part, experiment=own).identity
-    kept = _kept_first_phase(dataclasses.replace(shared, method=""), corpus.hash)
-    run = trainer_of(part)
-    if not kept:
+    shared = dataclasses.replace(part, experiment=own, method="").identity
+    run, key = trainer_of(part), (shared, corpus.hash)
+    if key not in _first_phases:
         state = run.init(jax.random.key(part.experiment.seed))
         record = measure.Record(part.experiment.num_steps, is_linear=False)
-        segment = Segment.of_phase(part, corpus)
-        kept["state"] = jax.device_get(segment.train(state, record))
-        kept["losses"] = record.losses
+        state = Segment.of_phase(part, corpus).train(state, record)
+        for oldest in list(_first_phases)[: 1 - _KEPT_PHASES]:
+            del _first_phases[oldest]
+        _first_phases[key] = _FirstPhase(jax.device_get(state), record.losses)
+    found = _first_phases[key]
     placed = jax.tree.map(lambda x: x.sharding, run.abstract_state)
-    return jax.device_put(kept["state"], placed), kept["losses"]
-
-
-@functools.lru_cache(maxsize=4)
-def _kept_first_phase(shared: trial_lib.Trial, corpus: str) -> dict[str, Any]:
-    """Filled by `_first_phase`, on the host."""
-    del shared, corpus
-    return {}
+    return jax.device_put(found.state, placed), found.losses
 
 
 class Segment(NamedTuple):

@@ -221,6 +221,8 @@ class Trial:
                 value == only,
                 f"a trial is one program on one device; leave it at {only!r}",
             )
+        for branch in self.branches:
+            self.phases(branch.steps)  # raises where one has no step
         shortest = min(branch.steps for branch in self.branches)
         errors.check(
             f"{prefix}.forward",

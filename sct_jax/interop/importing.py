@@ -61,7 +61,8 @@ class Truncation:
       name: of the matrix.
       shape: (fan_in, fan_out).
       rank: of all its layers.
-      errors: ||W - W'|| / ||W|| in Frobenius norm, per layer.
+      errors: ||W - W'|| / ||W|| in Frobenius norm, per layer; where text decided, that
+        of the outputs on it.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Truncation:
 
     @property
     def energies(self) -> tuple[float, ...]:
-        """Fraction of the sum of s^2 that was kept, per layer."""
+        """Fraction of the squared norm that was kept, per layer."""
         return tuple(1 - error**2 for error in self.errors)
 
 
@@ -256,21 +257,13 @@ def _allocated(
         not outside,
         f"is shared by matrices of the layers alone, without {', '.join(outside)}",
     )
-    squares: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-    for tensor, weight, moment in _dense_layers(source, wanted, text=text, log=log):
-        energy = np.square(_singular_values(weight, moment).astype(np.float64))
-        squares[tensor.key].append(energy / max(energy.sum(), np.finfo(float).tiny))
-    spectra = {
-        name: compression.Spectrum(
-            np.stack(squares[name]), config.num_layers * (sum(shapes[name]) + 1)
-        )
-        for name in wanted
-    }
     dense = config.num_layers * sum(math.prod(shapes[name]) for name in wanted)
-    try:
-        return compression.allocate(spectra, budget=int(budget * dense))
-    except errors.UserError as error:
-        raise errors.UserError(f"--{error}") from error
+    layers = _dense_layers(source, wanted, text=text, log=log)
+    with jax.default_device(jax.devices("cpu")[0]):
+        found = compression.spectra(
+            ((t.key, jnp.asarray(w), m) for t, w, m in layers), config
+        )
+    return compression.allocate(found, budget=int(budget * dense), field="--budget")
 
 
 def _with_ranks(
@@ -303,7 +296,7 @@ def _truncate(
     name: str,
     moment: Float[Array, "I I"] | None,
 ) -> tuple[spectral.SpectralFactors, float]:
-    """The factors, and their relative error."""
+    """The factors, and the relative error of the matrix, or of its outputs."""
     with jax.default_device(jax.devices("cpu")[0]):
         factors = spectral.from_dense(
             jnp.asarray(weight), rank=rank, second_moment=moment
@@ -316,5 +309,14 @@ def _truncate(
     )
     residual = (u * s) @ v.T
     np.subtract(weight, residual, out=residual)
-    norm = float(np.linalg.norm(weight))
-    return factors, float(np.linalg.norm(residual)) / norm if norm else 0.0
+    norm = _norm(weight, moment)
+    return factors, _norm(residual, moment) / norm if norm else 0.0
+
+
+def _norm(
+    weight: Float[np.ndarray, "I O"], moment: Float[Array, "I I"] | None
+) -> float:
+    """The Frobenius norm, or the root of the mean square of outputs."""
+    if moment is None:
+        return float(np.linalg.norm(weight))
+    return max(float(np.vdot(weight, np.asarray(moment) @ weight)), 0.0) ** 0.5

@@ -49,19 +49,7 @@ _GONE = "gone"
 
 
 PHASE_START = "phase_start"
-"""Field of a record: the steps before the phase of its state, 0 if it is missing."""
-
-
-def phase_start(record: Record) -> int:
-    """Returns the steps that the optimizer of a state does not count.
-
-    Raises:
-      DamagedError: where the record has no number there.
-    """
-    first = record.get(PHASE_START, 0)
-    if not isinstance(first, int):
-        raise records.DamagedError(f"{PHASE_START} of its record is {first!r}")
-    return first
+"""Field of a record: the steps before its phase, which its optimizer does not count."""
 
 
 class SaveError(Exception):
@@ -200,7 +188,7 @@ class Checkpointer:
             model.unstack_layers(jax.tree.map(np.asarray, state))
         )
         try:
-            arrays_lib.check_step(views, step, first=phase_start(record))
+            arrays_lib.check_step(views, step, first=record.get(PHASE_START, 0))
         except records.DamagedError as error:
             raise ValueError(f"a state saved as step {step}: {error}") from None
         save = self._new_save(step, record, views)
@@ -223,7 +211,7 @@ class Checkpointer:
     ) -> None:
         """`save`, where each process holds a part of the state."""
         arrays = arrays_lib.by_name(model.unstack_layers(state))
-        arrays_lib.check_step(arrays, step, first=phase_start(record))
+        arrays_lib.check_step(arrays, step, first=record.get(PHASE_START, 0))
         about = arrays_lib.summarise_parts(arrays)
         save = self._new_save(step, record | about, arrays)
 
@@ -558,7 +546,7 @@ class Checkpointer:
                 raise records.DamagedError(
                     f"{name} differs from its record: {leaf}, not {saved[name]}"
                 )
-        arrays_lib.check_step(restored, step, first=phase_start(record))
+        arrays_lib.check_step(restored, step, first=record.get(PHASE_START, 0))
         for name in later:
             zeros = np.zeros(target[name].shape, target[name].dtype)
             restored[name] = jax.device_put(zeros, target[name].sharding)

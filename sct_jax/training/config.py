@@ -7,7 +7,7 @@ import json
 import reprlib
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import optax
@@ -103,8 +103,11 @@ class TruncationConfig:
       method: "whitened" approximates each matrix where its inputs are, so that its
         outputs change least; "plain" ignores them. Embedding and head are always plain.
       num_batches: batches of training text that "whitened" measures inputs on.
-      sequential: whether "whitened" takes the inputs behind layers that are truncated
-        already, which later ones then make up for.
+      sequential: whether "whitened" measures the inputs of a layer past the truncated
+        layers before it, or past those as they were.
+
+    "whitened" holds the residual stream of that text, and decomposes a moment of I x I
+    numbers per matrix on every device.
     """
 
     method: str = "whitened"
@@ -115,6 +118,16 @@ class TruncationConfig:
         """Raises UserError, naming the field."""
         errors.check_choice("truncation.method", self.method, ("whitened", "plain"))
         errors.check_bounds("truncation.", self, "num_batches", least=1)
+
+    def unused_fields(self) -> list[str]:
+        """Returns a sentence for every field that is set but has no effect."""
+        if self.method == "whitened":
+            return []
+        return [
+            f'truncation.{name}: has no effect without truncation.method = "whitened"'
+            for name in ("num_batches", "sequential")
+            if getattr(self, name) != getattr(TruncationConfig(), name)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,27 +217,35 @@ class ExperimentConfig:
             "only optimizer.name = 'stiefel_muon' can take momentum over, not "
             f"{self.optimizer.name!r}; set it to false",
         )
-        shapes = [phase.config.model for phase in phases_of(self)]
-        for before, after in itertools.pairwise(shapes):
-            compression.check(before, after)
+        errors.check(
+            "phases.carry_momentum",
+            not self.phases.carry_momentum
+            or getattr(self.optimizer, "coordinates", "") != "svd",
+            'the momentum of optimizer.coordinates = "svd" is of other directions; set '
+            "it to false",
+        )
+        self._validate_truncations()
         for phase in phases_of(self)[:-1]:
             phase.config.validate()
 
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
         unused = self.optimizer.unused_fields() + self.adaptive_rank.unused_fields()
-        unused += self.phases.unused_fields() + self.log.unused_fields()
+        unused += self.phases.unused_fields() + self.truncation.unused_fields()
+        unused += self.log.unused_fields()
         split = self.data.split
         if split not in (None, *self.data.kinds_of_split):
             unused.append(
                 f'data.split: {split!r} has no effect without data.source = "stdlib"'
             )
-        warmup = self.optimizer.warmup_steps
-        if warmup >= self.num_steps:
-            unused.append(
-                f"optimizer.warmup_steps: {warmup} of {self.num_steps} steps, so the "
-                "learning rate never reaches its peak"
-            )
+        for phase in phases_of(self):
+            warmup, steps = phase.config.optimizer.warmup_steps, phase.config.num_steps
+            if warmup >= steps:
+                group = "phases" if phase.first else "optimizer"
+                unused.append(
+                    f"{group}.warmup_steps: {warmup} of {steps} steps, so the learning "
+                    "rate never reaches its peak"
+                )
         return unused
 
     def check_blocks(self, mesh: Mesh | AbstractMesh) -> None:
@@ -243,6 +264,17 @@ class ExperimentConfig:
             f"{reason}, and model.num_blocks or model.blocks split "
             f"{', '.join(split)}: set them to 1, or change this",
         )
+
+    def _validate_truncations(self) -> None:
+        """Raises UserError where the model of a phase cannot follow that before it."""
+        shapes = [phase.config.model for phase in phases_of(self)]
+        for before, after in itertools.pairwise(shapes):
+            try:
+                compression.check(before, after)
+            except errors.UserError as error:
+                if not before.spectral:
+                    raise
+                raise errors.UserError(f"phases.rank_multiples: {error}") from error
 
     def _validate_layerwise(self) -> None:
         """Raises UserError for settings that need all gradients at once."""
@@ -324,12 +356,16 @@ def phases_of(config: ExperimentConfig) -> tuple[Phase, ...]:
     return tuple(found)
 
 
+def phase_number(phases: Sequence[Phase], step: int) -> int:
+    """Returns which phase the state after a step is of, the last one beyond the end."""
+    inside = (i for i, phase in enumerate(phases) if step <= phase.last)
+    return next(inside, len(phases) - 1)
+
+
 def phase_at(config: ExperimentConfig, step: int) -> Phase:
-    """Returns the phase that a step belongs to; the state after it is of that phase."""
-    for phase in phases_of(config):
-        if step <= phase.last:
-            return phase
-    return phases_of(config)[-1]
+    """Returns the phase that the state after a step is of."""
+    phases = phases_of(config)
+    return phases[phase_number(phases, step)]
 
 
 # Fields that do not affect results: intervals, the cache folder, where rows go.

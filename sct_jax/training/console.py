@@ -151,10 +151,9 @@ def describe_rank(shape: model.ModelConfig) -> str:
 
 
 def describe_switch(
-    step: int, shape: model.ModelConfig, rows: Sequence[metrics.Row]
+    step: int, shape: model.ModelConfig, before: float, after: float
 ) -> str:
     """Returns a line about a truncation, with the held-out losses around it."""
-    before, after = (row["eval/loss"] for row in rows)
     return (
         f"step {step}: truncated to {describe_rank(shape)}; held-out loss "
         f"{before:.4f} before, {after:.4f} nats per token after"
@@ -189,7 +188,7 @@ def describe_skipped(row: metrics.Row, before: int) -> str:
     now = int(row["skipped_steps"])
     return (
         f"warning: {now - before} of the steps up to {row['step']} were not applied "
-        f"({now} in this run): the loss or gradient was not finite, or a spike"
+        f"({now} so far): the loss or gradient was not finite, or a spike"
     )
 
 
@@ -223,20 +222,25 @@ def describe_problem(
 
 
 def describe_divergence(
-    config: config_lib.ExperimentConfig, problem: str, kept: int | None
+    config: config_lib.ExperimentConfig,
+    problem: str,
+    kept: int | None,
+    *,
+    rate: str = "optimizer.peak_learning_rate",
 ) -> str:
     """Returns what is not finite, what remains, and what to try.
 
     Args:
-      config: the run.
+      config: the run, or its phase.
       problem: from `describe_problem`.
       kept: step of the newest checkpoint, None without one.
+      rate: the field that sets the learning rate.
     """
     last = f"the checkpoint of step {kept} is kept" if kept else "nothing is saved"
     can_clip = hasattr(config.optimizer, "max_update_norm")
     bound = "optimizer.max_update_norm" if can_clip else "optimizer.grad_clip"
     return (
-        f"diverged: {problem}; {last}. Lower optimizer.peak_learning_rate, or set "
+        f"diverged: {problem}; {last}. Lower {rate}, or set "
         f"{bound}, in another --workdir"
     )
 

@@ -160,17 +160,23 @@ def train(
     console.print_start(output, config, summary, mesh, choices=choices)
     if dry_run:
         if compile_step:
-            for compiled, needed in zip(runs, plans, strict=True):
-                summary |= _compile_only(compiled, needed, output)
+            found = []
+            for phase, compiled, needed in zip(phases, runs, plans, strict=True):
+                if len(phases) > 1:
+                    say(f"phase to step {phase.last:,}:")
+                found.append(_compile_only(compiled, needed, output))
+            if largest := [sizes for sizes in found if sizes]:
+                summary["compiled"] = max(largest, key=lambda x: x["total_bytes"])
         earlier = workdir.committed_config(path)
         if earlier and config_lib.differences(earlier, config, allowed=allow_change):
             say(f"note: {path} holds another run, so its summary.json is kept")
         elif processes.is_first():
             workdir.write_json(path / "summary.json", summary)
         return Result("dry_run")
-    for needed, phase_run in zip(plans, runs, strict=True):
+    for phase, needed, phase_run in zip(phases, plans, runs, strict=True):
         if note := memory.check(needed, mesh, phase_run.abstract_state):
-            say(f"note: {note}")
+            where = f"phase to step {phase.last:,}: " if len(phases) > 1 else ""
+            say(f"note: {where}{note}")
     with signals.Signals() as interrupts:
         try:
             with workdir.claim(path) as claimed:
@@ -197,8 +203,7 @@ def train(
                     source=source,
                     summary=summary,
                 )
-                done = config.num_steps
-                if same_text and workdir.is_finished(path, run, num_steps=done):
+                if same_text and workdir.is_finished(config, call.run_at, path):
                     return _finished_before(call)
                 return _train(call)
         except (signals.Interrupted, Exception):
@@ -216,7 +221,7 @@ def train(
 def _compile_only(
     run: trainer.Trainer, plan: memory.Plan, output: rich.console.Console
 ) -> dict[str, Any]:
-    """What summary.json gets from compiling the step for an abstract state."""
+    """Bytes of the compiled step by kind; empty if it cannot be told."""
     say = functools.partial(console.say, output)
     if run.config.step == "layerwise":
         say(
@@ -241,7 +246,7 @@ def _compile_only(
     }
     estimate["total_bytes"] = sum(estimate.values())
     output.print(console.compiled_table(compiled, estimate))
-    return {"compiled": compiled}
+    return compiled
 
 
 class _Call(NamedTuple):
@@ -266,9 +271,9 @@ class _Call(NamedTuple):
     def say(self, text: str) -> None:
         console.say(self.output, text)
 
-    def phase_at(self, step: int) -> int:
-        """The number of the phase that the state after a step belongs to."""
-        return next((i for i, p in enumerate(self.phases) if step <= p.last), -1)
+    def run_at(self, step: int) -> trainer.Trainer:
+        """The trainer of the phase that the state after a step is of."""
+        return self.runs[config_lib.phase_number(self.phases, step)]
 
 
 def _train(call: _Call) -> Result:
@@ -281,14 +286,20 @@ def _train(call: _Call) -> Result:
     interrupts.end_at_once()
     text = call.runs[-1].held_out(corpus)
     torn: set[int] = set()  # steps that only a later attempt can leave out
+    first = True
     while True:
         state = None  # of a phase that is over: the next one needs the memory
         try:
-            state, result = _attempt(call, corpus, text, torn)
+            state, result = _attempt(call, corpus, text, torn, first=first)
+            first = False
             if result.status != "finished" or result.step == config.num_steps:
                 break
+            if received := _received(interrupts):
+                say(f"interrupted after a phase; step {result.step} is saved")
+                return result._replace(status="interrupted", signal=received[0])
         except layerwise.TornStep as error:
             torn.add(error.step)
+            first = False
             say(
                 f"warning: {error}; starting from the newest checkpoint again, to skip "
                 "that step"
@@ -296,7 +307,7 @@ def _train(call: _Call) -> Result:
     if state is None:
         return _finished_before(call)
     interrupts.stop_deferring()
-    received = [n for n in processes.exchange("signal", interrupts.received) if n]
+    received = _received(interrupts)
     if received and result.status == "finished":
         say(
             "interrupted after the last step, which is saved; results are in "
@@ -318,22 +329,40 @@ def _train(call: _Call) -> Result:
     return result
 
 
+def _received(interrupts: signals.Signals) -> list[int]:
+    """The signals that any process has received."""
+    return [n for n in processes.exchange("signal", interrupts.received) if n]
+
+
 def _attempt(
-    call: _Call, corpus: data.Corpus, text: evaluation.HeldOut, torn: Collection[int]
+    call: _Call,
+    corpus: data.Corpus,
+    text: evaluation.HeldOut,
+    torn: Collection[int],
+    *,
+    first: bool,
 ) -> tuple[state_lib.TrainState | None, Result]:
     """Trains from the newest checkpoint to the end of a phase.
 
-    Returns no state if that checkpoint is of the last step.
+    Returns no state if that checkpoint is of the last step. All but the first attempt
+    of a call go on where one ended.
     """
     path, config, source = call.path, call.config, call.source
     identity = _identity(corpus)
+    processes.connect_devices(call.runs[0].mesh)
+
+    def say(line: str) -> None:
+        if first or line.startswith("warning"):  # what is resumed was said
+            call.say(line)
 
     def begin() -> state_lib.TrainState:
         nonlocal source
         assert source is not None
         run, calibration = call.runs[0], None
         if origin.truncates(run, source):
-            calibration = switching.calibration_text(run, corpus, 0)
+            calibration = switching.calibration_text(
+                run, corpus, step=0, seed=config.seed
+            )
         begun, source = origin.start(run, source, text=calibration, log=call.say)
         return begun
 
@@ -344,10 +373,10 @@ def _attempt(
         )
         state, start = workdir.restore_or_init(
             config,
-            lambda step: call.runs[call.phase_at(step)],
+            call.run_at,
             checkpoints,
             identity,
-            log=call.say,
+            log=say,
             allow_change=call.allow_change,
             start=None if source is None else begin,
         )
@@ -355,11 +384,10 @@ def _attempt(
             return None, Result("finished", config.num_steps)
         record = checkpoints.read_record(start) if start else None
         before = resuming.windows_before(record, config)
-        number = call.phase_at(start)
+        number = config_lib.phase_number(call.phases, start)
+        ended = start == call.phases[number].last
+        number += ended
         phase, run = call.phases[number], call.runs[number]
-        if start == phase.last:
-            state = _switch(call, number, state, corpus, text, windows_before=before)
-            phase, run = call.phases[number + 1], call.runs[number + 1]
         came_from = workdir.origin_of(record) if record else None
         if source and not start:
             came_from = source.describe()
@@ -380,6 +408,11 @@ def _attempt(
         sinks = closing(
             metrics.open_sinks(path, resume_step=start, log=config.log, about=about)
         )
+        if ended:
+            state, losses = _switch(
+                call, number, state, corpus, text, windows_before=before
+            )
+            sinks.write({"step": start, **losses})
         progress = closing(
             console.Progress(call.output, start_step=start, num_steps=config.num_steps)
         )
@@ -388,7 +421,8 @@ def _attempt(
         profile = stack.enter_context(
             profiling.Profile(traced, path / "profile", say=progress.print)
         )
-        profile.resume(start)
+        if first:
+            profile.resume(start)
         watch = stack.enter_context(
             watchdog.Watchdog(call.stall_timeout, path, before_exit=processes.leave)
         )
@@ -417,25 +451,28 @@ def _switch(
     text: evaluation.HeldOut,
     *,
     windows_before: int,
-) -> state_lib.TrainState:
-    """The state that the next phase starts from; says what the truncation cost."""
-    before, after = call.runs[number : number + 2]
-    step = call.phases[number].last
-    losses = [before.evaluate(state.params, text)]
+) -> tuple[state_lib.TrainState, metrics.Row]:
+    """The state that a phase starts from, and the held-out losses around truncation."""
+    before, after = call.runs[number - 1 : number + 1]
+    step = call.phases[number].first
+    full = before.evaluate(state.params, text)["eval/loss"]
     calibration = switching.calibration_text(
-        after, corpus, step, windows_before=windows_before
+        after,
+        corpus,
+        step=step,
+        seed=call.config.seed,
+        windows_before=windows_before,
     )
-    dense = not before.config.model.spectral
     state = switching.switch(
         state,
         before,
         after,
         text=calibration,
-        carry_momentum=dense and call.config.phases.carry_momentum,
+        carry_momentum=call.config.phases.carry_momentum,
     )
-    losses.append(after.evaluate(state.params, text))
-    call.say(console.describe_switch(step, after.config.model, losses))
-    return state
+    cut = after.evaluate(state.params, text)["eval/loss"]
+    call.say(console.describe_switch(step, after.config.model, full, cut))
+    return state, {"truncation/loss_before": full, "truncation/loss_after": cut}
 
 
 def _identity(corpus: data.Corpus) -> dict[str, str]:
@@ -514,7 +551,7 @@ class _Loop(NamedTuple):
             stop = processes.agreed_stop(step, interrupts.received)
             saved = last or stop or step % config.checkpoint.every == 0
             evaluated = last or step % config.eval.every == 0
-            decided = own.adaptive_rank.decides_at(step) and not last
+            decided = own.adaptive_rank.decides_at(step - first) and not last
             # The work below takes time of its own, and a layerwise step is over when it
             # returns: in both cases the row of this step is due now.
             if saved or evaluated or decided or config.step == "layerwise":
@@ -587,13 +624,18 @@ class _Loop(NamedTuple):
         self, step: int, values: Mapping[str, Any], *, largest_parameter: Any = 0.0
     ) -> bool:
         """Whether the run may go on; prints why not."""
-        config = self.run.config
+        own = self.phase.config
         problem = console.describe_problem(
-            config.optimizer, step, values, largest_parameter=float(largest_parameter)
+            own.optimizer, step, values, largest_parameter=float(largest_parameter)
         )
         if problem:
             kept = self.checkpoints.latest_step()
-            self.progress.print(console.describe_divergence(config, problem, kept))
+            rate = "optimizer.peak_learning_rate"
+            if self.config.model.spectral and not own.model.spectral:
+                rate = "phases.dense_learning_rate"
+            self.progress.print(
+                console.describe_divergence(own, problem, kept, rate=rate)
+            )
         return not problem
 
     def _change_ranks(

@@ -9,7 +9,14 @@ import jax
 import numpy as np
 
 from sct_jax import compression, data, errors, model, paths
-from sct_jax.training import arrays, checkpoint, switching, trainer, workdir
+from sct_jax.training import (
+    arrays,
+    checkpoint,
+    console,
+    switching,
+    trainer,
+    workdir,
+)
 from sct_jax.training import config as config_lib
 from sct_jax.training import state as state_lib
 
@@ -204,7 +211,7 @@ def _shape(run: trainer.Trainer, origin: Origin) -> model.ModelConfig:
 
 
 def truncates(run: trainer.Trainer, origin: Origin) -> bool:
-    """Returns whether the run has less rank than the other one."""
+    """Returns whether the run has other ranks or blocks than the other one."""
     kinds = lambda shape: {
         name: (shape.matrix_rank(name), shape.matrix_blocks(name))
         for name in shape.matrix_shapes()
@@ -283,7 +290,12 @@ def start(
     placed = run.shardings(_abstract_params(run, origin))
     params = jax.tree.map(_place, params, placed)
     if truncates(run, origin):
-        params = switching.truncated(params, _shape(run, origin), run, text=text)
+        shape = _shape(run, origin)
+        log(
+            f"truncating from {console.describe_rank(shape)} to "
+            f"{console.describe_rank(run.config.model)}"
+        )
+        params = switching.truncated(params, shape, run, text=text)
     return run.start(params), origin
 
 

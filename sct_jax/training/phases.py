@@ -31,7 +31,8 @@ class PhasesConfig:
       dense_lr_multiplier: multiplies it outside the matrices of the layers.
       decay_ratio: part of each of these phases over which the learning rate falls to
         `optimizer.final_rate_ratio` of its peak. 0 keeps it.
-      warmup_steps: steps over which the learning rate rises again after a switch.
+      warmup_steps: steps over which the learning rate rises again after a switch;
+        `optimizer.warmup_steps` is for the first phase.
       carry_momentum: whether the momentum of "muon" is projected onto the factors, for
         `optimizer.name` = "stiefel_muon". Other moments start at zero: Adam corrects
         them by the number of its steps, which starts anew.
@@ -99,7 +100,9 @@ class PhasesConfig:
             "phases.", self, "dense_learning_rate", "dense_lr_multiplier", above=0
         )
         errors.check_bounds("phases.", self, "decay_ratio", least=0, most=1)
-        errors.check_bounds("phases.", self, "warmup_steps", least=0)
+        errors.check_bounds(
+            "phases.", self, "warmup_steps", least=0, most=errors.MAX_INT32
+        )
 
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""

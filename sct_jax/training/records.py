@@ -330,6 +330,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ranks": (lambda x: _is_map(x, _is_count), "a rank per weight"),
     "corpus": (_is_text, "a hash"),
     "tokenizer": (_is_text, "a hash"),
+    "phase_start": (_is_count, "a number of steps"),
 }
 _REQUIRED = ("step", "leaves")
 _REQUIRED_NOW = (*_REQUIRED, "format", "files", "finite")

@@ -42,7 +42,7 @@ def check_same_run(
     before, after = (config_lib.phases_of(config) for config in (old, new))
     ends = [[phase.last for phase in phases[:-1]] for phases in (before, after)]
     errors.check(
-        "phases.switch_at" if "phases.switch_at" in changed else "num_steps",
+        ", ".join(changed) or "num_steps",
         ends[0] == ends[1],
         f"the phases of the run would end after {ends[1]} steps, and not after "
         f"{ends[0]}; undo it, or keep them with phases.switch_at = {tuple(ends[0])} "
@@ -55,8 +55,8 @@ def check_same_run(
     errors.check(
         "--allow-change",
         fits,
-        f"{', '.join(shaping)} cannot change: the saved arrays would have other names "
-        "or shapes; undo it, or choose another --workdir",
+        f"{', '.join(shaping)} cannot change: the arrays of a phase would have other "
+        "names or shapes; undo it, or choose another --workdir",
     )
 
 

@@ -88,13 +88,13 @@ def make_train_step(
 
         if num_microbatches == 1:
             return value_and_grad(params, batch)
-        shares = _shares(batch, num_microbatches)
+        parts = shares(batch, num_microbatches)
 
         def add(total, share):
             return jax.tree.map(jnp.add, total, value_and_grad(params, share)), None
 
         zeros = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zeros, shares)
+        total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / num_microbatches, total)
 
     def diagnostics(old, new, wanted):
@@ -155,13 +155,13 @@ def make_eval_step(
         )
         if num_microbatches == 1:
             return share_loss(batch)
-        return jnp.mean(jax.lax.map(share_loss, _shares(batch, num_microbatches)))
+        return jnp.mean(jax.lax.map(share_loss, shares(batch, num_microbatches)))
 
     return eval_step
 
 
-def _shares(batch: Batch, num_shares: int) -> dict[str, Int[Array, "N M L"]]:
-    """Splits the batch into N shares of M rows.
+def shares(batch: Batch, num_shares: int) -> dict[str, Int[Array, "N M L"]]:
+    """Returns the batch in N shares of M rows, as micro-batches take it.
 
     Share i holds every N-th row, so that every device keeps its rows.
     """

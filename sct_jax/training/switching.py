@@ -1,30 +1,38 @@
 """From the parameters of one model to those of another with less rank, in a run."""
 
 import itertools
+import math
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sct_jax import compression, data, model, spectral, transforms
+from sct_jax import compression, data, errors, model, spectral, transforms
 from sct_jax.training import state as state_lib
+from sct_jax.training import step as step_lib
 from sct_jax.training import trainer
 
 T = TypeVar("T")  # an optimizer state
 
 
 def calibration_text(
-    run: trainer.Trainer, corpus: data.Corpus, step: int, *, windows_before: int = 0
+    run: trainer.Trainer,
+    corpus: data.Corpus,
+    *,
+    step: int,
+    seed: int,
+    windows_before: int = 0,
 ) -> compression.Text | None:
     """Returns the text that `truncated` needs, on the devices; None for "plain".
 
-    It is what the run trains on next.
+    It is what the run trains on next, in micro-batches as training takes it.
 
     Args:
       run: the trainer of the phase that starts.
       corpus: the text.
       step: steps so far.
+      seed: of the run.
       windows_before: see `data.train_batches`.
     """
     config = run.config
@@ -33,17 +41,23 @@ def calibration_text(
     batches = data.train_batches(
         corpus,
         config.data,
-        seed=config.seed,
+        seed=seed,
         start_step=step,
         windows_before=windows_before,
         rows=run.rows,
     )
     taken = itertools.islice(batches, config.truncation.num_batches)
-    placed = [run.place(batch) for batch in taken]
+    divide = jax.jit(step_lib.shares, static_argnums=1)
+    number = config.data.num_microbatches
+    parts = [
+        jax.tree.map(lambda x, i=i: x[i], shares)
+        for shares in (divide(run.place(batch), number) for batch in taken)
+        for i in range(number)
+    ]
     documents = not config.data.cross_document_attention
     return compression.Text(
-        tokens=[batch["inputs"] for batch in placed],
-        segment_ids=[batch["segment_ids"] for batch in placed] if documents else None,
+        tokens=[part["inputs"] for part in parts],
+        segment_ids=[part["segment_ids"] for part in parts] if documents else None,
     )
 
 
@@ -61,8 +75,11 @@ def truncated(
       shape: of these parameters.
       run: the trainer of the phase that starts.
       text: from `calibration_text`.
+
+    Raises:
+      UserError: where a decomposition does not converge.
     """
-    return compression.truncate(
+    smaller = compression.truncate(
         params,
         shape,
         run.config.model,
@@ -71,6 +88,14 @@ def truncated(
         linear=run.linear,
         placement=run.placement,
     )
+    largest = float(trainer.largest_magnitude(smaller))
+    errors.check(
+        "truncation.method",
+        math.isfinite(largest),
+        "a singular value decomposition does not converge for these parameters; try "
+        + ("'whitened'" if text is None else "'plain'"),
+    )
+    return smaller
 
 
 def switch(
@@ -88,11 +113,19 @@ def switch(
       before: the trainer of that phase.
       after: the trainer of the next one.
       text: from `calibration_text`.
-      carry_momentum: see `phases.PhasesConfig`.
+      carry_momentum: see `phases.PhasesConfig`; without effect unless the phase that
+        ends has dense weights and Muon.
+
+    Raises:
+      UserError: see `truncated`.
     """
     step, means = jnp.copy(state.step), {}
-    if carry_momentum:
+    if carry_momentum and before.config.optimizer.name == "muon":
         means = first_moments(state.opt_state, state.params)
+    kept = {id(mean) for mean in means.values()}
+    for moment in jax.tree.leaves(state.opt_state):
+        if id(moment) not in kept:
+            moment.delete()  # the memory serves the decompositions
     params = truncated(state.params, before.config.model, after, text=text)
     started = after.start(params)
     started = started.replace(step=jax.device_put(step, started.step.sharding))

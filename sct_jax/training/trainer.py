@@ -171,7 +171,9 @@ class Trainer:
         return jax.jit(self._init, out_shardings=shardings)(key)
 
     def start(self, params: model.Params) -> state_lib.TrainState:
-        """Returns the state of given parameters before the first step; consumes them.
+        """Returns the state of given parameters before the first step.
+
+        On one device it takes their memory.
 
         Args:
           params: arrays on the devices of the mesh, divided in any way.

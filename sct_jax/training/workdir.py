@@ -532,11 +532,7 @@ def restore_or_init(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:
-            restored = checkpoints.restore(
-                lambda record: run_at(record["step"]).abstract_at(record),
-                run_at(0).mesh,
-                layout=config.mesh.tensor_layout,
-            )
+            restored = _restore(checkpoints, config, run_at)
         finally:
             for warning in caught:
                 log(f"warning: {warning.message}")
@@ -563,6 +559,19 @@ def restore_or_init(
     return state, step
 
 
+def _restore(
+    checkpoints: checkpoint.Checkpointer,
+    config: config_lib.ExperimentConfig,
+    run_at: Callable[[int], trainer.Trainer],
+) -> tuple[state_lib.TrainState, checkpoint.Record] | None:
+    """The newest whole checkpoint, of whatever phase it is."""
+    return checkpoints.restore(
+        lambda record: run_at(record["step"]).abstract_at(record),
+        run_at(0).mesh,
+        layout=config.mesh.tensor_layout,
+    )
+
+
 def steps_done(path: pathlib.Path) -> int:
     """Returns the newest step on disk, 0 for a new run."""
     if not os.path.isdir(path / "checkpoints"):  # False for a path that cannot exist
@@ -571,24 +580,26 @@ def steps_done(path: pathlib.Path) -> int:
         return checkpoints.latest_step() or 0
 
 
-def is_finished(path: pathlib.Path, run: trainer.Trainer, *, num_steps: int) -> bool:
+def is_finished(
+    config: config_lib.ExperimentConfig,
+    run_at: Callable[[int], trainer.Trainer],
+    path: pathlib.Path,
+) -> bool:
     """Returns whether the workdir holds the last step of a run, in a whole checkpoint.
 
     Reads all of that checkpoint.
 
     Args:
+      config: the run.
+      run_at: from a number of steps to the trainer of its phase.
       path: the workdir.
-      run: the trainer of the last phase.
-      num_steps: of the run.
     """
     step = steps_done(path)
-    if step < num_steps:
+    if step < config.num_steps:
         return False
     with reading(path) as checkpoints, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # repeated when the run resumes
-        restored = checkpoints.restore(
-            run.abstract_at, run.mesh, layout=run.config.mesh.tensor_layout
-        )
+        restored = _restore(checkpoints, config, run_at)
     return restored is not None and restored[1]["step"] == step
 
 
