@@ -319,7 +319,8 @@ def changed(**fields):
     [
         ({"methods": (DENSE, DENSE)}, "methods: a value repeats"),
         ({"methods": (dataclasses.replace(OURS, name="a, b"),)}, "has a comma"),
-        ({"budgets": ("flops",)}, 'the first must be "tokens"'),
+        ({"budgets": ()}, "budgets: must not be empty"),
+        ({"budgets": ("flops", "flops")}, "budgets: a value repeats"),
         ({"budgets": ("tokens", "steps")}, "budgets: unknown value 'steps'"),
         ({"budgets": ("tokens", "seconds"), "reference": "dens"}, "'dense'"),
         (

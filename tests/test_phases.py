@@ -315,6 +315,7 @@ def test_a_longer_run_must_not_move_a_switch(experiment, tmp_path):
     assert (result.status, result.step) == ("finished", 12)
 
 
+@pytest.mark.slow
 def test_layerwise_steps_switch_too(experiment, tmp_path):
     layerwise = dataclasses.replace(
         experiment,
@@ -441,6 +442,7 @@ def test_losses_around_a_truncation_are_logged(finished):
         assert row["truncation/loss_after"] != row["truncation/loss_before"]
 
 
+@pytest.mark.slow
 def test_adaptive_ranks_belong_to_the_last_phase(experiment, tmp_path):
     adaptive = dataclasses.replace(
         experiment,
@@ -462,6 +464,7 @@ def test_adaptive_ranks_belong_to_the_last_phase(experiment, tmp_path):
     assert again["leaves"] == workdir.newest_record(tmp_path / "run")["leaves"]
 
 
+@pytest.mark.slow
 def test_dense_weights_become_blocks(experiment, tmp_path):
     blocks = dataclasses.replace(
         experiment,

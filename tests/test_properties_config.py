@@ -40,7 +40,8 @@ def values_of(hint):
         elif option is str and typing.get_origin(hint) is not tuple:
             found.append(WORDS)
     if typing.get_origin(hint) is tuple:
-        return st.lists(NAMES).map(tuple)
+        numbers = float in typing.get_args(hint)
+        return st.lists(FLOATS if numbers else NAMES).map(tuple)
     return st.one_of(found)
 
 
@@ -111,7 +112,7 @@ def test_a_command_line_loses_nothing(changed, rng):
     pairs = []
     for name, value, _ in overrides.fields_of(config):
         if isinstance(value, tuple):
-            value = ",".join(value)
+            value = ",".join(map(str, value))
         pairs.append((name, repr(value) if isinstance(value, float) else str(value)))
     rng.shuffle(pairs)
     assert overrides.apply(config_lib.ExperimentConfig(), pairs) == config
