@@ -7,8 +7,8 @@ the least that its rank allows. One layer is handled at a time.
 import dataclasses
 import functools
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,8 @@ from sct_jax import errors, linalg, model, sharding, spectral
 
 SecondMoments = dict[str, Float[Array, "I I"]]  # by the name of a matrix of a layer
 
-# The first of the matrices that read the same inputs.
-_READS: dict[str, str] = {"q": "q", "k": "q", "v": "q", "o": "o"}
-_READS |= {"gate": "gate", "up": "gate", "down": "down"}
+GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""The matrices of a layer in the order of computation, by the inputs that they read."""
 
 _SWEEPS = 50  # of `spectral.blocks_from_dense`
 
@@ -43,6 +42,7 @@ class Inputs:
 
     Attributes:
       streams: (B, L, D) per batch of text.
+      originals: the same past layers as they were, where others have taken their place.
     """
 
     def __init__(
@@ -77,22 +77,50 @@ class Inputs:
         )
         ends = {"embedding": params["embedding"]}
         self.streams = [embed(ends, tokens) for tokens in text.tokens]
+        self.originals = self.streams
         self._rope = model.rotary_table(text.tokens[0].shape[1], config)
 
     def second_moments(self, layer: model.Params) -> SecondMoments:
         """Returns sums of x.T x over the inputs x of every matrix of a layer."""
-        total: SecondMoments = {}
-        for stream, segments in zip(self.streams, self._segments, strict=True):
-            found = self._moments(layer, stream, self._rope, segments)
-            total = jax.tree.map(jnp.add, total, found) if total else found
-        return {name: total[source] for name, source in _READS.items()}
+        names = tuple(group[0] for group in GROUPS)
+        found = self._sum(layer, layer, self.streams, names)
+        return {n: x for g, (x, _) in zip(GROUPS, found, strict=True) for n in g}
 
-    def advance(self, layer: model.Params) -> None:
-        """Moves the text past a layer."""
-        self.streams = [
+    def moments(
+        self, layer: model.Params, original: model.Params, name: str
+    ) -> tuple[Float[Array, "I I"], Float[Array, "I I"]]:
+        """Returns sums of x.T x and x.T y over the inputs of a matrix.
+
+        Args:
+          layer: gives x, past the layers of `streams`.
+          original: gives y, the same input past the layers of `originals`.
+          name: of the matrix.
+        """
+        return self._sum(layer, original, self.originals, (name,))[0]
+
+    def _sum(self, layer, original, originals, names) -> list[tuple[Array, Array]]:
+        total: Any = None
+        for stream, other, segments in zip(
+            self.streams, originals, self._segments, strict=True
+        ):
+            found = self._moments(
+                layer, original, stream, other, self._rope, segments, names=names
+            )
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        return total
+
+    def advance(
+        self, layer: model.Params, original: model.Params | None = None
+    ) -> None:
+        """Moves the text past a layer, and `originals` past it as it was."""
+        past = lambda layer, streams: [
             self._layer(layer, stream, self._rope, segments)
-            for stream, segments in zip(self.streams, self._segments, strict=True)
+            for stream, segments in zip(streams, self._segments, strict=True)
         ]
+        together = original is None and self.originals is self.streams
+        moved = past(layer, self.streams)
+        self.originals = moved if together else past(original or layer, self.originals)
+        self.streams = moved
 
 
 _STATIC = ("config", "linear", "placement")
@@ -111,17 +139,24 @@ def _apply(layer, stream, rope, segments, *, config, linear, placement):
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _moments(layer, stream, rope, segments, *, linear, **static) -> SecondMoments:
-    found: list[Array] = []
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "names"))
+def _moments(
+    layer, original, stream, other, rope, segments, *, names, linear, **static
+) -> list[tuple[Array, Array]]:
+    """Sums of x.T x and x.T y over the inputs of some matrices, in two streams."""
 
-    def observe(x: Array, w: spectral.Weight) -> Array:
-        found.append(linalg.gram(x.reshape(-1, x.shape[-1]).astype(jnp.float32)))
-        return linear(x, w)
+    def inputs_of(layer, stream) -> dict[str, Array]:
+        seen: list[Array] = []
 
-    model.block(layer, stream, rope, segments, linear=observe, **static)
-    by_name: dict[str, Array] = dict(zip(model.BLOCK_MATRICES, found, strict=True))
-    return {source: by_name[source] for source in dict.fromkeys(_READS.values())}
+        def observe(x: Array, w: spectral.Weight) -> Array:
+            seen.append(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+            return linear(x, w)
+
+        model.block(layer, stream, rope, segments, linear=observe, **static)
+        return dict(zip(model.BLOCK_MATRICES, seen, strict=True))
+
+    x, y = inputs_of(layer, stream), inputs_of(original, other)
+    return [(linalg.gram(x[name]), linalg.gram(x[name], y[name])) for name in names]
 
 
 def truncate(
@@ -144,8 +179,7 @@ def truncate(
       wanted: the same shapes, with more factors or smaller ranks.
       text: where the matrices of the layers are approximated; everywhere alike if None,
         as embedding and head always are.
-      sequential: whether a layer sees the outputs of the truncated layers before it, or
-        of the layers as they were.
+      sequential: see `truncate_layer`.
       linear: see `Inputs`.
       placement: see `Inputs`.
 
@@ -160,24 +194,88 @@ def truncate(
     inputs = None
     if text is not None:
         inputs = Inputs(params, text, config, linear=linear, placement=placement)
-    layers = []
-    for layer in layers_of(params):
-        moments = inputs.second_moments(layer) if inputs else {}
-        new = {
-            name: _truncated(name, w, moments.get(name), wanted)
-            if name in model.BLOCK_MATRICES
-            else w
-            for name, w in layer.items()
-        }
-        if inputs:
-            inputs.advance(new if sequential else layer)
-        layers.append(new)
+    changed = [
+        name
+        for name in config.matrix_shapes()
+        if config.matrix_rank(name) != wanted.matrix_rank(name)
+    ]
+    replace = functools.partial(_truncated, wanted=wanted)
+    layers = tuple(
+        truncate_layer(
+            layer,
+            [name for name in changed if name in model.BLOCK_MATRICES],
+            replace,
+            inputs=inputs,
+            sequential=sequential,
+        )
+        for layer in layers_of(params)
+    )
     result = {
-        name: _truncated(name, w, None, wanted) if name in model.MATRICES else w
+        name: replace(name, w, None) if name in changed else w
         for name, w in params.items()
         if name != model.LAYERS
-    } | {model.LAYERS: tuple(layers)}
+    } | {model.LAYERS: layers}
     return model.stack_layers(result) if stacked else result
+
+
+def truncate_layer(
+    layer: model.Params,
+    names: Collection[str],
+    replace: Callable[[str, spectral.Weight, Array | None], spectral.Weight],
+    *,
+    inputs: Inputs | None,
+    sequential: bool = True,
+) -> model.Params:
+    """Returns a layer with some matrices replaced, and moves the text past it.
+
+    Args:
+      layer: one layer.
+      names: of the matrices.
+      replace: from the name of a matrix, what it should be, and the second moment of
+        its inputs, to what takes its place.
+      inputs: the text before the layer; None approximates matrices everywhere alike.
+      sequential: whether every matrix sees its inputs as replaced ones make them, and
+        makes up for their error: it should be the W' that maps these inputs x closest
+        to the outputs y W of the inputs y that there were, W' = W + (x.T x + c)^-1
+        (x.T y - x.T x) W with a little damping c. Otherwise all see the inputs as they
+        were, and W' = W.
+    """
+    if inputs is None:
+        return layer | {name: replace(name, layer[name], None) for name in names}
+    if not sequential:
+        moments = inputs.second_moments(layer)
+        inputs.advance(layer)
+        return layer | {n: replace(n, layer[n], moments[n]) for n in names}
+    new = dict(layer)
+    for group in GROUPS:
+        chosen = [name for name in group if name in names]
+        if chosen:
+            second, cross = inputs.moments(new, layer, chosen[0])
+            change = _correction(second, cross)
+            for name in chosen:
+                new[name] = replace(name, _corrected(layer[name], change), second)
+    inputs.advance(new, layer)
+    return new
+
+
+_RIDGE = 1e-2
+"""Damping of the correction, relative to the mean square of an input."""
+
+
+@jax.jit
+def _correction(second, cross) -> Float[Array, "I I"]:
+    """The K of W' = W + K W."""
+    damping = _RIDGE * jnp.mean(jnp.diagonal(second))
+    eye = jnp.eye(len(second), dtype=second.dtype)
+    return jnp.linalg.solve(second + linalg.safe_divisor(damping) * eye, cross - second)
+
+
+@jax.jit
+def _corrected(w: Any, change: Array) -> spectral.Weight:
+    if not spectral.is_factors(w):
+        return w + linalg.matmul(change, w)
+    left = w.a if isinstance(w, spectral.LowRankFactors) else w.u * w.s[..., None, :]
+    return spectral.LowRankFactors(left + linalg.matmul(change, left), w[-1])
 
 
 def layers_of(params: model.Params) -> Iterator[model.Params]:
@@ -235,11 +333,11 @@ def _truncated(
     name: str,
     w: spectral.Weight,
     moment: Float[Array, "I I"] | None,
+    *,
     wanted: model.ModelConfig,
 ) -> spectral.Weight:
     rank, blocks = wanted.matrix_rank(name), wanted.matrix_blocks(name)
-    if rank is None or (spectral.is_factors(w) and w[-1].shape[-1] == rank):
-        return w
+    assert rank is not None
     if blocks > 1:
         return _nearest_blocks(w, moment, rank=rank, blocks=blocks)
     factors = _best(w, moment, rank=rank)

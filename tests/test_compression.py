@@ -270,19 +270,88 @@ def test_each_output_is_closer_than_plain_truncation_makes_it(stacked):
     assert lost[0] > lost[1]  # it is no plain truncation
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-def test_a_layer_sees_the_layers_before_it(sequential):
-    """Truncated or not: the inputs of the second layer are those past the first."""
+def inputs_and_outputs(params, layers, text):
+    """Inputs of every matrix in the order of computation, (rows, I) in float64."""
+    seen = []
+
+    def linear(x, w):
+        seen.append(np.asarray(x, np.float64).reshape(-1, x.shape[-1]))
+        return spectral.linear(x, w)
+
+    together = {**params, "layers": tuple(layers)}
+    for tokens, segments in zip(*text, strict=True):
+        model.hidden(together, tokens, DENSE, segment_ids=segments, linear=linear)
+    half = len(seen) // 2
+    return [np.concatenate(pair) for pair in zip(seen[:half], seen[half:], strict=True)]
+
+
+def test_every_matrix_makes_up_for_those_before_it():
+    """It maps the inputs that it now has to the outputs that there were."""
     params, text = params_and_text()
-    found = compression.truncate(params, DENSE, LOW, text=text, sequential=sequential)
-    first, second = compression.layers_of(params)
-    new_first, new_second = compression.layers_of(found)
-    inputs = compression.Inputs(params, text, DENSE)
-    inputs.advance(new_first if sequential else first)
-    for name, moment in inputs.second_moments(second).items():
-        wanted = spectral.from_dense(second[name], rank=4, second_moment=moment)
+    found = compression.truncate(params, DENSE, LOW, text=text)
+    layers, new = (list(compression.layers_of(p)) for p in (params, found))
+    before, after = (inputs_and_outputs(params, x, text) for x in (layers, new))
+    for place, name in enumerate(model.BLOCK_MATRICES * 2):
+        layer = place // 7
+        first = next(g for g in compression.GROUPS if name in g)[0]
+        place = 7 * layer + model.BLOCK_MATRICES.index(first)
+        x, y = after[place], before[place]
+        w = np.asarray(layers[layer][name], np.float64)
+        moment = x.T @ x
+        damping = 0.01 * np.mean(np.diag(moment)) * np.eye(len(moment))
+        target = w + np.linalg.solve(moment + damping, (x.T @ y - moment) @ w)
+        wanted = spectral.from_dense(
+            jnp.asarray(target, jnp.float32),
+            rank=4,
+            second_moment=jnp.asarray(moment, jnp.float32),
+        )
         np.testing.assert_allclose(
-            spectral.to_dense(new_second[name]), spectral.to_dense(wanted), atol=1e-5
+            spectral.to_dense(new[layer][name]), spectral.to_dense(wanted), atol=2e-3
+        )
+        # Closer to the old outputs than the same rank without the correction.
+        plain = spectral.from_dense(
+            layers[layer][name],
+            rank=4,
+            second_moment=jnp.asarray(moment, jnp.float32),
+        )
+        lost = [
+            np.linalg.norm(x @ np.asarray(spectral.to_dense(f), np.float64) - y @ w)
+            for f in (new[layer][name], plain)
+        ]
+        assert lost[0] <= lost[1] * 1.01
+
+
+def test_all_at_once_every_matrix_sees_the_inputs_that_there_were():
+    params, text = params_and_text()
+    found = compression.truncate(params, DENSE, LOW, text=text, sequential=False)
+    inputs = compression.Inputs(params, text, DENSE)
+    for layer, new in zip(
+        compression.layers_of(params), compression.layers_of(found), strict=True
+    ):
+        for name, moment in inputs.second_moments(layer).items():
+            wanted = spectral.from_dense(layer[name], rank=4, second_moment=moment)
+            np.testing.assert_allclose(
+                spectral.to_dense(new[name]), spectral.to_dense(wanted), atol=1e-5
+            )
+        inputs.advance(layer)
+
+
+def test_factors_are_corrected_like_their_matrix():
+    params, text = params_and_text()
+    wider = dataclasses.replace(LOW, rank=8)
+    factors = compression.truncate(params, DENSE, wider)
+    dense = jax.tree.map(
+        lambda w: spectral.to_dense(w) if spectral.is_factors(w) else w,
+        factors,
+        is_leaf=spectral.is_factors,
+    )
+    found = compression.truncate(factors, wider, LOW, text=text)
+    wanted = compression.truncate(dense, DENSE, LOW, text=text)
+    for name in model.BLOCK_MATRICES:
+        np.testing.assert_allclose(
+            spectral.to_dense(found["layers"][name]),
+            spectral.to_dense(wanted["layers"][name]),
+            atol=2e-3,
         )
 
 

@@ -18,6 +18,7 @@ from experiments import convert
 from sct_jax import compression, data, errors, model, rank, sharding, spectral
 from sct_jax.interop import importing, source
 from sct_jax.training import (
+    accounting,
     array_files,
     cli,
     loop,
@@ -282,20 +283,30 @@ def test_the_command_reads_text(folders, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(samples_of_text()) * 50)
     common = (f"--from={folders / 'tied'}", "--budget=.3", "--scan-layers")
-    for name, flags in {"plain": [], "text": [f"--text={words}"]}.items():
-        out = run(
-            *common,
-            f"--workdir={tmp_path / name}",
-            "--text-tokens=256",
-            *flags,
-            capsys=capsys,
-        )
-        assert "truncated: energy and error of " in out
+    given = [f"--text={words}", "--text-tokens=2048"]
+    for name, flags in {"plain": [], "text": given}.items():
+        out = run(*common, f"--workdir={tmp_path / name}", *flags, capsys=capsys)
+        assert ("error of outputs on the text" in out) == (name == "text")
     plain, read = (workdir.load_run(tmp_path / name) for name in ("plain", "text"))
-    assert plain.config.model.spectral == read.config.model.spectral
-    assert not np.array_equal(
-        plain.params["layers"]["down"].u[..., 0],
-        read.params["layers"]["down"].u[..., 0],
+    # On that text, outputs are closer than those of the nearest matrix.
+    dense = importing.load(source.open_folder(folders / "tied"), {})
+    ids = jnp.asarray([read.tokenizer.encode(words.read_text())[:512]])
+    inputs = compression.Inputs(
+        {"embedding": jnp.asarray(dense.params["embedding"])},
+        compression.Text([ids]),
+        dense.config,
+    )
+    w = dense.params["layers"][0]["gate"]
+    moment = np.asarray(inputs.second_moments(dense.params["layers"][0])["gate"])
+    factors = jax.tree.map(lambda x: x[0], read.params["layers"]["gate"])
+    alike = spectral.from_dense(jnp.asarray(w), rank=factors.s.shape[0])
+    lost = [
+        np.vdot(error, moment @ error)
+        for error in (w - np.asarray(spectral.to_dense(f)) for f in (factors, alike))
+    ]
+    assert lost[0] < lost[1]
+    assert accounting.parameters(read.config.model) == pytest.approx(
+        accounting.parameters(plain.config.model), rel=0.01
     )
 
 
@@ -546,6 +557,7 @@ def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, cap
         (["--budget=.5", "--matrices=embedding"], "--budget: is shared by matrices of"),
         (["--text=x.txt"], "--text: has no effect; add a rank"),
         (["--rank=3", "--text=no/such.txt"], "--text: data.source: "),
+        (["--rank=3", "--text_tokens=9"], "--text-tokens: has no effect without"),
         (["--rank=3", "--text=x.txt", "--text_tokens=0"], "--text_tokens: 0 must be"),
         (["--rank=3", "--matrices=query"], "--matrices: unknown value 'query'"),
         (["--matrix=down"], "--matrix=down: unknown value ''"),

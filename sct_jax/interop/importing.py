@@ -4,6 +4,7 @@ One tensor at a time: beside the result, memory holds a few copies of one matrix
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -136,28 +137,37 @@ def load(
     config = _with_ranks(source.config, ranks, scan_layers=scan_layers)
     found: dict[str, list[float]] = {name: [] for name in ranks}
 
-    def truncate(tensor, weight, moment=None):
-        if tensor.key not in ranks:
-            return weight
-        factors, error = _truncate(weight, ranks[tensor.key], tensor.name, moment)
-        found[tensor.key].append(error)
+    def replace(titles, key, weight, moment):
+        factors, error = _truncate(np.asarray(weight), ranks[key], titles[key], moment)
+        found[key].append(error)
         return factors
+
+    def read_one_by_one(tensors, replace):
+        read = {}
+        for tensor in tensors:
+            weight = source.read(tensor)
+            if tensor.key in ranks:
+                weight = replace(tensor.key, weight, None)
+            read[tensor.key] = weight
+        return read
+
+    def of(tensors):
+        return functools.partial(replace, {t.key: t.name for t in tensors})
 
     layers = []
     inputs = None if text is None else _inputs(source, text)
     for index, tensors in enumerate(_tensors_of_layers(source.config)):
         log(f"layer {index + 1} of {config.num_layers}")
         if inputs is None:
-            layers.append({t.key: truncate(t, source.read(t)) for t in tensors})
+            layers.append(read_one_by_one(tensors, of(tensors)))
             continue
         dense = {t.key: source.read(t) for t in tensors}
-        moments = inputs.second_moments(dense)
+        chosen = [key for key in dense if key in ranks]
         layers.append(
-            {t.key: truncate(t, dense[t.key], moments.get(t.key)) for t in tensors}
+            compression.truncate_layer(dense, chosen, of(tensors), inputs=inputs)
         )
-        inputs.advance(layers[-1])
     ends = [t for t in names.tensors(source.config) if t.layer is None]
-    params: model.Params = {t.key: truncate(t, source.read(t)) for t in ends}
+    params: model.Params = read_one_by_one(ends, of(ends))
     params[model.LAYERS] = tuple(layers)
     truncations = [
         Truncation(name, shapes[name], ranks[name], tuple(found[name]))

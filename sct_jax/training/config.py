@@ -103,10 +103,10 @@ class TruncationConfig:
       method: "whitened" approximates each matrix where its inputs are, so that its
         outputs change least; "plain" ignores them. Embedding and head are always plain.
       num_batches: batches of training text that "whitened" measures inputs on.
-      sequential: whether "whitened" measures the inputs of a layer past the truncated
-        layers before it, or past those as they were.
+      sequential: whether with "whitened" every matrix makes up for the error of the
+        truncated ones before it. Otherwise it sees the inputs that there were.
 
-    "whitened" holds the residual stream of that text, and decomposes a moment of I x I
+    "whitened" holds two residual streams of that text, and decomposes a moment of I x I
     numbers per matrix on every device.
     """
 
