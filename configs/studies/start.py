@@ -22,9 +22,9 @@ Variants:
 
 import dataclasses
 
+from configs.studies import compare_methods
 from experiments.studies import grid, methods
-from sct_jax import data, model
-from sct_jax.training import config, optimizer_config
+from sct_jax.training import config
 from sct_jax.training import phases as phases_lib
 
 TRAINED = 10.0  # tokens per parameter of a dense model that is then compressed
@@ -36,31 +36,13 @@ DENSE_RATES = {"muon": (0.02, 0.027), "adamw": (3e-3, 3e-3)}
 
 def base(d_model: int, d_ff: int) -> config.ExperimentConfig:
     """Returns the experiment that methods change: SCT from scratch."""
-    return config.ExperimentConfig(
-        model=model.ModelConfig(
-            d_model=d_model,
-            d_ff=d_ff,
-            num_layers=4,
-            num_heads=4,
-            num_kv_heads=4,
-            vocab_size=257,
-            rank=d_model // 4,
-            spectral=model.BLOCK_MATRICES,
-            qk_norm=True,
-            remat="none",
-        ),
-        data=data.DataConfig(
-            batch_size=16, seq_len=64, tokenizer="bytes", split="pieces"
-        ),
-        optimizer=optimizer_config.Sct(
-            schedule="wsd",
-            warmup_steps=20,
-            decay_ratio=0.2,
-            final_rate_ratio=0.0,
-            grad_clip=1.0,
-            b2=0.95,
-            eps=1e-8,
-        ),
+    plain = compare_methods.with_qk_norm(
+        compare_methods.base(d_model=d_model, d_ff=d_ff, vocab_size=257, seq_len=64)
+    )
+    return dataclasses.replace(
+        plain,
+        model=dataclasses.replace(plain.model, remat="none"),
+        data=dataclasses.replace(plain.data, tokenizer="bytes", split="pieces"),
         eval=config.EvalConfig(num_batches=64),
     )
 
