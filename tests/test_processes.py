@@ -205,6 +205,25 @@ def test_processes_come_and_go_and_train_the_same_model(write_config, alone, tmp
         assert loss == pytest.approx(alone[step], rel=1e-5), step
 
 
+@pytest.mark.slow
+def test_processes_truncate_the_same_model(write_config, tmp_path):
+    """From dense weights, also where a resumed run begins with the truncation."""
+    phases = ("--config.phases.switch_at=4", "--config.truncation.num_batches=2")
+    found = {}
+    for name, count, devices, flags in (
+        ("one", 1, 1, ()),
+        ("two", 2, 2, ("--config.mesh.data=2", "--config.mesh.fsdp=2")),
+    ):
+        path = tmp_path / name
+        with Group(
+            write_config(8), path, *phases, *flags, count=count, devices=devices
+        ) as group:
+            assert group.codes() == [0] * count, group.output()
+        assert "step 4: truncated to rank 4" in group.output()
+        found[name] = losses(path)
+    assert found["two"] == pytest.approx(found["one"], rel=1e-4)
+
+
 # --- How they end.
 
 

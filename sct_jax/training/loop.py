@@ -286,12 +286,12 @@ def _train(call: _Call) -> Result:
     interrupts.end_at_once()
     text = call.runs[-1].held_out(corpus)
     torn: set[int] = set()  # steps that only a later attempt can leave out
-    first = True
+    begun = False  # whether a phase has ended before
     while True:
-        state = None  # of a phase that is over: the next one needs the memory
+        state = None  # of that phase: the next one needs the memory
         try:
-            state, result = _attempt(call, corpus, text, torn, first=first)
-            first = False
+            state, result = _attempt(call, corpus, text, torn, begun=begun)
+            begun = True
             if result.status != "finished" or result.step == config.num_steps:
                 break
             if received := _received(interrupts):
@@ -299,7 +299,7 @@ def _train(call: _Call) -> Result:
                 return result._replace(status="interrupted", signal=received[0])
         except layerwise.TornStep as error:
             torn.add(error.step)
-            first = False
+            begun = False
             say(
                 f"warning: {error}; starting from the newest checkpoint again, to skip "
                 "that step"
@@ -340,19 +340,19 @@ def _attempt(
     text: evaluation.HeldOut,
     torn: Collection[int],
     *,
-    first: bool,
+    begun: bool,
 ) -> tuple[state_lib.TrainState | None, Result]:
     """Trains from the newest checkpoint to the end of a phase.
 
-    Returns no state if that checkpoint is of the last step. All but the first attempt
-    of a call go on where one ended.
+    Returns no state if that checkpoint is of the last step. What is resumed is only
+    said where no phase has ended just before.
     """
     path, config, source = call.path, call.config, call.source
     identity = _identity(corpus)
     processes.connect_devices(call.runs[0].mesh)
 
     def say(line: str) -> None:
-        if first or line.startswith("warning"):  # what is resumed was said
+        if not begun or line.startswith("warning"):
             call.say(line)
 
     def begin() -> state_lib.TrainState:
@@ -421,7 +421,7 @@ def _attempt(
         profile = stack.enter_context(
             profiling.Profile(traced, path / "profile", say=progress.print)
         )
-        if first:
+        if not begun:
             profile.resume(start)
         watch = stack.enter_context(
             watchdog.Watchdog(call.stall_timeout, path, before_exit=processes.leave)
