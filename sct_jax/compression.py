@@ -83,8 +83,8 @@ class Inputs:
     def second_moments(self, layer: model.Params) -> SecondMoments:
         """Returns sums of x.T x over the inputs x of every matrix of a layer."""
         names = tuple(group[0] for group in GROUPS)
-        found = self._sum(layer, layer, self.streams, names)
-        return {n: x for g, (x, _) in zip(GROUPS, found, strict=True) for n in g}
+        found = self._sum(names, layer)
+        return {n: x for g, (x,) in zip(GROUPS, found, strict=True) for n in g}
 
     def moments(
         self, layer: model.Params, original: model.Params, name: str
@@ -96,16 +96,18 @@ class Inputs:
           original: gives y, the same input past the layers of `originals`.
           name: of the matrix.
         """
-        return self._sum(layer, original, self.originals, (name,))[0]
+        (second, cross), *_ = self._sum((name,), layer, original)
+        return second, cross
 
-    def _sum(self, layer, original, originals, names) -> list[tuple[Array, Array]]:
+    def _sum(self, names, layer, original=None) -> list[tuple[Array, ...]]:
         total: Any = None
         for stream, other, segments in zip(
-            self.streams, originals, self._segments, strict=True
+            self.streams, self.originals, self._segments, strict=True
         ):
-            found = self._moments(
-                layer, original, stream, other, self._rope, segments, names=names
-            )
+            pairs = [(layer, stream)]
+            if original is not None:
+                pairs.append((original, other))
+            found = self._moments(pairs, self._rope, segments, names=names)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         return total
 
@@ -141,22 +143,25 @@ def _apply(layer, stream, rope, segments, *, config, linear, placement):
 
 @functools.partial(jax.jit, static_argnames=(*_STATIC, "names"))
 def _moments(
-    layer, original, stream, other, rope, segments, *, names, linear, **static
-) -> list[tuple[Array, Array]]:
-    """Sums of x.T x and x.T y over the inputs of some matrices, in two streams."""
+    pairs, rope, segments, *, names, linear, **static
+) -> list[tuple[Array, ...]]:
+    """Sums of x.T y over the inputs of some matrices.
+
+    x is the input in the first of some pairs of a layer and a stream, y in each.
+    """
 
     def inputs_of(layer, stream) -> dict[str, Array]:
-        seen: list[Array] = []
+        found: list[Array] = []
 
         def observe(x: Array, w: spectral.Weight) -> Array:
-            seen.append(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
+            found.append(x.reshape(-1, x.shape[-1]).astype(jnp.float32))
             return linear(x, w)
 
         model.block(layer, stream, rope, segments, linear=observe, **static)
-        return dict(zip(model.BLOCK_MATRICES, seen, strict=True))
+        return dict(zip(model.BLOCK_MATRICES, found, strict=True))
 
-    x, y = inputs_of(layer, stream), inputs_of(original, other)
-    return [(linalg.gram(x[name]), linalg.gram(x[name], y[name])) for name in names]
+    x, *_ = seen = [inputs_of(layer, stream) for layer, stream in pairs]
+    return [tuple(linalg.gram(x[name], y[name]) for y in seen) for name in names]
 
 
 def truncate(
