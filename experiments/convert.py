@@ -126,8 +126,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget",
         type=float,
-        help="parameters of the factors, as a part of those of their dense matrices; "
-        "ranks go where they keep the most energy",
+        help="fraction of the dense parameters that the factors may use; ranks go "
+        "where they keep the most energy",
     )
     parser.add_argument(
         "--text",

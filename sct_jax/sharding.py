@@ -124,7 +124,7 @@ class MeshConfig:
 
         Args:
           num_devices: how many; all by default.
-          devices: to choose from; those of all processes by default.
+          devices: what to choose from; by default, the devices of all processes.
 
         Raises:
           UserError: if the product of the sizes is not the number of devices.

@@ -410,7 +410,7 @@ def truncate(
 
     Args:
       w: dense weight, or factors of any rank, orthonormal or not.
-      rank: number of singular values to keep, at most that of the factors.
+      rank: number of singular values to keep, at most the rank of the factors.
       second_moment: see `from_dense`.
 
     Raises:
@@ -429,8 +429,8 @@ def singular_values(
 ) -> Float[Array, "*layers K"]:
     """Returns the singular values of W, descending: min(I, O) of them, or R of factors.
 
-    With `second_moment` those of sqrt(moment) W, whose squares say what each rank of
-    `from_dense` adds to E ||x @ W||^2.
+    With `second_moment`, returns the singular values of sqrt(moment) W. Their squares
+    are what each rank of `from_dense` adds to E ||x @ W||^2.
 
     Args:
       w: dense weight, or factors, orthonormal or not.
@@ -625,14 +625,14 @@ def blocks_from_dense(
     over v in turn. The minimum over u_i is the polar factor of [w_ij V_ij
     diag(s_ij)]_j, likewise that over v_j.
 
-    With `second_moment`, the error is that of the outputs, see `from_dense`. As v stays
-    orthonormal, the minima over s and v have closed forms too. u takes a step that
-    minimises an upper bound, with the largest eigenvalue of its block of the moment in
-    the place of the block.
+    With `second_moment`, the sweeps minimise the error of the outputs, as `from_dense`
+    does. Because v stays orthonormal, the minima over s and v have closed forms too. u
+    takes a step that minimises an upper bound, which replaces its block of the moment
+    by the largest eigenvalue of that block.
 
-    The error never grows from sweep to sweep and is below that of W = 0, but may end in
-    a local minimum: this is a heuristic. If the tiles of a block-spectral w have rank
-    R / B, the start is w already, to float32 rounding.
+    The error never grows from sweep to sweep, and W = 0 has a larger one. The sweeps
+    may end in a local minimum: this is a heuristic. If the tiles of a block-spectral w
+    have rank R / B, the start is w already, to float32 rounding.
 
     Args:
       w: dense weight or a stack of dense weights.
@@ -704,7 +704,7 @@ def blocks_from_dense(
     def join(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i n R"]:
         return jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], rank)
 
-    # Columns of u_i are (j, k); those of v_j, (k, i).
+    # Columns of u_i are ordered (j, k), and columns of v_j are ordered (k, i).
     v = _swap_column_axes(join(swap(v)), share)
     return BlockSpectralFactors(join(u), fed_s(s.reshape(*layers, blocks, rank)), v)
 
@@ -824,8 +824,8 @@ def orthonormality_error(tree: Any) -> Float[Array, ""]:
 def halves(w: BlockSpectralFactors) -> tuple[SpectralFactors, SpectralFactors]:
     """Returns u_i D_i and diag(s_j) v_j.T as factors, with the blocks as a layer axis.
 
-    W changes by at most the sum of the changes of the two, of which the first changes
-    with u and s, and the second with v alone; see `composite_update_norm`.
+    W changes by at most the sum of their changes. The first half changes with u and s,
+    the second with v alone; see `composite_update_norm`.
     """
     rank = w.s.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(rank, dtype=w.s.dtype), (*w.s.shape, rank))

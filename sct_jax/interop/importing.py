@@ -112,8 +112,8 @@ def load(
       text: where the matrices of the layers are approximated, see
         `compression.truncate`, layer after layer; memory then holds one dense layer,
         and what the text is in front of it.
-      budget: parameters of the factors, as a part of those of their dense matrices.
-        Then ranks are allocated by energy, and `rules` only name the matrices.
+      budget: fraction of the dense parameters that the factors may use. Ranks are then
+        allocated by energy, and `rules` only name the matrices.
       log: receives a line per layer.
 
     Raises:

@@ -325,7 +325,7 @@ class Phase(NamedTuple):
 
 
 def phases_of(config: ExperimentConfig) -> tuple[Phase, ...]:
-    """Returns the phases of a run, of which all but the last are dense or wider.
+    """Returns the phases of a run. All but the last are dense or have larger ranks.
 
     Raises:
       UserError: see `phases.PhasesConfig.ends`.

@@ -23,8 +23,8 @@ class PhasesConfig:
     Attributes:
       switch_at: where each of them ends: a number of steps, or below 1 a share of the
         training FLOPs. None by default: the run has one phase.
-      rank_multiples: ranks of each of them as multiples of those of `model`, clamped to
-        what a matrix allows; 0 is dense. Dense if not given.
+      rank_multiples: multiplies the ranks of `model` in each phase, clamped to the
+        largest rank of the matrix; 0 is dense. All phases are dense if it is empty.
       dense_optimizer: chain of dense phases, "adamw" or "muon". It takes over the
         fields that `optimizer` sets and it has, but for those below.
       dense_learning_rate: its peak.
