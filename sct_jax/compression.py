@@ -199,11 +199,7 @@ def truncate(
     inputs = None
     if text is not None:
         inputs = Inputs(params, text, config, linear=linear, placement=placement)
-    changed = [
-        name
-        for name in config.matrix_shapes()
-        if config.matrix_rank(name) != wanted.matrix_rank(name)
-    ]
+    changed = changed_matrices(config, wanted)
     replace = functools.partial(_truncated, wanted=wanted)
     layers = tuple(
         truncate_layer(
@@ -221,6 +217,15 @@ def truncate(
         if name != model.LAYERS
     } | {model.LAYERS: layers}
     return model.stack_layers(result) if stacked else result
+
+
+def changed_matrices(config: model.ModelConfig, wanted: model.ModelConfig) -> list[str]:
+    """Returns the matrices that `truncate` replaces, of models that `check` passes."""
+    return [
+        name
+        for name in config.matrix_shapes()
+        if config.matrix_rank(name) != wanted.matrix_rank(name)
+    ]
 
 
 def truncate_layer(

@@ -211,12 +211,8 @@ def _shape(run: trainer.Trainer, origin: Origin) -> model.ModelConfig:
 
 
 def truncates(run: trainer.Trainer, origin: Origin) -> bool:
-    """Returns whether the run has other ranks or blocks than the other one."""
-    kinds = lambda shape: {
-        name: (shape.matrix_rank(name), shape.matrix_blocks(name))
-        for name in shape.matrix_shapes()
-    }
-    return kinds(run.config.model) != kinds(origin.config.model)
+    """Returns whether `start` truncates a matrix of the other run."""
+    return bool(compression.changed_matrices(origin.config.model, run.config.model))
 
 
 def _with_tokenizer(
