@@ -555,13 +555,15 @@ def init_blocks(
     rescale: bool = False,
     orthonormal: bool = True,
 ) -> BlockSpectralFactors:
-    """Initialises blocks with the B R largest singular values of a Gaussian matrix.
+    """Initialises blocks whose B R singular values are equal.
 
-    As in `init`, s are quantiles of the Marchenko-Pastur law, and every u_b and v_b is
-    a sample from the Haar distribution. Where B R = min(I, O), W has the whole spectrum
-    and so the Frobenius norm of the dense matrix N(0, scale^2 / I): outputs have the
-    mean square of the dense layer. For smaller B R, `rescale` ensures it. Each block of
-    the output gets values from the whole spectrum, and so does each block of the input.
+    Every u_b and v_b is a sample from the Haar distribution. Where B R = min(I, O), W
+    has the Frobenius norm of the dense matrix N(0, scale^2 / I): outputs have the mean
+    square of the dense layer. For smaller B R, W has the norm of its B R largest
+    singular values, and `rescale` gives it that of all.
+
+    The spectrum of a Gaussian, as in `init`, has values near zero if B R is the full
+    rank. Gradients of their columns are as small, and training is slower.
 
     Args:
       key: random key.
@@ -581,14 +583,13 @@ def init_blocks(
     """
     check_blocks(fan_in, fan_out, rank, blocks)
     key_u, key_v = jax.random.split(key)
-    s = jnp.asarray(
-        _spectrum(fan_in, fan_out, blocks * rank, dtype, scale, rescale), dtype
-    )
-    # Rolled, the values of one block of the input are spread too.
-    s = jnp.stack([jnp.roll(s[j::blocks], j) for j in range(blocks)])
+    columns = blocks * rank
+    unit = _gaussian_singular_values(fan_in, fan_out, columns)
+    mean = float(np.sqrt(np.mean(np.square(unit)))) / unit[0]  # of the largest
+    s = mean * _spectrum(fan_in, fan_out, columns, dtype, scale, rescale)[0]
     drawn = BlockSpectralFactors(
         jax.random.normal(key_u, (*layers, blocks, fan_in // blocks, rank), dtype),
-        jnp.broadcast_to(s, (*layers, blocks, rank)),
+        jnp.full((*layers, blocks, rank), s, dtype),
         jax.random.normal(key_v, (*layers, blocks, fan_out // blocks, rank), dtype),
     )
     return retract(drawn) if orthonormal else drawn

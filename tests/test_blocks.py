@@ -199,12 +199,9 @@ def test_singular_values_are_s(shape):
     assert orthonormality_error(w) < ORTHONORMAL
 
 
-def test_the_spectrum_is_that_of_a_gaussian():
-    w = draw((4, 64, 64, 16), scale=0.5)
-    expected = 0.5 * reference.gaussian_singular_values(64, 64, draws=20)
-    found = np.sort(np.asarray(w.s).ravel())[::-1]
-    # Quantiles omit fluctuations of O(1 / 64), most of them at the edges.
-    np.testing.assert_allclose(found, expected, atol=0.02)
+def test_singular_values_start_equal():
+    w = draw((4, 64, 64, 16), layers=(2,), scale=0.5)
+    np.testing.assert_array_equal(w.s, np.full_like(w.s, w.s[0, 0, 0]))
 
 
 @pytest.mark.parametrize(
@@ -214,13 +211,6 @@ def test_outputs_have_the_mean_square_of_the_dense_layer(shape, rescale):
     w = draw(shape, scale=0.5, rescale=rescale)
     squares = np.sum(np.square(reference.block_dense(*w)))
     np.testing.assert_allclose(squares, 0.25 * shape[2], rtol=5e-3)
-
-
-def test_every_block_gets_values_from_the_whole_spectrum():
-    w = draw((4, 64, 64, 16))
-    for s in (w.s, spectral.feeding_s(w.s)):
-        sizes = np.sqrt(np.mean(np.square(s), axis=-1))
-        np.testing.assert_allclose(sizes, np.mean(sizes), rtol=0.05)
 
 
 @pytest.mark.parametrize(
