@@ -119,11 +119,19 @@ def dense_first(
 
 
 def _study(
-    experiment: config.ExperimentConfig, *found: grid.Method, **fields
+    experiment: config.ExperimentConfig,
+    *found: grid.Method,
+    others: tuple[grid.Method, ...] = (),
+    **fields,
 ) -> grid.Comparison:
+    """Returns the comparison of methods with all seeds, and of others with the first."""
     return grid.Comparison(
         base=experiment,
-        methods=tuple(dataclasses.replace(method, always=True) for method in found),
+        methods=(
+            *(dataclasses.replace(method, always=True) for method in found),
+            *others,
+        ),
+        finalists=0,
         max_learning_rates=4,
         **{"tokens_per_parameter": (TRAINED, 0.4, 2.0), "budgets": ("flops",)} | fields,
     )
@@ -134,22 +142,20 @@ def _d64() -> grid.Comparison:
         base(64, 176),
         methods.narrow(MUON),
         with_long_decay(LOW_RANK),
-        with_long_decay(BLOCKS),
         with_long_decay(FREE_BLOCKS),
-        dense_first(0.4, chain="adamw"),
+        with_long_decay(BLOCKS),
+        dense_first(0.2, chain="muon"),
         dense_first(0.4, chain="muon"),
-        dense_first(0.4, chain="adamw", truncation="plain"),
         dense_first(0.4, chain="muon", truncation="plain"),
         MUON,
-        dense_first(0.2, chain="adamw"),
-        dense_first(0.6, chain="adamw"),
-        dense_first(0.2, chain="muon"),
-        dense_first(0.6, chain="muon"),
-        dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
-        dense_first(0.4, chain="muon", then=BLOCKS),
-        with_long_decay(TWO_BLOCKS),
-        LOW_RANK,
-        with_long_decay(methods.narrow(MUON)),
+        others=(
+            dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
+            dense_first(0.2, chain="adamw"),
+            dense_first(0.6, chain="muon"),
+            dense_first(0.2, chain="muon", then=FREE_BLOCKS),
+            with_long_decay(TWO_BLOCKS),
+            with_long_decay(methods.narrow(MUON)),
+        ),
     )
 
 
