@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sct_jax import (
+        blocks,
         errors,
         linalg,
         losses,
@@ -28,6 +29,7 @@ __all__ = [
     "BlockSpectralFactors",
     "LowRankFactors",
     "SpectralFactors",
+    "blocks",
     "errors",
     "linalg",
     "losses",

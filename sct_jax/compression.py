@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sct_jax import blocks as blocks_lib
 from sct_jax import errors, linalg, model, sharding, spectral
 
 SecondMoments = dict[str, Float[Array, "I I"]]  # by the name of a matrix of a layer
@@ -22,7 +23,7 @@ SecondMoments = dict[str, Float[Array, "I I"]]  # by the name of a matrix of a l
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """The matrices of a layer in the order of computation, by the inputs that they read."""
 
-_SWEEPS = 50  # of `spectral.blocks_from_dense`
+_SWEEPS = 50  # of `blocks.from_dense`
 
 
 class Text(NamedTuple):
@@ -356,7 +357,7 @@ def _truncated(
 
 @functools.partial(jax.jit, static_argnames=("rank", "blocks"))
 def _nearest_blocks(w, moment, *, rank, blocks) -> spectral.BlockSpectralFactors:
-    return spectral.blocks_from_dense(
+    return blocks_lib.from_dense(
         w, blocks=blocks, rank=rank, second_moment=moment, sweeps=_SWEEPS
     )
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Scalar
 
 from sct_jax import attention, errors, losses, remat, sharding, spectral
+from sct_jax import blocks as blocks_lib
 
 Params = dict[str, Any]
 Linear = Callable[[Array, spectral.Weight], Array]  # x (..., I), W to x @ W (..., O)
@@ -453,7 +454,7 @@ def _init_matrix(key, config, name, *, layers=(), scale=1.0):
     blocks = config.matrix_blocks(name)
     init_factors = spectral.init
     if blocks > 1:
-        init_factors = functools.partial(spectral.init_blocks, blocks=blocks)
+        init_factors = functools.partial(blocks_lib.init, blocks=blocks)
     return init_factors(
         key,
         fan_in,

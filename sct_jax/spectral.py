@@ -250,10 +250,10 @@ def transpose(w: Weight) -> Weight:
     """
     if isinstance(w, BlockSpectralFactors):
         blocks, rank = w.s.shape[-2:]
-        _check_even(blocks, rank)
+        check_even(blocks, rank)
         # Columns of u_i are (j, k), those of v_j are (k, i), for k below R / B.
-        s, v = (_swap_column_axes(x, rank // blocks) for x in (feeding_s(w.s), w.u))
-        return BlockSpectralFactors(_swap_column_axes(w.v, blocks), s, v)
+        s, v = (swap_column_axes(x, rank // blocks) for x in (feeding_s(w.s), w.u))
+        return BlockSpectralFactors(swap_column_axes(w.v, blocks), s, v)
     if isinstance(w, SpectralFactors):
         return SpectralFactors(w.v, w.s, w.u)
     if isinstance(w, LowRankFactors):
@@ -284,10 +284,10 @@ def _block_diagonal(x: Float[Array, "*L B n R"]) -> Float[Array, "*L Bn BR"]:
 
 def _shuffle(h: Float[Array, "*N BR"], blocks: int) -> Float[Array, "*N BR"]:
     """Returns h P: columns by block of the input, sorted by block of the output."""
-    return _swap_column_axes(h, h.shape[-1] // blocks)
+    return swap_column_axes(h, h.shape[-1] // blocks)
 
 
-def _swap_column_axes(x: Float[Array, "*N nm"], m: int) -> Float[Array, "*N nm"]:
+def swap_column_axes(x: Float[Array, "*N nm"], m: int) -> Float[Array, "*N nm"]:
     """Reads the last axis as n x m, and transposes it."""
     pairs = x.reshape(*x.shape[:-1], x.shape[-1] // m, m)
     return linalg.transpose(pairs).reshape(x.shape)
@@ -307,7 +307,8 @@ def fed_s(s: Float[Array, "*L B R"]) -> Float[Array, "*L B R"]:
     return linalg.transpose(s).reshape(s.shape)
 
 
-def _check_even(blocks: int, rank: int) -> None:
+def check_even(blocks: int, rank: int) -> None:
+    """Raises ValueError unless all pairs of blocks share equally many columns."""
     if rank % blocks:
         raise ValueError(f"rank {rank} must be a multiple of the {blocks} blocks")
 
@@ -388,7 +389,7 @@ def from_dense(
     w = linalg.as_float32(w)
     seen = w
     if second_moment is not None:
-        seen = linalg.matmul(_square_root(second_moment, w.shape[-2]), w)
+        seen = linalg.matmul(square_root(second_moment, w.shape[-2]), w)
     u, s, vt = jnp.linalg.svd(seen, full_matrices=False)
     if energy is not None:
         rank = int(jnp.max(energy_rank(s, energy)))
@@ -415,7 +416,7 @@ def truncate(
 
     Raises:
       ValueError: see `from_dense`.
-      TypeError: for blocks, which `blocks_from_dense` makes of dense weights.
+      TypeError: for blocks, which `blocks.from_dense` makes of dense weights.
     """
     if not isinstance(w, _Factors):
         return from_dense(w, rank=rank, second_moment=second_moment)
@@ -444,7 +445,7 @@ def singular_values(
         linalg.as_float32(w) if not isinstance(w, _Factors) else _left_and_basis(w)[0]
     )
     if second_moment is not None:
-        root = _square_root(second_moment, left.shape[-2])
+        root = square_root(second_moment, left.shape[-2])
         left = linalg.matmul(root, left)
     return jnp.linalg.svd(left, compute_uv=False)
 
@@ -456,7 +457,7 @@ def _left_and_basis(
     if isinstance(w, BlockSpectralFactors):
         raise TypeError(
             "BlockSpectralFactors cannot be truncated, as the shuffle depends on the "
-            "rank: use plain factors, or blocks_from_dense of a dense weight"
+            "rank: use plain factors, or blocks.from_dense of a dense weight"
         )
     left = w.u * w.s[..., None, :] if isinstance(w, SpectralFactors) else w.a
     # v may have left the manifold: some retractions are lazy, or none.
@@ -468,10 +469,18 @@ _DAMPING = 1e-6
 """Weight of directions that no input has, relative to the mean over directions."""
 
 
-def _square_root(
+def square_root(
     moment: Float[Array, "*layers M M"], fan_in: int
 ) -> Float[Array, "*layers M M"]:
-    """Returns c with c.T c = moment, a little damped; moments may be singular."""
+    """Returns c with c.T c = moment, a little damped; moments may be singular.
+
+    Args:
+      moment: see `from_dense`.
+      fan_in: M that the weight has.
+
+    Raises:
+      ValueError: see `from_dense`.
+    """
     if moment.shape[-2:] != (fan_in, fan_in):
         raise ValueError(
             f"second_moment must have shape (..., {fan_in}, {fan_in}), as the weight "
@@ -533,181 +542,13 @@ def init(
         )
     layers = tuple(layers)
     key_u, key_v = jax.random.split(key)
-    s = _spectrum(fan_in, fan_out, rank, dtype, scale, rescale)
+    s = initial_spectrum(fan_in, fan_out, rank, dtype, scale, rescale)
     drawn = SpectralFactors(
         jax.random.normal(key_u, (*layers, fan_in, rank), dtype),
         jnp.broadcast_to(jnp.asarray(s, dtype), (*layers, rank)),
         jax.random.normal(key_v, (*layers, fan_out, rank), dtype),
     )
     return retract(drawn) if orthonormal else drawn
-
-
-def init_blocks(
-    key: PRNGKeyArray,
-    fan_in: int,
-    fan_out: int,
-    rank: int,
-    *,
-    blocks: int,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    layers: Sequence[int] = (),
-    scale: float = 1.0,
-    rescale: bool = False,
-    orthonormal: bool = True,
-) -> BlockSpectralFactors:
-    """Initialises blocks whose B R singular values are equal.
-
-    Every u_b and v_b is a sample from the Haar distribution. Where B R = min(I, O), W
-    has the Frobenius norm of the dense matrix N(0, scale^2 / I): outputs have the mean
-    square of the dense layer. For smaller B R, W has the norm of its B R largest
-    singular values, and `rescale` gives it that of all.
-
-    The spectrum of a Gaussian, as in `init`, has values near zero if B R is the full
-    rank. Gradients of their columns are as small, and training is slower.
-
-    Args:
-      key: random key.
-      fan_in: I.
-      fan_out: O.
-      rank: R, columns per block.
-      blocks: B.
-      dtype: dtype of the factors.
-      layers: leading axes; layers are independent.
-      scale: as in `init`.
-      rescale: whether to scale s so that W has the Frobenius norm of the dense matrix.
-      orthonormal: as in `init`.
-
-    Raises:
-      ValueError: as `init`; for blocks that do not divide fan_in and fan_out; and for a
-        rank outside 1..min(fan_in, fan_out) / B.
-    """
-    check_blocks(fan_in, fan_out, rank, blocks)
-    key_u, key_v = jax.random.split(key)
-    columns = blocks * rank
-    unit = _gaussian_singular_values(fan_in, fan_out, columns)
-    mean = float(np.sqrt(np.mean(np.square(unit)))) / unit[0]  # of the largest
-    s = mean * _spectrum(fan_in, fan_out, columns, dtype, scale, rescale)[0]
-    drawn = BlockSpectralFactors(
-        jax.random.normal(key_u, (*layers, blocks, fan_in // blocks, rank), dtype),
-        jnp.full((*layers, blocks, rank), s, dtype),
-        jax.random.normal(key_v, (*layers, blocks, fan_out // blocks, rank), dtype),
-    )
-    return retract(drawn) if orthonormal else drawn
-
-
-def check_blocks(fan_in: int, fan_out: int, rank: int, blocks: int) -> None:
-    """Raises ValueError unless a matrix of this shape can have such blocks."""
-    if blocks < 1 or fan_in % blocks or fan_out % blocks:
-        raise ValueError(
-            f"blocks must divide fan_in {fan_in} and fan_out {fan_out}, got {blocks}"
-        )
-    most = min(fan_in, fan_out) // blocks
-    if not 1 <= rank <= most:
-        raise ValueError(
-            f"rank must be in 1..{most} for shape ({fan_in}, {fan_out}) in {blocks} "
-            f"blocks, got {rank}"
-        )
-
-
-def blocks_from_dense(
-    w: Float[Array, "*layers I O"],
-    *,
-    blocks: int,
-    rank: int,
-    second_moment: Float[Array, "*layers M M"] | None = None,
-    sweeps: int = 20,
-) -> BlockSpectralFactors:
-    r"""Returns blocks close to w in Frobenius norm; exact if w is block-spectral.
-
-    Tile (i, j) of W is U_ij diag(s_ij) V_ij.T, with the R / B columns of u_i and v_j
-    that meet, so truncated SVDs of the tiles of w are the start. The columns of
-    different tiles in one u_i need not be orthogonal, so u_i becomes the polar factor
-    of all of them, weighted by s. Each sweep then lowers the error over s, over u and
-    over v in turn. The minimum over u_i is the polar factor of [w_ij V_ij
-    diag(s_ij)]_j, likewise that over v_j.
-
-    With `second_moment`, the sweeps minimise the error of the outputs, as `from_dense`
-    does. Because v stays orthonormal, the minima over s and v have closed forms too. u
-    takes a step that minimises an upper bound, which replaces its block of the moment
-    by the largest eigenvalue of that block.
-
-    The error never grows from sweep to sweep, and W = 0 has a larger one. The sweeps
-    may end in a local minimum: this is a heuristic. If the tiles of a block-spectral w
-    have rank R / B, the start is w already, to float32 rounding.
-
-    Args:
-      w: dense weight or a stack of dense weights.
-      blocks: B.
-      rank: R, a multiple of B.
-      second_moment: as in `from_dense`.
-      sweeps: number of sweeps.
-
-    Raises:
-      ValueError: for shapes that `init_blocks` refuses, for a rank that is no multiple
-        of B, and for a second moment that `from_dense` refuses.
-    """
-    fan_in, fan_out = w.shape[-2:]
-    check_blocks(fan_in, fan_out, rank, blocks)
-    _check_even(blocks, rank)
-    share, layers = rank // blocks, w.shape[:-2]
-    w = linalg.as_float32(w)
-
-    def to_tiles(x: Float[Array, "*L I O"]) -> Float[Array, "*L i j I_B O_B"]:
-        rows, columns = (n // blocks for n in x.shape[-2:])
-        return jnp.moveaxis(x.reshape(*layers, blocks, rows, blocks, columns), -3, -2)
-
-    tiles = seen = to_tiles(w)
-    moments: Any = None
-    largest: Any = None  # eigenvalue of each
-    if second_moment is not None:
-        root = _square_root(second_moment, fan_in)
-        moment = linalg.gram(root)
-        seen = to_tiles(linalg.matmul(moment, w))
-        moments = jnp.stack([to_tiles(moment)[..., i, i, :, :] for i in range(blocks)])
-        moments = jnp.moveaxis(moments, 0, -3)[..., None, :, :]  # (*L, i, 1, I_B, I_B)
-        largest = jnp.linalg.eigvalsh(moments)[..., -1:, None]
-
-    def polar(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i j n K"]:
-        """The nearest x whose columns are orthonormal over all j."""
-        flat = jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], rank)
-        p, _, qt = jnp.linalg.svd(flat, full_matrices=False)
-        near = linalg.matmul(p, qt).reshape(*x.shape[:-3], x.shape[-2], blocks, share)
-        return jnp.moveaxis(near, -2, -3)
-
-    swap = lambda x: jnp.swapaxes(x, -4, -3)  # between (i, j) and (j, i)
-
-    def scales(u, v):
-        s = jnp.sum(u * linalg.matmul(seen, v), axis=-2, keepdims=True)
-        if moments is None:
-            return s
-        weight = jnp.sum(u * linalg.matmul(moments, u), axis=-2, keepdims=True)
-        return s / linalg.safe_divisor(weight)
-
-    def sweep(_, uv):
-        u, v = uv
-        s = scales(u, v)
-        toward = linalg.matmul(seen, v) * s
-        if moments is not None:
-            toward += jnp.square(s) * (largest * u - linalg.matmul(moments, u))
-        u = polar(toward)
-        return u, swap(polar(swap(linalg.matmul(linalg.transpose(seen), u) * s)))
-
-    if moments is None:
-        start = from_dense(tiles, rank=share)
-    else:
-        wide = jnp.broadcast_to(moments, (*tiles.shape[:-1], tiles.shape[-2]))
-        start = from_dense(tiles, rank=share, second_moment=wide)
-    s = start.s[..., None, :]
-    uv = polar(start.u * s), swap(polar(swap(start.v * s)))
-    u, v = jax.lax.fori_loop(0, sweeps, sweep, uv)
-    s = scales(u, v)[..., 0, :]  # (*L, i, j, K)
-
-    def join(x: Float[Array, "*L i j n K"]) -> Float[Array, "*L i n R"]:
-        return jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], x.shape[-2], rank)
-
-    # Columns of u_i are ordered (j, k), and columns of v_j are ordered (k, i).
-    v = _swap_column_axes(join(swap(v)), share)
-    return BlockSpectralFactors(join(u), fed_s(s.reshape(*layers, blocks, rank)), v)
 
 
 def retract(tree: T, *, method: str = "cholesky_qr") -> T:
@@ -726,7 +567,7 @@ def retract(tree: T, *, method: str = "cholesky_qr") -> T:
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _spectrum(
+def initial_spectrum(
     fan_in: int,
     fan_out: int,
     rank: int,
@@ -734,7 +575,13 @@ def _spectrum(
     scale: float,
     rescale: bool,
 ) -> np.ndarray:
-    """Returns the largest singular values of N(0, scale^2 / I), descending."""
+    """Returns the R largest singular values of N(0, scale^2 / I), descending.
+
+    Args: see `init`.
+
+    Raises:
+      ValueError: for a scale that `init` refuses.
+    """
     if not isinstance(scale, jax.core.Tracer) and not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and at least 0, got {scale}")
     with np.errstate(over="ignore", invalid="ignore"):

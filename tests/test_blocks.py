@@ -17,6 +17,7 @@ import samples
 import saved_runs
 
 from experiments.studies import measure
+from sct_jax import blocks as blocks_lib
 from sct_jax import (
     data,
     decode,
@@ -59,7 +60,7 @@ def draw(shape, *, layers=(), **options):
     """Random blocks; compiled, as are the functions below, to compile only once."""
     blocks, fan_in, fan_out, rank = shape
     init = functools.partial(
-        spectral.init_blocks,
+        blocks_lib.init,
         fan_in=fan_in,
         fan_out=fan_out,
         rank=rank,
@@ -231,7 +232,7 @@ def test_impossible_blocks_are_refused(shape, message):
 def test_the_projection_recovers_a_block_spectral_matrix(shape):
     blocks, _, _, rank = shape
     dense = to_dense(draw(shape, layers=(2,)))
-    found = spectral.blocks_from_dense(dense, blocks=blocks, rank=rank)
+    found = blocks_lib.from_dense(dense, blocks=blocks, rank=rank)
     assert orthonormality_error(found) < ORTHONORMAL
     assert_close(to_dense(found), dense, 128 * EPS)
 
@@ -241,9 +242,7 @@ def test_the_projection_never_gets_worse_by_more_sweeps():
     error = lambda sweeps: float(
         jnp.linalg.norm(
             dense
-            - to_dense(
-                spectral.blocks_from_dense(dense, blocks=4, rank=8, sweeps=sweeps)
-            )
+            - to_dense(blocks_lib.from_dense(dense, blocks=4, rank=8, sweeps=sweeps))
         )
     )
     errors_found = [error(sweeps) for sweeps in (0, 1, 2, 8)]
@@ -254,7 +253,7 @@ def test_the_projection_never_gets_worse_by_more_sweeps():
 @pytest.mark.parametrize("part", ["u", "s", "v"])
 def test_no_part_of_the_projection_can_be_improved_alone(part):
     dense = normal(32, 48)
-    found = spectral.blocks_from_dense(dense, blocks=4, rank=8, sweeps=200)
+    found = blocks_lib.from_dense(dense, blocks=4, rank=8, sweeps=200)
     error = lambda w: float(jnp.linalg.norm(dense - to_dense(w)))
     least = min(error(moved(found, 1e-2, parts=part, seed=i)) for i in range(8))
     assert error(found) < least
@@ -262,7 +261,7 @@ def test_no_part_of_the_projection_can_be_improved_alone(part):
 
 def test_the_projection_takes_a_matrix_of_lower_rank():
     dense = jnp.zeros((16, 16)).at[0, 0].set(2.0)
-    found = spectral.blocks_from_dense(dense, blocks=4, rank=4)
+    found = blocks_lib.from_dense(dense, blocks=4, rank=4)
     assert orthonormality_error(found) < ORTHONORMAL
     assert_close(to_dense(found), dense, 64 * EPS)
 

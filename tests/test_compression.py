@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import samples
 
+from sct_jax import blocks as blocks_lib
 from sct_jax import compression, errors, model, spectral
 
 DENSE = dataclasses.replace(samples.SMALL, spectral=(), remat="none")
@@ -160,14 +161,14 @@ def test_blocks_are_closest_where_their_inputs_are():
     at = lambda sweeps, moment: blocks_error(
         x,
         w,
-        spectral.blocks_from_dense(
+        blocks_lib.from_dense(
             dense, blocks=4, rank=8, second_moment=moment, sweeps=sweeps
         ),
     )
     whitened = [at(sweeps, moment) for sweeps in (0, 1, 5, 20, 100)]
     assert all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(whitened)), whitened
     assert whitened[-1] < 0.5 * at(100, None)
-    found = spectral.blocks_from_dense(
+    found = blocks_lib.from_dense(
         dense, blocks=4, rank=8, second_moment=moment, sweeps=5
     )
     assert float(spectral.orthonormality_error(found)) < 1e-5
@@ -175,20 +176,18 @@ def test_blocks_are_closest_where_their_inputs_are():
 
 def test_blocks_without_information_about_inputs_are_the_plain_ones():
     w = jnp.asarray(weight_of(8, 24, 24), jnp.float32)
-    plain = spectral.blocks_from_dense(w, blocks=3, rank=6)
-    found = spectral.blocks_from_dense(
-        w, blocks=3, rank=6, second_moment=4 * jnp.eye(24)
-    )
+    plain = blocks_lib.from_dense(w, blocks=3, rank=6)
+    found = blocks_lib.from_dense(w, blocks=3, rank=6, second_moment=4 * jnp.eye(24))
     np.testing.assert_allclose(
         spectral.to_dense(found), spectral.to_dense(plain), atol=1e-4
     )
 
 
 def test_exact_blocks_stay_exact_for_any_inputs():
-    w = spectral.to_dense(spectral.init_blocks(jax.random.key(0), 24, 36, 6, blocks=3))
+    w = spectral.to_dense(blocks_lib.init(jax.random.key(0), 24, 36, 6, blocks=3))
     x = inputs_of(9, 200, 24)
     moment = jnp.asarray(x.T @ x, jnp.float32)
-    found = spectral.blocks_from_dense(w, blocks=3, rank=6, second_moment=moment)
+    found = blocks_lib.from_dense(w, blocks=3, rank=6, second_moment=moment)
     assert blocks_error(x, np.asarray(w, np.float64), found) < 1e-6
 
 

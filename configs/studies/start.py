@@ -124,7 +124,7 @@ def _study(
     others: tuple[grid.Method, ...] = (),
     **fields,
 ) -> grid.Comparison:
-    """Returns the comparison of methods with all seeds, and of others with the first."""
+    """Returns a comparison: of methods with all seeds, of others with the first."""
     return grid.Comparison(
         base=experiment,
         methods=(
