@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from experiments.studies import forward_variants
 from sct_jax import errors, model, sharding
 from sct_jax.training import accounting, config
+from sct_jax.training import phases as phases_lib
 
 # What methods spend equally, at a length given in tokens per parameter.
 EQUAL = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
@@ -143,10 +144,7 @@ class Trial:
             steps = [b - a for a, b in itertools.pairwise((0.0, *ends))]
             spent = sum(n * cost for n, cost in zip(steps, costs[:-1], strict=True))
             return round(ends[-1] + (flops - spent) / costs[-1])
-        shares = [b - a for a, b in itertools.pairwise((0.0, *ends, 1.0))]
-        return round(
-            flops * sum(q / cost for q, cost in zip(shares, costs, strict=True))
-        )
+        return round(flops * sum(phases_lib.steps_per_flop(ends, costs)))
 
     def flops(self, steps: int, *, layers_only: bool = False) -> float:
         """Returns the training FLOPs of so many steps.

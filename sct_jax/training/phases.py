@@ -190,13 +190,20 @@ def flop_ends(
       costs: FLOPs per step, or per token, of every phase.
       num_steps: of all phases.
     """
-    spans = [b - a for a, b in itertools.pairwise((0.0, *shares, 1.0))]
-    steps = [span / cost for span, cost in zip(spans, costs, strict=True)]
+    steps = steps_per_flop(shares, costs)
     scale, total, ends = num_steps / sum(steps), 0.0, []
     for count in steps:
         total += count * scale
         ends.append(round(total))
     return ends
+
+
+def steps_per_flop(
+    shares: Sequence[float], costs: Sequence[int | float]
+) -> list[float]:
+    """Returns the steps of each phase per FLOP of the run; arguments as `flop_ends`."""
+    spans = [b - a for a, b in itertools.pairwise((0.0, *shares, 1.0))]
+    return [span / cost for span, cost in zip(spans, costs, strict=True)]
 
 
 def _scaled(shape: model.ModelConfig, multiple: float) -> model.ModelConfig:
