@@ -274,6 +274,27 @@ def test_a_switch_keeps_what_ranks_allow(experiment):
         assert same == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("truncation", "rows"),
+    [
+        ({"num_batches": 3}, [4] * 6),
+        ({"num_batches": 3, "max_tokens": 4 * 16 * 5}, [4] * 5),
+        ({"max_tokens": 1}, [4]),  # never none
+    ],
+)
+def test_inputs_are_measured_on_bounded_text(experiment, truncation, rows):
+    config = dataclasses.replace(
+        experiment,
+        phases=phases.PhasesConfig(),
+        data=dataclasses.replace(experiment.data, num_microbatches=2),
+        truncation=config_lib.TruncationConfig(**truncation),
+    )
+    run = trainer.Trainer(config, sharding.MeshConfig().build(1))
+    corpus = data.prepare(config.data, vocab_size=config.model.vocab_size)
+    text = switching.calibration_text(run, corpus, step=0, seed=0)
+    assert [len(tokens) for tokens in text.tokens] == rows
+
+
 def test_eight_devices_switch_like_one(experiment, finished, tmp_path):
     mesh = sharding.MeshConfig(data=2, fsdp=2, tensor=2)
     spread = dataclasses.replace(experiment, mesh=mesh)

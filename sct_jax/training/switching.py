@@ -46,14 +46,16 @@ def calibration_text(
         windows_before=windows_before,
         rows=run.rows,
     )
-    taken = itertools.islice(batches, config.truncation.num_batches)
     divide = jax.jit(step_lib.shares, static_argnums=1)
     number = config.data.num_microbatches
-    parts = [
+    parts = (
         jax.tree.map(lambda x, i=i: x[i], shares)
-        for shares in (divide(run.place(batch), number) for batch in taken)
+        for shares in (divide(run.place(batch), number) for batch in batches)
         for i in range(number)
-    ]
+    )
+    fitting = config.truncation.max_tokens * number // config.data.tokens_per_step
+    wanted = min(config.truncation.num_batches * number, max(fitting, 1))
+    parts = list(itertools.islice(parts, wanted))
     documents = not config.data.cross_document_attention
     return compression.Text(
         tokens=[part["inputs"] for part in parts],
