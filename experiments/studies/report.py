@@ -133,7 +133,7 @@ def table(
                 method.with_error(first, "bits_per_byte"),
                 f"{row.parameters:,}",
                 f"{spent.flops / 1e12:.2f} ({spent.layer_flops / 1e12:.2f})",
-                _megabytes(row),
+                summary.megabytes(row),
                 _number(method.largest_update(first), ".2g"),
                 _number(method.num_spikes(first), ".1f"),
             ]
@@ -167,13 +167,6 @@ def truncations(
                     ]
                 )
     return ["method", "budget", "step", "before", "after", "at the end"], body
-
-
-def _megabytes(row: rows_lib.Row) -> str:
-    """Bytes of training, one after the other where a run has phases."""
-    return " then ".join(
-        f"{size / 1e6:.1f}" for size in row.phase_bytes or [row.train_bytes]
-    )
 
 
 def differences(

@@ -243,7 +243,11 @@ def references(methods: Sequence[MethodSummary]) -> list[MethodSummary]:
 
 def gap_text(method: MethodSummary, reference: MethodSummary, budget: Budget) -> str:
     """Returns `gap` as text, "-" or "diverged" where there is none."""
-    mean, error = gap(method, reference, budget)
+    return signed(*gap(method, reference, budget))
+
+
+def signed(mean: float, error: float) -> str:
+    """Returns a difference and its standard error as text."""
     if not math.isfinite(mean):
         return "-" if math.isnan(mean) else "diverged"
     return f"{mean:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
@@ -263,6 +267,21 @@ def gap(
         for row in method.rows(budget)
         if math.isfinite(theirs.get(row.seed, math.inf))
     ]
-    if len(pairs) < 2:
-        return (pairs[0] if pairs else math.nan), math.nan
-    return float(np.mean(pairs)), float(np.std(pairs, ddof=1) / math.sqrt(len(pairs)))
+    return mean_and_error(pairs)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and standard error; no error of one value, NaN for none."""
+    if len(values) < 2:
+        return (values[0] if values else math.nan), math.nan
+    return (
+        float(np.mean(values)),
+        float(np.std(values, ddof=1) / math.sqrt(len(values))),
+    )
+
+
+def megabytes(row: Row) -> str:
+    """Returns the memory of training, one after the other where a run has phases."""
+    return " then ".join(
+        f"{size / 1e6:.1f}" for size in row.phase_bytes or [row.train_bytes]
+    )

@@ -15,6 +15,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from experiments.studies import page, summary
 from experiments.studies import rows as rows_lib
 from experiments.studies import trial as trial_lib
@@ -172,6 +174,49 @@ def scaling_laws() -> str:
     return page.markdown_table(["kind", *budgets, "a of N ~ C^a"], body)
 
 
+def start() -> str:
+    """Returns losses over the length, and differences at 10 tokens per parameter."""
+    study, lengths = "start-d64", ("0.4", "2", "10")
+    losses = loss(*(FLOPS(float(length)) for length in lengths))
+    columns = [
+        (length, cell) for length, (_, cell) in zip(lengths, losses, strict=True)
+    ]
+    for title, name in (("low rank", "low rank: decay .9"), ("narrow", DENSE[-1])):
+        ((_, cell),) = minus(study, [name], FLOPS(10))
+        columns.append((f"10, minus {title}", cell))
+    columns.append(("MB", lambda m: summary.megabytes(m.rows(FLOPS(10))[0])))
+    return table(summary.ranked(methods_of(study).values(), FLOPS(10)), columns)
+
+
+def healing() -> str:
+    """Returns what truncation and healing cost a trained model, and a narrow one."""
+    extra = (0.5, 1, 2)  # tokens per dense parameter
+    body = []
+    for method in methods_of("start-healing").values():
+        rows = method.rows(TOKENS(11))
+        dense, *later = zip(
+            *(
+                (
+                    row.switches[0].before,
+                    row.switches[0].after,
+                    *(row.loss(TOKENS(10 + tokens)) for tokens in extra),
+                )
+                for row in rows
+            ),
+            strict=True,
+        )
+        lost = [np.subtract(losses, dense).tolist() for losses in later]
+        body.append(
+            [
+                method.name,
+                f"{np.mean(dense):.3f}",
+                *(summary.signed(*summary.mean_and_error(values)) for values in lost),
+            ]
+        )
+    titles = ["method", "trained", "cut", *(f"healed on {x * 10:g} %" for x in extra)]
+    return page.markdown_table(titles, body)
+
+
 def minus_dense(
     study: str, names: Sequence[str], *budgets: trial_lib.Budget
 ) -> Callable[[], str]:
@@ -213,6 +258,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rank_sweep": minus_dense("rank_sweep", DENSE[:1], TOKENS(0.4), FLOPS(0.4)),
     "ablation_retraction": losses("ablation_retraction", TOKENS(1)),
     "scaling_laws": scaling_laws,
+    "start": start,
+    "healing": healing,
 }
 
 
