@@ -10,8 +10,10 @@ Variants:
           1,711,376,384.
   360m    d 960, 32 layers, MLP at rank 128.
   135m    d 576, 30 layers, MLP at rank 128.
-  recipe  shape of 135m, all seven matrices at R = d/4, Stiefel Muon. Uses the best
-          settings from configs/studies/compare_methods.py.
+  recipe  shape of 135m, all seven matrices in 4 blocks of R = d/4, Stiefel Muon without
+          a retraction: the least loss at equal FLOPs in configs/studies/start.py. With
+          --config.model.num_blocks=1 --config.optimizer.retraction=cholesky_qr, the
+          best settings for orthonormal factors.
   tiny    d 256, 3 layers, all seven matrices at rank 64, on the source text of the
           Python standard library.
 
@@ -87,6 +89,8 @@ def _recipe() -> config.ExperimentConfig:
         model=dataclasses.replace(
             plain.model,
             rank=plain.model.d_model // 4,
+            ranks=model.MatrixRanks(k=48, v=48),  # full: their outputs are few
+            num_blocks=4,
             spectral=model.BLOCK_MATRICES,
             qk_norm=True,
         ),
@@ -95,6 +99,7 @@ def _recipe() -> config.ExperimentConfig:
             peak_learning_rate=0.01,
             decay_ratio=0.9,
             final_rate_ratio=0.0,
+            retraction="none",
             max_update_norm=None,
             weight_decay=0.0,
             singular_value_lr_multiplier=0.2,

@@ -14,7 +14,8 @@ compress, arXiv 2002.11794. Text: the Python standard library.
 
 Variants:
   d64       d 64, 4 layers, 0.2 M dense parameters, 0.4, 2 and 10 tokens per parameter.
-  d128      d 128, 4 layers, 0.8 M dense parameters; the methods that lead at d 64.
+  d128      d 128, 4 layers, 0.8 M dense parameters, 0.4 tokens per parameter; the
+            methods that lead at d 64.
   healing   d 64. A dense model of 10 tokens per parameter, truncated and trained on
             5, 10 and 20 % more.
   extra     d 64. Narrow dense models from scratch on the FLOPs of that healing.
@@ -164,8 +165,8 @@ def _d128() -> grid.Comparison:
         base(128, 344),
         methods.narrow(MUON),
         with_long_decay(LOW_RANK),
-        dense_first(0.2, chain="muon"),
-        MUON,
+        with_long_decay(FREE_BLOCKS),
+        tokens_per_parameter=(0.4,),
     )
 
 
