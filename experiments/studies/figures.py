@@ -133,8 +133,9 @@ def curves(methods: Methods, budget: Budget) -> Figure:
 def costs(methods: Methods) -> Figure:
     """Returns losses over total training FLOPs, a point per budget."""
     figure, axes = _figure(
-        "training FLOPs of forward and backward pass, head included", _LOSS, log="x"
+        "training FLOPs of forward and backward pass, head included", _LOSS
     )
+    _log_scale(axes, ticker.EngFormatter(sep=""))
     for method in methods:
         points = sorted(
             (method.results(b)[0].flops, method.mean(b), method.deviation(b))

@@ -37,6 +37,8 @@ TOKENS, FLOPS = (functools.partial(trial_lib.Budget, k) for k in ("tokens", "flo
 LOW_RANK = ("Stiefel Muon", "Spectron (code)", "SCT (s = 1)")
 DENSE = ("dense AdamW", "dense Muon", "dense Muon (narrow)")
 
+_AROUND = ("before", "after")  # a truncation
+
 _WITH_ERROR = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
 _BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -189,32 +191,22 @@ def start() -> str:
 
 
 def healing() -> str:
-    """Returns what truncation and healing cost a trained model, and a narrow one."""
+    """Returns losses of trained models after truncation and healing.
+
+    A narrow model from scratch on the FLOPs of the healing stands beside them.
+    """
     extra = (0.5, 1, 2)  # tokens per dense parameter
     body = []
     for method in methods_of("start-healing").values():
-        rows = method.rows(TOKENS(11))
-        dense, *later = zip(
-            *(
-                (
-                    row.switches[0].before,
-                    row.switches[0].after,
-                    *(row.loss(TOKENS(10 + tokens)) for tokens in extra),
-                )
-                for row in rows
-            ),
-            strict=True,
-        )
-        lost = [np.subtract(losses, dense).tolist() for losses in later]
-        body.append(
-            [
-                method.name,
-                f"{np.mean(dense):.3f}",
-                *(summary.signed(*summary.mean_and_error(values)) for values in lost),
-            ]
-        )
-    titles = ["method", "trained", "cut", *(f"healed on {x * 10:g} %" for x in extra)]
-    return page.markdown_table(titles, body)
+        cuts = [row.switches[0] for row in method.rows(TOKENS(11))]
+        around = [np.mean([getattr(s, field) for s in cuts]) for field in _AROUND]
+        healed = [method.with_error(TOKENS(10 + tokens)) for tokens in extra]
+        body.append([method.name, *(f"{loss:.3f}" for loss in around), *healed])
+    for method in methods_of("start-extra").values():
+        alone = [method.with_error(TOKENS(tokens)) for tokens in extra]
+        body.append([f"{method.name} from scratch", "", "", *alone])
+    titles = ["trained", "truncated", *(f"{10 * x:g} % more tokens" for x in extra)]
+    return page.markdown_table(["method", *titles], body)
 
 
 def minus_dense(
@@ -259,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation_retraction": losses("ablation_retraction", TOKENS(1)),
     "scaling_laws": scaling_laws,
     "start": start,
+    "start_d128": losses("start-d128", FLOPS(0.4)),
     "healing": healing,
 }
 
