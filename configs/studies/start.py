@@ -6,8 +6,8 @@
 Every served model but the wide dense one has the FLOPs per token of rank d/4 in all
 seven matrices, and every training as many FLOPs as the wide one takes for its tokens,
 dense phases included. Tokens are bytes and windows have 64 of them, so that the layers
-are 85 % of the FLOPs or more. All methods are tuned alike, with the first seed; then all
-get three.
+are 85 % of the FLOPs or more. All methods are tuned alike, with the first seed; then
+all get three.
 
 Papers: SVD-LLM, arXiv 2403.07378 (whitened truncation); Li et al., Train large, then
 compress, arXiv 2002.11794. Text: the Python standard library.
