@@ -13,8 +13,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from experiments.studies import page, summary
 from experiments.studies import rows as rows_lib
 from experiments.studies import trial as trial_lib
@@ -152,10 +150,7 @@ def truncations(
             steps = rows[0].results[budget].steps
             around = [[s for s in row.switches if s.length == steps] for row in rows]
             for switches in zip(*around, strict=True):
-                before, after = (
-                    float(np.mean([getattr(s, field) for s in switches]))
-                    for field in ("before", "after")
-                )
+                before, after = summary.around(switches)
                 body.append(
                     [
                         method.name,

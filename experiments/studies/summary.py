@@ -243,11 +243,7 @@ def references(methods: Sequence[MethodSummary]) -> list[MethodSummary]:
 
 def gap_text(method: MethodSummary, reference: MethodSummary, budget: Budget) -> str:
     """Returns `gap` as text, "-" or "diverged" where there is none."""
-    return signed(*gap(method, reference, budget))
-
-
-def signed(mean: float, error: float) -> str:
-    """Returns a difference and its standard error as text."""
+    mean, error = gap(method, reference, budget)
     if not math.isfinite(mean):
         return "-" if math.isnan(mean) else "diverged"
     return f"{mean:+.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
@@ -267,16 +263,16 @@ def gap(
         for row in method.rows(budget)
         if math.isfinite(theirs.get(row.seed, math.inf))
     ]
-    return mean_and_error(pairs)
+    if len(pairs) < 2:
+        return (pairs[0] if pairs else math.nan), math.nan
+    return float(np.mean(pairs)), float(np.std(pairs, ddof=1) / math.sqrt(len(pairs)))
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and standard error; no error of one value, NaN for none."""
-    if len(values) < 2:
-        return (values[0] if values else math.nan), math.nan
+def around(switches: Sequence[rows_lib.Switch]) -> tuple[float, float]:
+    """Returns the mean losses before and after a truncation, over seeds."""
     return (
-        float(np.mean(values)),
-        float(np.std(values, ddof=1) / math.sqrt(len(values))),
+        float(np.mean([switch.before for switch in switches])),
+        float(np.mean([switch.after for switch in switches])),
     )
 
 

@@ -15,8 +15,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from experiments.studies import page, summary
 from experiments.studies import rows as rows_lib
 from experiments.studies import trial as trial_lib
@@ -36,8 +34,6 @@ Column = tuple[str, Callable[[summary.MethodSummary], str]]  # title and cells
 TOKENS, FLOPS = (functools.partial(trial_lib.Budget, k) for k in ("tokens", "flops"))
 LOW_RANK = ("Stiefel Muon", "Spectron (code)", "SCT (s = 1)")
 DENSE = ("dense AdamW", "dense Muon", "dense Muon (narrow)")
-
-_AROUND = ("before", "after")  # a truncation
 
 _WITH_ERROR = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
 _BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -179,10 +175,8 @@ def scaling_laws() -> str:
 def start() -> str:
     """Returns losses over the length, and differences at 10 tokens per parameter."""
     study, lengths = "start-d64", ("0.4", "2", "10")
-    losses = loss(*(FLOPS(float(length)) for length in lengths))
-    columns = [
-        (length, cell) for length, (_, cell) in zip(lengths, losses, strict=True)
-    ]
+    cells = [cell for _, cell in loss(*(FLOPS(float(x)) for x in lengths))]
+    columns = list(zip(lengths, cells, strict=True))
     for title, name in (("low rank", "low rank: decay .9"), ("narrow", DENSE[-1])):
         ((_, cell),) = minus(study, [name], FLOPS(10))
         columns.append((f"10, minus {title}", cell))
@@ -193,13 +187,13 @@ def start() -> str:
 def healing() -> str:
     """Returns losses of trained models after truncation and healing.
 
-    A narrow model from scratch on the FLOPs of the healing stands beside them.
+    The last row is a narrow model trained from scratch on the FLOPs of the healing.
     """
     extra = (0.5, 1, 2)  # tokens per dense parameter
     body = []
     for method in methods_of("start-healing").values():
         cuts = [row.switches[0] for row in method.rows(TOKENS(11))]
-        around = [np.mean([getattr(s, field) for s in cuts]) for field in _AROUND]
+        around = summary.around(cuts)
         healed = [method.with_error(TOKENS(10 + tokens)) for tokens in extra]
         body.append([method.name, *(f"{loss:.3f}" for loss in around), *healed])
     for method in methods_of("start-extra").values():
