@@ -32,8 +32,8 @@ def init(
 
     Every u_b and v_b is a sample from the Haar distribution. Where B R = min(I, O), W
     has the Frobenius norm of the dense matrix N(0, scale^2 / I): outputs have the mean
-    square of the dense layer. For smaller B R, W has the norm of its B R largest
-    singular values, and `rescale` gives it that of all.
+    square of the dense layer. For smaller B R, W has the norm of the B R largest
+    singular values of that matrix, and `rescale` restores the full norm.
 
     The spectrum of a Gaussian, as in `spectral.init`, has values near zero if B R is
     the full rank. Gradients of their columns are as small, and training is slower.

@@ -577,7 +577,7 @@ def initial_spectrum(
 ) -> np.ndarray:
     """Returns the R largest singular values of N(0, scale^2 / I), descending.
 
-    Args: see `init`.
+    Arguments as in `init`.
 
     Raises:
       ValueError: for a scale that `init` refuses.

@@ -288,7 +288,7 @@ def test_the_command_reads_text(folders, tmp_path, capsys):
         out = run(*common, f"--workdir={tmp_path / name}", *flags, capsys=capsys)
         assert ("error of outputs on the text" in out) == (name == "text")
     plain, read = (workdir.load_run(tmp_path / name) for name in ("plain", "text"))
-    # On that text, outputs are closer than those of the nearest matrix.
+    # Outputs on that text are closer than with the nearest matrix of that rank.
     dense = importing.load(source.open_folder(folders / "tied"), {})
     ids = jnp.asarray([read.tokenizer.encode(words.read_text())[:512]])
     inputs = compression.Inputs(

@@ -22,8 +22,8 @@ narrow dense Muon, blocks without a retraction, and low rank.
             methods that lead at d 64. Half an hour. Losses 1.44, 1.45 and 1.47.
   healing   d 64. A dense model of 10 tokens per parameter, truncated and trained on
             5, 10 and 20 % more. Half an hour. Losses 1.64 whitened, 1.72 plain at 10 %.
-  extra     d 64. Narrow dense models from scratch on the FLOPs of that healing. Loss
-            1.91 on those of 10 %.
+  extra     d 64. Narrow dense models trained from scratch on the FLOPs of each healing.
+            Loss 1.91 for 10 %.
 """
 
 import dataclasses
