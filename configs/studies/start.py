@@ -144,31 +144,29 @@ def _d64() -> grid.Comparison:
         with_long_decay(BLOCKS),
         dense_first(0.2, chain="muon"),
         MUON,
-    )
-
-
-def _d64_more() -> grid.Comparison:
-    """What `d64` leaves out."""
-    return _study(
-        base(64, 176),
-        dense_first(0.4, chain="muon"),
-        dense_first(0.4, chain="muon", truncation="plain"),
-        dense_first(0.6, chain="muon"),
+        with_long_decay(methods.narrow(MUON)),
+        with_long_decay(TWO_BLOCKS),
+        dense_first(0.2, chain="muon", then=FREE_BLOCKS),
+        dense_first(0.2, chain="muon", truncation="plain"),
         dense_first(0.2, chain="adamw"),
         dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
-        dense_first(0.2, chain="muon", then=FREE_BLOCKS),
-        with_long_decay(TWO_BLOCKS),
-        with_long_decay(methods.narrow(MUON)),
+        dense_first(0.4, chain="muon"),
+        dense_first(0.6, chain="muon"),
     )
 
 
-def _d128() -> grid.Comparison:
+def _d128(*tokens: float, rates: tuple[float, ...] | None = None) -> grid.Comparison:
+    """The methods that lead at d 64, at these lengths."""
+    low_rank, free_blocks, narrow = (
+        dataclasses.replace(method, learning_rates=rates or method.learning_rates)
+        for method in (LOW_RANK, FREE_BLOCKS, MUON)
+    )
     return _study(
         base(128, 344),
-        methods.narrow(MUON),
-        with_long_decay(LOW_RANK),
-        with_long_decay(FREE_BLOCKS),
-        tokens_per_parameter=(0.4,),
+        methods.narrow(narrow),
+        with_long_decay(low_rank),
+        with_long_decay(free_blocks),
+        tokens_per_parameter=tokens,
     )
 
 
@@ -207,8 +205,8 @@ def _extra() -> grid.Comparison:
 
 VARIANTS = {
     "d64": _d64,
-    "d64_more": _d64_more,
-    "d128": _d128,
+    "d128": lambda: _d128(0.4),
+    "d128_longer": lambda: _d128(2.0, rates=(0.005, 0.01, 0.02)),
     "healing": _healing,
     "extra": _extra,
 }
