@@ -1,10 +1,11 @@
 r"""Imports a checkpoint of Hugging Face's Llama family as a run, dense or truncated.
 
-python -m experiments.convert --from=SmolLM2-135M --workdir=runs/smollm2
-python -m experiments.convert --from=SmolLM2-135M --workdir=runs/smollm2-r144 \
+python -m experiments.convert --from=HuggingFaceTB/SmolLM2-135M --workdir=runs/smollm2
+python -m experiments.convert --from=HuggingFaceTB/SmolLM2-135M --workdir=runs/r144 \
   --rank-ratio=.25 --matrices=gate,up,down --matrix=down:energy=.95
 
-The folder holds config.json, tokenizer.json and model.safetensors, whole or in parts.
+--from is a folder, or a name on the Hugging Face hub. It holds config.json,
+tokenizer.json and model.safetensors, whole or in parts.
 Matrices that get a rank become factors u, s, v: the best approximation of that rank,
 or with --text=SOURCE the one whose outputs on that text are best. --budget=.3 gives the
 factors that part of the parameters, and each matrix the rank that keeps the most.
@@ -65,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "has no effect without --text",
         )
         if flags.text is not None:
-            errors.check("--text", bool(rules), "has no effect; add a rank")
+            errors.check(
+                "--text",
+                bool(rules),
+                "has no effect without a rank; add --rank, --rank-ratio, --energy, "
+                "--budget or --matrix",
+            )
             text = calibration_text(flags, source, tokenizer)
         imported = importing.load(
             source,

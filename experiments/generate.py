@@ -1,7 +1,7 @@
 """Continues text with a trained model.
 
 python -m experiments.generate --workdir=runs/smollm_r128-tiny --prompt="def main("
-python -m experiments.generate --hf=SmolLM2-135M --prompt="def main("
+python -m experiments.generate --hf=HuggingFaceTB/SmolLM2-135M --prompt="def main("
 echo "import os" | python -m experiments.generate --workdir=runs/smollm_r128-tiny
 
 One prompt is continued as it is written; several are continued together. The exit code

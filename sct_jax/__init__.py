@@ -1,7 +1,7 @@
 """Pre-training of language models with permanently low-rank weights, in JAX.
 
 `import sct_jax` gives the light layers: factors, manifold geometry, gradient
-transformations, optimizers and the model, each loaded with its first use. Import
+transformations, optimizers, the model and generation, each loaded on first use. Import
 `sct_jax.data` and `sct_jax.training` explicitly; they load the data and checkpoint
 libraries.
 """
@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sct_jax import (
+        attention,
         blocks,
+        compression,
+        decode,
         errors,
         linalg,
         losses,
         model,
         optimizers,
         rank,
+        sampling,
+        scoring,
         sharding,
         spectral,
         stiefel,
@@ -29,13 +34,18 @@ __all__ = [
     "BlockSpectralFactors",
     "LowRankFactors",
     "SpectralFactors",
+    "attention",
     "blocks",
+    "compression",
+    "decode",
     "errors",
     "linalg",
     "losses",
     "model",
     "optimizers",
     "rank",
+    "sampling",
+    "scoring",
     "sharding",
     "spectral",
     "stiefel",
@@ -46,7 +56,14 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads a module with its first use, so that programs start without JAX."""
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; a module that it does not "
+            f"load by itself has to be imported: from {__name__} import {name}"
+        )
     if name.endswith("Factors"):
         return getattr(importlib.import_module("sct_jax.spectral"), name)
     return importlib.import_module(f"sct_jax.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

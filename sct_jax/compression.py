@@ -1,19 +1,21 @@
 """Truncation of a trained model: its matrices become factors, or factors of less rank.
 
-With text, a matrix is approximated where its inputs are: the error of its outputs is
+With text, the error of a matrix is weighted by its inputs: the error of its outputs is
 the least that its rank allows. One layer is handled at a time.
 """
 
 import dataclasses
 import functools
 import heapq
+import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sct_jax import blocks as blocks_lib
 from sct_jax import errors, linalg, model, sharding, spectral
@@ -38,29 +40,46 @@ class Text(NamedTuple):
     segment_ids: Sequence[Int[Array, "B L"]] | None = None
 
 
+class Moments(NamedTuple):
+    """Sums over the inputs x of a matrix, and the y that it had in the original model.
+
+    Attributes:
+      inputs: x.T x.
+      cross: x.T y.
+      originals: y.T y.
+    """
+
+    inputs: Float[Array, "I I"]
+    cross: Float[Array, "I I"]
+    originals: Float[Array, "I I"]
+
+
 class Inputs:
     """The residual stream of some text before the layer that comes next.
 
     Attributes:
       streams: (B, L, D) per batch of text.
-      originals: the same past layers as they were, where others have taken their place.
+      originals: the same in the original model; the list `streams` itself until that
+        model and the new one differ.
     """
 
     def __init__(
         self,
-        params: model.Params,
+        embedding: spectral.Weight,
         text: Text,
         config: model.ModelConfig,
         *,
+        original: spectral.Weight | None = None,
         linear: model.Linear = spectral.linear,
         placement: sharding.Placement = sharding.UNPLACED,
     ):
         """Puts the text in front of the first layer.
 
         Args:
-          params: any parameters with the embedding of the model.
+          embedding: gives `streams`.
           text: what flows through the layers.
           config: architecture of the model.
+          original: gives `originals`, if it is not `embedding`.
           linear: multiplies by every matrix.
           placement: where arrays are on a mesh; by default, XLA chooses.
         """
@@ -76,29 +95,37 @@ class Inputs:
         embed = jax.jit(
             functools.partial(model.embed, config=config, placement=placement)
         )
-        ends = {"embedding": params["embedding"]}
-        self.streams = [embed(ends, tokens) for tokens in text.tokens]
-        self.originals = self.streams
+        streams_of = lambda w: [embed({"embedding": w}, x) for x in text.tokens]
+        self.streams = streams_of(embedding)
+        self.originals = self.streams if original is None else streams_of(original)
         self._rope = model.rotary_table(text.tokens[0].shape[1], config)
+        self._index = 0  # of the layer
 
     def second_moments(self, layer: model.Params) -> SecondMoments:
-        """Returns sums of x.T x over the inputs x of every matrix of a layer."""
+        """Returns sums of x.T x over the inputs x of every matrix of a layer.
+
+        Raises:
+          UserError: where an input is not finite.
+        """
         names = tuple(group[0] for group in GROUPS)
         found = self._sum(names, layer)
         return {n: x for g, (x,) in zip(GROUPS, found, strict=True) for n in g}
 
     def moments(
         self, layer: model.Params, original: model.Params, name: str
-    ) -> tuple[Float[Array, "I I"], Float[Array, "I I"]]:
-        """Returns sums of x.T x and x.T y over the inputs of a matrix.
+    ) -> Moments:
+        """Returns the moments of the inputs of a matrix.
 
         Args:
           layer: gives x, past the layers of `streams`.
-          original: gives y, the same input past the layers of `originals`.
+          original: gives y, past the layers of `originals`.
           name: of the matrix.
+
+        Raises:
+          UserError: where an input is not finite.
         """
-        (second, cross), *_ = self._sum((name,), layer, original)
-        return second, cross
+        (found,) = self._sum((name,), layer, original)
+        return Moments(*found)
 
     def _sum(self, names, layer, original=None) -> list[tuple[Array, ...]]:
         total: Any = None
@@ -110,20 +137,30 @@ class Inputs:
                 pairs.append((original, other))
             found = self._moments(pairs, self._rope, segments, names=names)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
+        for name, finite in zip(names, np.asarray(_are_finite(total)), strict=True):
+            errors.check(
+                f"{name!r} of layer {self._index + 1}",
+                bool(finite),
+                "its inputs on this text are not finite; check text and model, or "
+                'truncate without text (truncation.method = "plain"; no --text)',
+            )
         return total
 
     def advance(
         self, layer: model.Params, original: model.Params | None = None
     ) -> None:
-        """Moves the text past a layer, and `originals` past it as it was."""
-        past = lambda layer, streams: [
-            self._layer(layer, stream, self._rope, segments)
-            for stream, segments in zip(streams, self._segments, strict=True)
-        ]
-        together = original is None and self.originals is self.streams
-        moved = past(layer, self.streams)
-        self.originals = moved if together else past(original or layer, self.originals)
-        self.streams = moved
+        """Moves the text past a layer, and `originals` past that of their model."""
+        if original is None and self.originals is self.streams:
+            self._pass(layer, self.streams)
+        else:
+            self.originals = list(self.originals)
+            self._pass(layer, self.streams)
+            self._pass(layer if original is None else original, self.originals)
+        self._index += 1
+
+    def _pass(self, layer: model.Params, streams: list[Array]) -> None:
+        for index, segments in enumerate(self._segments):  # no second copy of them all
+            streams[index] = self._layer(layer, streams[index], self._rope, segments)
 
 
 _STATIC = ("config", "linear", "placement")
@@ -146,9 +183,9 @@ def _apply(layer, stream, rope, segments, *, config, linear, placement):
 def _moments(
     pairs, rope, segments, *, names, linear, **static
 ) -> list[tuple[Array, ...]]:
-    """Sums of x.T y over the inputs of some matrices.
+    """Sums over the inputs of some matrices, in one or two pairs of layer and stream.
 
-    x is the input in the first of some pairs of a layer and a stream, y in each.
+    Of x in the first pair and y in the second: x.T x, and of two x.T y and y.T y.
     """
 
     def inputs_of(layer, stream) -> dict[str, Array]:
@@ -161,8 +198,20 @@ def _moments(
         model.block(layer, stream, rope, segments, linear=observe, **static)
         return dict(zip(model.BLOCK_MATRICES, found, strict=True))
 
-    x, *_ = seen = [inputs_of(layer, stream) for layer, stream in pairs]
-    return [tuple(linalg.gram(x[name], y[name]) for y in seen) for name in names]
+    seen = [inputs_of(layer, stream) for layer, stream in pairs]
+    return [
+        tuple(
+            linalg.gram(x[name], y[name])
+            for x, y in itertools.combinations_with_replacement(seen, 2)
+        )
+        for name in names
+    ]
+
+
+@jax.jit
+def _are_finite(sums: list[tuple[Array, ...]]) -> Bool[Array, " N"]:
+    finite = [[jnp.all(jnp.isfinite(x)) for x in found] for found in sums]
+    return jnp.all(jnp.array(finite), axis=-1)
 
 
 def truncate(
@@ -183,8 +232,8 @@ def truncate(
       params: in either layout, which the result shares.
       config: of these parameters.
       wanted: the same shapes, with more factors or smaller ranks.
-      text: where the matrices of the layers are approximated; everywhere alike if None,
-        as embedding and head always are.
+      text: the errors of the matrices of the layers are weighted by their inputs on it;
+        plain errors if None, as always of embedding and head.
       sequential: see `truncate_layer`.
       linear: see `Inputs`.
       placement: see `Inputs`.
@@ -197,12 +246,25 @@ def truncate(
     """
     check(config, wanted)
     stacked = not isinstance(params[model.LAYERS], tuple)
-    inputs = None
-    if text is not None:
-        inputs = Inputs(params, text, config, linear=linear, placement=placement)
     changed = changed_matrices(config, wanted)
     replace = functools.partial(_truncated, wanted=wanted)
-    layers = tuple(
+    result = {
+        name: replace(name, w, None) if name in changed else w
+        for name, w in params.items()
+        if name != model.LAYERS
+    }
+    inputs = None
+    if text is not None:
+        original = params["embedding"]
+        inputs = Inputs(
+            result["embedding"] if sequential else original,
+            text,
+            config,
+            original=original if sequential and "embedding" in changed else None,
+            linear=linear,
+            placement=placement,
+        )
+    result[model.LAYERS] = tuple(
         truncate_layer(
             layer,
             [name for name in changed if name in model.BLOCK_MATRICES],
@@ -212,11 +274,6 @@ def truncate(
         )
         for layer in layers_of(params)
     )
-    result = {
-        name: replace(name, w, None) if name in changed else w
-        for name, w in params.items()
-        if name != model.LAYERS
-    } | {model.LAYERS: layers}
     return model.stack_layers(result) if stacked else result
 
 
@@ -232,7 +289,7 @@ def changed_matrices(config: model.ModelConfig, wanted: model.ModelConfig) -> li
 def truncate_layer(
     layer: model.Params,
     names: Collection[str],
-    replace: Callable[[str, spectral.Weight, Array | None], spectral.Weight],
+    replace: Callable[[str, spectral.Weight, Moments | None], spectral.Weight],
     *,
     inputs: Inputs | None,
     sequential: bool = True,
@@ -242,29 +299,33 @@ def truncate_layer(
     Args:
       layer: one layer.
       names: of the matrices.
-      replace: from the name of a matrix, what it should be, and the second moment of
-        its inputs, to what takes its place.
-      inputs: the text before the layer; None approximates matrices everywhere alike.
-      sequential: whether every matrix sees its inputs as replaced ones make them, and
-        makes up for their error: it should be the W' that maps these inputs x closest
-        to the outputs y W of the inputs y that there were, W' = W + (x.T x + c)^-1
-        (x.T y - x.T x) W with a little damping c. Otherwise all see the inputs as they
-        were, and W' = W.
+      replace: from the name of a matrix, what it should be, and the moments of its
+        inputs, to what takes its place.
+      inputs: the text before the layer; None for plain errors.
+      sequential: whether every replaced matrix sees its inputs as those before it make
+        them, and makes up for their error. It should be the W' that maps these inputs x
+        closest to the original outputs y W: W' = W + (x.T x + c)^-1 (x.T y - x.T x) W
+        with a little damping c. Otherwise all see the original inputs, and W' = W.
+
+    Raises:
+      UserError: where an input is not finite.
     """
     if inputs is None:
         return layer | {name: replace(name, layer[name], None) for name in names}
     if not sequential:
         moments = inputs.second_moments(layer)
         inputs.advance(layer)
-        return layer | {n: replace(n, layer[n], moments[n]) for n in names}
+        return layer | {
+            n: replace(n, layer[n], Moments(*[moments[n]] * 3)) for n in names
+        }
     new = dict(layer)
     for group in GROUPS:
         chosen = [name for name in group if name in names]
         if chosen:
-            second, cross = inputs.moments(new, layer, chosen[0])
-            change = _correction(second, cross)
+            moments = inputs.moments(new, layer, chosen[0])
+            change = _correction(moments)
             for name in chosen:
-                new[name] = replace(name, _corrected(layer[name], change), second)
+                new[name] = replace(name, _corrected(layer[name], change), moments)
     inputs.advance(new, layer)
     return new
 
@@ -274,8 +335,9 @@ _RIDGE = 1e-2
 
 
 @jax.jit
-def _correction(second, cross) -> Float[Array, "I I"]:
+def _correction(moments: Moments) -> Float[Array, "I I"]:
     """The K of W' = W + K W."""
+    second, cross, _ = moments
     damping = _RIDGE * jnp.mean(jnp.diagonal(second))
     eye = jnp.eye(len(second), dtype=second.dtype)
     return jnp.linalg.solve(second + linalg.safe_divisor(damping) * eye, cross - second)
@@ -300,39 +362,50 @@ def layers_of(params: model.Params) -> Iterator[model.Params]:
 
 
 def check(config: model.ModelConfig, wanted: model.ModelConfig) -> None:
-    """Raises UserError, naming the field and the matrix, for ranks that would grow."""
+    """Raises UserError, naming field and matrix, for what truncation cannot do."""
     for name in config.matrix_shapes():
         before, after = config.matrix_rank(name), wanted.matrix_rank(name)
         blocks = config.matrix_blocks(name), wanted.matrix_blocks(name)
         errors.check(
             "model.spectral",
             before is None or after is not None,
-            f"{name!r} has factors of rank {before} and cannot become dense",
+            f"{name!r} has factors of rank {before} and cannot become dense; name it "
+            "there",
         )
         same = before == after and blocks[0] == blocks[1]
         errors.check(
             f"model.blocks.{name}",
             before is None or same or blocks == (1, 1),
             f"{name!r} has rank {before} in {blocks[0]} blocks and cannot get rank "
-            f"{after} in {blocks[1]}: only dense matrices become blocks; keep both",
+            f"{after} in {blocks[1]}: only dense matrices become blocks; set rank and "
+            "blocks as they are",
         )
+        most = min(config.matrix_shapes()[name]) // blocks[1]
         errors.check(
-            f"model.ranks.{name}",
+            wanted.rank_setting(name),
             same or after is None or after % blocks[1] == 0,
-            f"rank {after} must be a multiple of the {blocks[1]} blocks, for a dense "
-            "matrix to become them",
+            f"rank {after} of {name!r} is no multiple of its {blocks[1]} blocks, which "
+            "a dense matrix needs to become them; choose "
+            + _nearest_multiples(after or 0, blocks[1], most=most),
         )
         errors.check(
-            f"model.ranks.{name}",
+            wanted.rank_setting(name),
             before is None or after is None or after <= before,
-            f"{after} is above the rank {before} that the matrix has; truncation only "
+            f"{after} is above the rank {before} that {name!r} has; truncation only "
             "lowers ranks",
         )
     errors.check(
         "model.factors",
         wanted.factors == config.factors or not config.spectral,
-        f"{wanted.factors!r} differs from {config.factors!r}, which the matrices have",
+        f"{wanted.factors!r} differs from {config.factors!r}, which the matrices have; "
+        f"set it to {config.factors!r}",
     )
+
+
+def _nearest_multiples(value: int, factor: int, *, most: int) -> str:
+    below = value // factor * factor
+    near = [str(x) for x in (below, below + factor) if factor <= x <= most]
+    return " or ".join(near) or f"at most {math.isqrt(most * factor)} blocks"
 
 
 @functools.partial(jax.jit, static_argnames="rank")
@@ -343,10 +416,11 @@ def _best(w, moment, *, rank: int) -> spectral.SpectralFactors:
 def _truncated(
     name: str,
     w: spectral.Weight,
-    moment: Float[Array, "I I"] | None,
+    moments: Moments | None,
     *,
     wanted: model.ModelConfig,
 ) -> spectral.Weight:
+    moment = None if moments is None else moments.inputs
     rank, blocks = wanted.matrix_rank(name), wanted.matrix_blocks(name)
     assert rank is not None
     if blocks > 1:
@@ -380,27 +454,25 @@ Matrix = tuple[str, spectral.Weight, Array | None]
 
 
 def matrices_of(
-    params: model.Params,
-    config: model.ModelConfig,
+    layers: Iterable[model.Params],
     names: Collection[str],
     *,
-    text: Text | None = None,
+    inputs: Inputs | None = None,
 ) -> Iterator[Matrix]:
-    """Yields matrices of all layers, for `spectra`.
+    """Yields matrices of layers, for `spectra`.
 
     Args:
-      params: in either layout.
-      config: of these parameters.
+      layers: one at a time.
       names: of the matrices.
-      text: see `truncate`; the layers stay as they are.
+      inputs: the text before the first layer, which moves past them all.
     """
-    inputs = None if text is None else Inputs(params, text, config)
-    for layer in layers_of(params):
-        moments = inputs.second_moments(layer) if inputs else {}
+    for layer in layers:
+        moments: SecondMoments = {}
+        if inputs:
+            moments = inputs.second_moments(layer)
+            inputs.advance(layer)
         for name in names:
             yield name, layer[name], moments.get(name)
-        if inputs:
-            inputs.advance(layer)
 
 
 def spectra(
@@ -471,7 +543,7 @@ def allocate(
         field,
         left >= 0,
         f"{budget:,} parameters are too few: rank {multiple} in each of "
-        f"{', '.join(spectra)} takes {least:,}",
+        f"{', '.join(spectra)} takes {least:,}; raise it",
     )
     queue = [gain(name) for name in spectra]
     heapq.heapify(queue)

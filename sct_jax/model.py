@@ -141,7 +141,7 @@ class ModelConfig:
       num_heads: H, number of query heads.
       num_kv_heads: G, number of key and value heads; divides num_heads.
       head_dim: K, size of a head; d_model / num_heads if None.
-      vocab_size: V.
+      vocab_size: V, number of token ids.
       rank: R of the factorised matrices. `ranks` and `rank_ratios` override it.
       spectral: names of the factorised matrices, from `MATRICES`.
       factors: kind of the factors: "spectral" (u, s, v) or "low_rank" (a, b).
@@ -339,15 +339,21 @@ class ModelConfig:
             "change it, or set 1",
         )
 
+    def rank_setting(self, name: str) -> str:
+        """Returns the field that sets the rank of a matrix, for messages."""
+        return next(iter(self._own_rank_settings(name)), "model.rank")
+
+    def _own_rank_settings(self, name: str) -> list[str]:
+        return [
+            f"model.{field}.{name}"
+            for field in ("ranks", "rank_ratios")
+            if getattr(getattr(self, field), name) is not None
+        ]
+
     def validate_rank(self, name: str) -> None:
         """Raises UserError for a rank of this matrix that is not possible."""
-        explicit = getattr(self.ranks, name)
         ratio = getattr(self.rank_ratios, name)
-        given = [
-            f"model.{field}.{name}"
-            for field, value in (("ranks", explicit), ("rank_ratios", ratio))
-            if value is not None
-        ]
+        given = self._own_rank_settings(name)
         message = f"conflicts with {given[0]}: set only one of them" if given else ""
         errors.check(given[-1] if given else "", len(given) < 2, message)
         if name not in self.spectral:
@@ -364,7 +370,7 @@ class ModelConfig:
         most = min(shape) // blocks
         in_blocks = f" in {blocks} blocks" if blocks > 1 else ""
         errors.check(
-            given[0] if given else "model.rank",
+            self.rank_setting(name),
             rank is not None and 1 <= rank <= most,
             f"rank {rank} of matrix {name!r} must be in 1..{most}, for shape "
             f"{shape[0]} x {shape[1]}{in_blocks}",

@@ -86,7 +86,8 @@ class MeshConfig:
     """Number of devices along each mesh axis; one may be -1, for all remaining devices.
 
     Attributes:
-      data: replicas of the parameters; shards the batch.
+      data: replicas of the parameters; shards the batch. -1, here or on another axis,
+        takes all remaining devices.
       fsdp: shards parameters, optimizer state and the batch.
       tensor: shards heads, d_ff and vocabulary.
       tensor_layout: what `tensor` does to the side of a matrix that faces the residual

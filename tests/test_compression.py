@@ -220,7 +220,7 @@ def test_moments_are_of_the_inputs_of_every_matrix():
     separate = model.unstack_layers(params)
     for tokens, segments in zip(*text, strict=True):
         model.hidden(separate, tokens, DENSE, segment_ids=segments, linear=linear)
-    inputs = compression.Inputs(params, text, DENSE)
+    inputs = compression.Inputs(params["embedding"], text, DENSE)
     for index, layer in enumerate(separate["layers"]):
         moments = inputs.second_moments(layer)
         for place, name in enumerate(model.BLOCK_MATRICES):
@@ -243,7 +243,7 @@ def test_each_output_is_closer_than_plain_truncation_makes_it(stacked):
     scanned = dataclasses.replace(LOW, scan_layers=stacked)
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), scanned))
     assert jax.tree.map(jnp.shape, whitened) == jax.tree.map(jnp.shape, abstract)
-    inputs = compression.Inputs(params, text, DENSE)
+    inputs = compression.Inputs(params["embedding"], text, DENSE)
     found, alike = (model.unstack_layers(p)["layers"] for p in (whitened, plain))
     for index, layer in enumerate(separate["layers"]):
         moments = inputs.second_moments(layer)
@@ -284,12 +284,21 @@ def inputs_and_outputs(params, layers, text):
     return [np.concatenate(pair) for pair in zip(seen[:half], seen[half:], strict=True)]
 
 
-def test_every_matrix_makes_up_for_those_before_it():
-    """It maps the inputs that it now has to the outputs that there were."""
-    params, text = params_and_text()
-    found = compression.truncate(params, DENSE, LOW, text=text)
+@pytest.mark.parametrize("chosen", [(), ("embedding",)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_matrix_makes_up_for_those_before_it(chosen, tied):
+    """It maps the inputs that it now has to the original outputs."""
+    dense = dataclasses.replace(DENSE, tie_embeddings=tied)
+    low = dataclasses.replace(
+        LOW, spectral=(*model.BLOCK_MATRICES, *chosen), tie_embeddings=tied
+    )
+    params, text = params_and_text(dense)
+    found = compression.truncate(params, dense, low, text=text)
+    assert spectral.is_factors(found["embedding"]) == bool(chosen)
     layers, new = (list(compression.layers_of(p)) for p in (params, found))
-    before, after = (inputs_and_outputs(params, x, text) for x in (layers, new))
+    before, after = (
+        inputs_and_outputs(p, x, text) for p, x in ((params, layers), (found, new))
+    )
     for place, name in enumerate(model.BLOCK_MATRICES * 2):
         layer = place // 7
         first = next(g for g in compression.GROUPS if name in g)[0]
@@ -320,10 +329,12 @@ def test_every_matrix_makes_up_for_those_before_it():
         assert lost[0] <= lost[1] * 1.01
 
 
-def test_all_at_once_every_matrix_sees_the_inputs_that_there_were():
+@pytest.mark.parametrize("chosen", [(), ("embedding",)])
+def test_all_at_once_every_matrix_sees_the_original_inputs(chosen):
     params, text = params_and_text()
-    found = compression.truncate(params, DENSE, LOW, text=text, sequential=False)
-    inputs = compression.Inputs(params, text, DENSE)
+    low = dataclasses.replace(LOW, spectral=(*model.BLOCK_MATRICES, *chosen))
+    found = compression.truncate(params, DENSE, low, text=text, sequential=False)
+    inputs = compression.Inputs(params["embedding"], text, DENSE)
     for layer, new in zip(
         compression.layers_of(params), compression.layers_of(found), strict=True
     ):
@@ -333,6 +344,37 @@ def test_all_at_once_every_matrix_sees_the_inputs_that_there_were():
                 spectral.to_dense(new[name]), spectral.to_dense(wanted), atol=1e-5
             )
         inputs.advance(layer)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_inputs_that_are_not_finite_are_refused(sequential):
+    params, text = params_and_text()
+    params["layers"]["mlp_norm"] = params["layers"]["mlp_norm"].at[1].set(jnp.inf)
+    with pytest.raises(errors.UserError, match=r"^'gate' of layer 2: its inputs on"):
+        compression.truncate(params, DENSE, LOW, text=text, sequential=sequential)
+
+
+def test_memory_holds_two_residual_streams_of_the_text():
+    """And one micro-batch more, whatever their number."""
+    params, _ = params_and_text()
+    shape = (3, 20)  # of no other array
+    tokens = [jnp.full(shape, i) for i in range(8)]
+    inputs = compression.Inputs(params["embedding"], compression.Text(tokens), DENSE)
+    most = 0
+
+    def counted(*args):
+        nonlocal most
+        out = advance(*args)
+        streams = [x for x in jax.live_arrays() if x.shape == (*shape, DENSE.d_model)]
+        most = max(most, len(streams))
+        return out
+
+    inputs._layer, advance = counted, inputs._layer
+    replace = lambda name, w, moments: spectral.truncate(w, 4)
+    layers = list(compression.layers_of(params))
+    for layer in (*layers, *layers):
+        compression.truncate_layer(layer, model.BLOCK_MATRICES, replace, inputs=inputs)
+    assert most == 2 * len(tokens) + 1
 
 
 def test_factors_are_corrected_like_their_matrix():
@@ -370,14 +412,23 @@ def test_matrices_that_stay_are_not_changed():
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ({"rank": 4}, {"rank": 5}, r"model\.ranks\.q: 5 is above the rank 4"),
+        ({"rank": 4}, {"rank": 5}, r"model\.rank: 5 is above the rank 4 that 'q'"),
         ({}, {"spectral": ("q",)}, r"model\.spectral: 'k' has factors of rank 4"),
         ({}, {"factors": "low_rank"}, r"model\.factors: 'low_rank' differs"),
         ({}, {"num_blocks": 2}, r"model\.blocks\.q: 'q' has rank 4 in 1 blocks"),
         (
             {"spectral": ()},
             {"spectral": ("q",), "num_blocks": 4, "rank": 6},
-            r"model\.ranks\.q: rank 6 must be a multiple of the 4 blocks",
+            r"^model\.rank: rank 6 of 'q' is no multiple .* choose 4 or 8$",
+        ),
+        (
+            {"spectral": ()},
+            {
+                "spectral": ("q",),
+                "num_blocks": 4,
+                "rank_ratios": model.MatrixRankRatios(q=0.2),
+            },
+            r"^model\.rank_ratios\.q: rank 6 of 'q' is no multiple .* choose 4 or 8$",
         ),
     ],
 )
@@ -425,9 +476,10 @@ def test_ranks_under_a_budget_are_multiples():
 def test_spectra_are_shares_of_the_outputs():
     params, text = params_and_text()
     spectra = lambda *names, **options: compression.spectra(
-        compression.matrices_of(params, DENSE, names, **options), DENSE
+        compression.matrices_of(compression.layers_of(params), names, **options), DENSE
     )
-    found = spectra("down", "q", text=text)
+    inputs = compression.Inputs(params["embedding"], text, DENSE)
+    found = spectra("down", "q", inputs=inputs)
     most = DENSE.d_model * DENSE.d_ff // (DENSE.d_model + DENSE.d_ff + 1)
     assert found["down"].squares.shape == (DENSE.num_layers, most)
     assert np.all(np.diff(found["down"].squares) <= 0)
@@ -438,7 +490,7 @@ def test_spectra_are_shares_of_the_outputs():
         plain["q"].squares[0], (s / s.sum())[: len(plain["q"].squares[0])], rtol=1e-4
     )
     # What is kept agrees with the truncation itself.
-    inputs = compression.Inputs(params, text, DENSE)
+    inputs = compression.Inputs(params["embedding"], text, DENSE)
     layer = next(compression.layers_of(params))
     moment, w = inputs.second_moments(layer)["down"], layer["down"]
     factors = spectral.from_dense(w, rank=6, second_moment=moment)

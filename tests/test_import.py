@@ -235,7 +235,7 @@ def test_text_decides_what_a_rank_keeps(folders, rule):
     dense = importing.load(opened, {})
     dense = dense._replace(params=jax.tree.map(jnp.asarray, dense.params))
     if "energy" in rule:
-        inputs = compression.Inputs(dense.params, text, dense.config)
+        inputs = compression.Inputs(dense.params["embedding"], text, dense.config)
         needed = dict.fromkeys(model.BLOCK_MATRICES, 1)
         for layer in dense.params["layers"]:
             for name, moment in inputs.second_moments(layer).items():
@@ -255,6 +255,41 @@ def test_text_decides_what_a_rank_keeps(folders, rule):
             )
 
 
+def outputs_of(params, config, text):
+    """Outputs of every matrix of the layers, in the order of computation."""
+    found = []
+
+    def linear(x, w):
+        found.append(np.asarray(spectral.linear(x, w), np.float64))
+        return spectral.linear(x, w)
+
+    config = dataclasses.replace(config, remat="none", scan_layers=False)
+    params = jax.tree.map(jnp.asarray, params)
+    model.hidden(params, text.tokens[0], config, linear=linear)
+    return found
+
+
+@pytest.mark.parametrize("also", [(), ("embedding",)])
+def test_errors_are_of_the_outputs_on_the_text(folders, also):
+    """Those before a matrix included, which it cannot wholly make up for."""
+    opened = source.open_folder(folders / "untied")
+    text = text_of(opened.config)
+    rules = every(importing.Rule(rank=6)) | dict.fromkeys(also, importing.Rule(rank=20))
+    found = importing.load(opened, rules, text=text)
+    dense = importing.load(opened, {})
+    pairs = zip(
+        outputs_of(found.params, found.config, text),
+        outputs_of(dense.params, dense.config, text),
+        strict=True,
+    )
+    lost = [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in pairs]
+    by_name = {truncation.name: truncation for truncation in found.truncations}
+    for place, name in enumerate(model.BLOCK_MATRICES):
+        np.testing.assert_allclose(
+            by_name[name].errors, lost[place :: len(model.BLOCK_MATRICES)], rtol=1e-3
+        )
+
+
 @pytest.mark.parametrize("with_text", [False, True])
 def test_a_budget_goes_where_it_keeps_the_most(folders, with_text):
     opened = source.open_folder(folders / "untied")
@@ -267,8 +302,9 @@ def test_a_budget_goes_where_it_keeps_the_most(folders, with_text):
     assert 0.35 * dense < spent <= 0.4 * dense
     whole = importing.load(opened, {})
     whole = whole._replace(params=jax.tree.map(jnp.asarray, whole.params))
+    inputs = text and compression.Inputs(whole.params["embedding"], text, whole.config)
     matrices = compression.matrices_of(
-        whole.params, whole.config, tuple(wanted), text=text
+        whole.params["layers"], tuple(wanted), inputs=inputs
     )
     spectra = compression.spectra(matrices, whole.config)
     size = int(0.4 * config.num_layers * dense)
@@ -292,7 +328,7 @@ def test_the_command_reads_text(folders, tmp_path, capsys):
     dense = importing.load(source.open_folder(folders / "tied"), {})
     ids = jnp.asarray([read.tokenizer.encode(words.read_text())[:512]])
     inputs = compression.Inputs(
-        {"embedding": jnp.asarray(dense.params["embedding"])},
+        jnp.asarray(dense.params["embedding"]),
         compression.Text([ids]),
         dense.config,
     )
@@ -555,7 +591,10 @@ def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, cap
         (["--budget=.001"], "--budget: "),
         (["--budget=.5", "--rank=3"], "--budget: chooses the ranks itself"),
         (["--budget=.5", "--matrices=embedding"], "--budget: is shared by matrices of"),
-        (["--text=x.txt"], "--text: has no effect; add a rank"),
+        (
+            ["--text=x.txt"],
+            "--text: has no effect without a rank; add --rank, --rank-ratio",
+        ),
         (["--rank=3", "--text=no/such.txt"], "--text: data.source: "),
         (["--rank=3", "--text_tokens=9"], "--text-tokens: has no effect without"),
         (["--rank=3", "--text=x.txt", "--text_tokens=0"], "--text_tokens: 0 must be"),

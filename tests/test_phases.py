@@ -146,6 +146,14 @@ def test_ranks_are_clamped_to_the_matrix(experiment):
         ({"rank_multiples": (2.0,)}, r"has 1 values for 2 in phases\.switch_at"),
         ({"rank_multiples": (2.0, 0.0)}, r"phases\.rank_multiples.*must fall"),
         ({"rank_multiples": (0.0, 1.0)}, r"stay above 1"),
+        (
+            {"rank_multiples": (9.0, 8.0)},  # both are clamped to the matrices
+            r"phases\.rank_multiples: the phase to step 4 has the ranks of the next",
+        ),
+        (
+            {"switch_at": (4.0,), "rank_multiples": (1.1,)},
+            r"phases\.rank_multiples: the phase to step 4 has the ranks of the next",
+        ),
         ({"dense_optimizer": "sgd"}, r"phases\.dense_optimizer"),
         ({"dense_learning_rate": 0.0}, r"phases\.dense_learning_rate"),
         ({"decay_ratio": 1.5}, r"phases\.decay_ratio"),
@@ -172,7 +180,7 @@ def test_other_layouts_cannot_switch(experiment):
             dense, optimizer=optimizer_config.AdamW(), phases=DENSE_THEN_TWICE
         ).validate()
     blocks = dataclasses.replace(SHAPE, num_blocks=2, rank=4)
-    with pytest.raises(errors.UserError, match=r"only dense matrices become blocks"):
+    with pytest.raises(errors.UserError, match=r"phases\.rank_multiples: blocks only"):
         dataclasses.replace(experiment, model=blocks).validate()
 
 
@@ -318,6 +326,9 @@ def test_a_damaged_end_falls_back_to_an_earlier_phase(experiment, finished, tmp_
     result, text = train(rarely, path)
     assert result.status == "finished"
     assert "12 is damaged" in text and "step 8: truncated to rank 4" in text
+    rows = metrics.read_rows(path / "metrics.jsonl")
+    switched = [row["step"] for row in rows if "truncation/loss_after" in row]
+    assert switched == [4, 8]
     assert losses_of(path)[12] == losses_of(finished[0])[12]
 
 

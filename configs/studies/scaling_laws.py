@@ -3,7 +3,7 @@
   python -m experiments.studies.scaling_laws
 
 CPU: 4 core-hours. Result: N ~ C^0.459 for dense Muon and N ~ C^0.444 for Stiefel
-Muon, with losses at the best sizes within 0.03 nats per token of each other.
+Muon, with losses at the best sizes within 0.04 nats per token of each other.
 """
 
 from configs.studies import compare_methods

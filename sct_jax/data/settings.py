@@ -70,13 +70,13 @@ class DataConfig:
             "data.batch_size",
             self.tokens_per_step <= errors.MAX_INT32,
             f"{self.batch_size} sequences of data.seq_len {self.seq_len} are more than "
-            f"{errors.MAX_INT32:,} tokens per step",
+            f"{errors.MAX_INT32:,} tokens per step; lower either",
         )
         errors.check(
             "data.num_microbatches",
             self.batch_size % self.num_microbatches == 0,
             f"{self.num_microbatches} does not divide data.batch_size "
-            f"{self.batch_size}",
+            f"{self.batch_size}; make one a multiple of the other",
         )
         for name in ("source", "text_field", "tokenizer", "cache_dir"):
             value = getattr(self, name)

@@ -455,7 +455,8 @@ def _open_tfds(name: str, *, text_field: str, by_path: bool) -> Source:
     found = builder.info.splits
     if "train" not in found:
         raise errors.UserError(
-            f"data.source: {name!r} has no split 'train' (splits: {', '.join(found)})"
+            f"data.source: {name!r} has no split 'train' (splits: {', '.join(found)}); "
+            "choose a dataset that has one"
         )
     parts = {"train": "train", "validation": "validation"}
     if "validation" not in found:

@@ -28,7 +28,12 @@ def local_folder(path: str | os.PathLike[str], *, flag: str) -> pathlib.Path:
     if folder.is_dir():
         return folder
     name = os.fspath(path)
-    errors.check(flag, bool(_NAME.fullmatch(name)), f"{folder} is not a folder")
+    errors.check(
+        flag,
+        bool(_NAME.fullmatch(name)),
+        f"{folder} is not a folder; give the folder of a checkpoint, or its name on "
+        "the Hugging Face hub, such as HuggingFaceTB/SmolLM2-135M",
+    )
     import huggingface_hub  # slow to load, and needed for names alone
 
     try:

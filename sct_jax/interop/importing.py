@@ -4,11 +4,17 @@ One tensor at a time: beside the result, memory holds a few copies of one matrix
 """
 
 import dataclasses
-import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +50,7 @@ class Rule(NamedTuple):
             f"{' and '.join(given) or 'none of them'}",
         )
         errors.check_bounds(where, self, "rank", least=1)
-        errors.check_bounds(where, self, "rank_ratio", above=0)
+        errors.check_bounds(where, self, "rank_ratio", above=0, most=2**20)
         errors.check_bounds(where, self, "energy", above=0, most=1)
 
     def wanted(self, fan_in: int) -> int | None:
@@ -62,8 +68,9 @@ class Truncation:
       name: of the matrix.
       shape: (fan_in, fan_out).
       rank: of all its layers.
-      errors: ||W - W'|| / ||W|| in Frobenius norm, per layer; where text decided, that
-        of the outputs on it.
+      errors: ||W - W'|| / ||W|| in Frobenius norm, per layer; with text, that of the
+        outputs on it, ||y W - x W'|| / ||y W|| for inputs y in the checkpoint and x in
+        the truncated model so far.
     """
 
     name: str
@@ -109,9 +116,8 @@ def load(
       rules: for the matrices that get factors; the others stay dense.
       scan_layers: layout that the configuration asks for. The parameters have separate
         layers in both cases.
-      text: where the matrices of the layers are approximated, see
-        `compression.truncate`, layer after layer; memory then holds one dense layer,
-        and what the text is in front of it.
+      text: see `compression.truncate`; memory then holds one dense layer, and the
+        residual streams before it.
       budget: fraction of the dense parameters that the factors may use. Ranks are then
         allocated by energy, and `rules` only name the matrices.
       log: receives a line per layer.
@@ -135,45 +141,70 @@ def load(
         ranks = _allocated(source, tuple(rules), budget, text=text, log=log)
         notes = []
     config = _with_ranks(source.config, ranks, scan_layers=scan_layers)
-    found: dict[str, list[float]] = {name: [] for name in ranks}
-
-    def replace(titles, key, weight, moment):
-        factors, error = _truncate(np.asarray(weight), ranks[key], titles[key], moment)
-        found[key].append(error)
-        return factors
-
-    def read_one_by_one(tensors, replace):
-        read = {}
-        for tensor in tensors:
-            weight = source.read(tensor)
-            if tensor.key in ranks:
-                weight = replace(tensor.key, weight, None)
-            read[tensor.key] = weight
-        return read
-
-    def of(tensors):
-        return functools.partial(replace, {t.key: t.name for t in tensors})
-
+    reader = _Reader(source, ranks)
+    ends = (t for t in names.tensors(source.config) if t.layer is None)
+    params: model.Params = reader.read(ends)
+    inputs = None
+    if text is not None:
+        truncated = params["embedding"] if "embedding" in ranks else None
+        inputs = _inputs(source, text, truncated=truncated)
     layers = []
-    inputs = None if text is None else _inputs(source, text)
     for index, tensors in enumerate(_tensors_of_layers(source.config)):
         log(f"layer {index + 1} of {config.num_layers}")
-        if inputs is None:
-            layers.append(read_one_by_one(tensors, of(tensors)))
-            continue
-        dense = {t.key: source.read(t) for t in tensors}
-        chosen = [key for key in dense if key in ranks]
         layers.append(
-            compression.truncate_layer(dense, chosen, of(tensors), inputs=inputs)
+            reader.read(tensors)
+            if inputs is None
+            else reader.read_layer(tensors, inputs)
         )
-    ends = [t for t in names.tensors(source.config) if t.layer is None]
-    params: model.Params = read_one_by_one(ends, of(ends))
     params[model.LAYERS] = tuple(layers)
     truncations = [
-        Truncation(name, shapes[name], ranks[name], tuple(found[name]))
+        Truncation(name, shapes[name], ranks[name], tuple(reader.errors[name]))
         for name in ranks
     ]
     return Imported(config, params, truncations, notes)
+
+
+class _Reader:
+    """Reads matrices of some ranks as factors, and keeps their relative errors."""
+
+    def __init__(self, source: source_lib.Source, ranks: Mapping[str, int]):
+        self._source = source
+        self._ranks = ranks
+        self.errors: dict[str, list[float]] = {name: [] for name in ranks}
+
+    def read(self, tensors: Iterable[names.Tensor]) -> model.Params:
+        """Returns tensors by key, after plain truncation, one after the other."""
+        params = {}
+        for tensor in tensors:
+            w = self._source.read(tensor)
+            chosen = tensor.key in self._ranks
+            params[tensor.key] = self._truncate(tensor, w, w, None) if chosen else w
+        return params
+
+    def read_layer(
+        self, tensors: Iterable[names.Tensor], inputs: compression.Inputs
+    ) -> model.Params:
+        """Returns the tensors of a layer by key, and moves the text past it."""
+        of = {tensor.key: tensor for tensor in tensors}
+        dense = {key: self._source.read(tensor) for key, tensor in of.items()}
+
+        def replace(key, wanted, moments):
+            return self._truncate(of[key], dense[key], np.asarray(wanted), moments)
+
+        chosen = [key for key in dense if key in self._ranks]
+        return compression.truncate_layer(dense, chosen, replace, inputs=inputs)
+
+    def _truncate(
+        self,
+        tensor: names.Tensor,
+        original: Float[np.ndarray, "I O"],
+        wanted: Float[np.ndarray, "I O"],
+        moments: compression.Moments | None,
+    ) -> spectral.SpectralFactors:
+        rank = self._ranks[tensor.key]
+        factors = _truncate(wanted, rank, tensor.name, moments)
+        self.errors[tensor.key].append(_relative_error(original, factors, moments))
+        return factors
 
 
 def _tensors_of_layers(config: model.ModelConfig) -> Iterator[list[names.Tensor]]:
@@ -182,34 +213,39 @@ def _tensors_of_layers(config: model.ModelConfig) -> Iterator[list[names.Tensor]
         yield list(tensors)
 
 
-def _inputs(source: source_lib.Source, text: compression.Text) -> compression.Inputs:
-    """The text before the first layer."""
-    embedding = next(names.tensors(source.config))
-    ends = {embedding.key: source.read(embedding)}
-    return compression.Inputs(ends, text, source.config)
+def _inputs(
+    source: source_lib.Source,
+    text: compression.Text,
+    *,
+    truncated: spectral.SpectralFactors | None = None,
+) -> compression.Inputs:
+    """The text before the first layer, of the checkpoint and with another embedding."""
+    dense = jnp.asarray(source.read(next(names.tensors(source.config))))
+    if truncated is None:
+        return compression.Inputs(dense, text, source.config)
+    return compression.Inputs(truncated, text, source.config, original=dense)
 
 
-def _dense_layers(
+def _matrices(
     source: source_lib.Source,
     wanted: Collection[str],
     *,
     text: compression.Text | None,
     log: Callable[[str], None],
-) -> Iterator[tuple[names.Tensor, Float[np.ndarray, "I O"], Any]]:
+) -> Iterator[compression.Matrix]:
     """Every wanted matrix of the layers, and the second moment of its inputs."""
+
+    def layers() -> Iterator[model.Params]:
+        for index, tensors in enumerate(_tensors_of_layers(source.config)):
+            log(f"singular values of layer {index + 1} of {source.config.num_layers}")
+            yield {
+                t.key: source.read(t)
+                for t in tensors
+                if text is not None or t.key in wanted
+            }
+
     inputs = None if text is None else _inputs(source, text)
-    for tensors in _tensors_of_layers(source.config):
-        moments = {}
-        if inputs is None:
-            read = {t.key: source.read(t) for t in tensors if t.key in wanted}
-        else:
-            read = {t.key: source.read(t) for t in tensors}
-            moments = inputs.second_moments(read)
-            inputs.advance(read)
-        for tensor in tensors:
-            if tensor.key in wanted:
-                log(f"singular values of {tensor.name}")
-                yield tensor, read[tensor.key], moments.get(tensor.key)
+    return compression.matrices_of(layers(), wanted, inputs=inputs)
 
 
 def _ranks(
@@ -236,12 +272,11 @@ def _ranks(
             )
     by_energy = {n: rule.energy for n, rule in rules.items() if rule.energy is not None}
     if by_energy.keys() & set(model.BLOCK_MATRICES):
-        for tensor, weight, moment in _dense_layers(
-            source, by_energy, text=text, log=log
-        ):
-            s = _singular_values(weight, moment)
-            needed = int(spectral.energy_rank(jnp.asarray(s), by_energy[tensor.key]))
-            ranks[tensor.key] = max(ranks[tensor.key], needed)
+        in_layers = [name for name in by_energy if name in model.BLOCK_MATRICES]
+        for name, weight, moment in _matrices(source, in_layers, text=text, log=log):
+            s = _singular_values(np.asarray(weight), moment)
+            needed = int(spectral.energy_rank(jnp.asarray(s), by_energy[name]))
+            ranks[name] = max(ranks[name], needed)
     for tensor in names.tensors(source.config):
         if tensor.layer is None and tensor.key in by_energy:
             log(f"singular values of {tensor.name}")
@@ -268,10 +303,10 @@ def _allocated(
         f"is shared by matrices of the layers alone, without {', '.join(outside)}",
     )
     dense = config.num_layers * sum(math.prod(shapes[name]) for name in wanted)
-    layers = _dense_layers(source, wanted, text=text, log=log)
+    matrices = _matrices(source, wanted, text=text, log=log)
     with jax.default_device(jax.devices("cpu")[0]):
         found = compression.spectra(
-            ((t.key, jnp.asarray(w), m) for t, w, m in layers), config
+            ((name, jnp.asarray(w), moment) for name, w, moment in matrices), config
         )
     return compression.allocate(found, budget=int(budget * dense), field="--budget")
 
@@ -304,29 +339,37 @@ def _truncate(
     weight: Float[np.ndarray, "I O"],
     rank: int,
     name: str,
-    moment: Float[Array, "I I"] | None,
-) -> tuple[spectral.SpectralFactors, float]:
-    """The factors, and the relative error of the matrix, or of its outputs."""
+    moments: compression.Moments | None,
+) -> spectral.SpectralFactors:
+    moment = None if moments is None else moments.inputs
     with jax.default_device(jax.devices("cpu")[0]):
         factors = spectral.from_dense(
             jnp.asarray(weight), rank=rank, second_moment=moment
         )
-    u, s, v = map(np.asarray, factors)
     errors.check(
         name,
-        all(bool(np.isfinite(x).all()) for x in (u, s, v)),
+        all(bool(np.isfinite(x).all()) for x in factors),
         "its singular value decomposition does not converge; leave it dense",
     )
-    residual = (u * s) @ v.T
-    np.subtract(weight, residual, out=residual)
-    norm = _norm(weight, moment)
-    return factors, _norm(residual, moment) / norm if norm else 0.0
+    return factors
 
 
-def _norm(
-    weight: Float[np.ndarray, "I O"], moment: Float[Array, "I I"] | None
+def _relative_error(
+    weight: Float[np.ndarray, "I O"],
+    factors: spectral.SpectralFactors,
+    moments: compression.Moments | None,
 ) -> float:
-    """The Frobenius norm, or the root of the mean square of outputs."""
-    if moment is None:
-        return float(np.linalg.norm(weight))
-    return max(float(np.vdot(weight, np.asarray(moment) @ weight)), 0.0) ** 0.5
+    """Of the factors in place of a matrix of the checkpoint, see `Truncation`."""
+    u, s, v = map(np.asarray, factors)
+    change = (u * s) @ v.T
+    np.subtract(change, weight, out=change)
+    if moments is None:
+        norm = float(np.linalg.norm(weight))
+        return float(np.linalg.norm(change)) / norm if norm else 0.0
+    inputs, cross, originals = map(np.asarray, moments)
+    # x (W + C) - y W = x C + (x - y) W, whose terms stay small where x and y are close.
+    shift = inputs - cross
+    square = np.vdot(change, inputs @ change + 2 * (shift @ weight))
+    square += np.vdot(weight, (shift - cross.T + originals) @ weight)
+    norm = float(np.vdot(weight, originals @ weight))
+    return (max(float(square), 0.0) / norm) ** 0.5 if norm > 0 else 0.0

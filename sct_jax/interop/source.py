@@ -93,7 +93,12 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
         with files.open_regular(file) as opened:
             size = os.fstat(opened.fileno()).st_size
-            errors.check(str(file), size <= _MAX_JSON_BYTES, f"has {size:,} bytes")
+            errors.check(
+                str(file),
+                size <= _MAX_JSON_BYTES,
+                f"has {size:,} bytes, too many for a description of a model (at most "
+                f"{_MAX_JSON_BYTES:,})",
+            )
             values = json.loads(opened.read().decode())
     except errors.UserError:
         raise
@@ -194,7 +199,8 @@ def _check_tensors(source: Source) -> None:
     errors.check(
         str(folder),
         not unknown,
-        f"holds tensors that the model here has no place for: {_some(unknown)}",
+        f"holds tensors that the model here has no place for: {_some(unknown)}. Only "
+        "plain checkpoints of the Llama family can be read",
     )
     for file in sorted(set(places.values())):
         with _opened(file) as opened:

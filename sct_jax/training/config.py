@@ -68,8 +68,8 @@ class LogConfig:
     Attributes:
       sinks: from "jsonl" (metrics.jsonl, which a run writes in any case), "tensorboard"
         and "wandb" (Weights & Biases). None is TensorBoard, if that is installed.
-      project: of Weights & Biases.
-      name: of the run there; None is the name of the workdir.
+      project: project in Weights & Biases.
+      name: name of the run in Weights & Biases; None is the name of the workdir.
     """
 
     sinks: tuple[str, ...] | None = None
@@ -100,11 +100,11 @@ class TruncationConfig:
     """How dense matrices become factors, between phases or with --init-from.
 
     Attributes:
-      method: "whitened" approximates each matrix where its inputs are, so that its
+      method: "whitened" weights the error of each matrix by its inputs, so that its
         outputs change least; "plain" ignores them. Embedding and head are always plain.
       num_batches: batches of training text that "whitened" measures inputs on.
-      max_tokens: at most so many tokens of them, in whole micro-batches and at least
-        one.
+      max_tokens: most tokens of these batches that are used, in whole micro-batches
+        and at least one of those.
       sequential: whether with "whitened" every matrix makes up for the error of the
         truncated ones before it. Otherwise it sees the inputs that there were.
 
@@ -140,7 +140,7 @@ class ExperimentConfig:
 
     Attributes:
       num_steps: total number of steps, skipped ones included.
-      seed: of the parameters and of the data order.
+      seed: random seed of the parameters and of the data order.
       step: how a step is computed. "fused" compiles forward, backward and update into
         one program. "layerwise" updates each layer during the backward pass, for the
         least memory.
@@ -230,7 +230,12 @@ class ExperimentConfig:
         )
         self._validate_truncations()
         for phase in phases_of(self)[:-1]:
-            phase.config.validate()
+            try:
+                phase.config.validate()
+            except errors.UserError as error:
+                raise errors.UserError(
+                    f"{error} (in the phase to step {phase.last})"
+                ) from error
 
     def unused_fields(self) -> list[str]:
         """Returns a sentence for every field that is set but has no effect."""
@@ -271,14 +276,21 @@ class ExperimentConfig:
 
     def _validate_truncations(self) -> None:
         """Raises UserError where the model of a phase cannot follow that before it."""
-        shapes = [phase.config.model for phase in phases_of(self)]
-        for before, after in itertools.pairwise(shapes):
-            try:
-                compression.check(before, after)
-            except errors.UserError as error:
-                if not before.spectral:
-                    raise
-                raise errors.UserError(f"phases.rank_multiples: {error}") from error
+        if any(self.phases.multiples):
+            self._validate_plain(
+                "phases.rank_multiples",
+                "blocks only follow a dense phase, whose multiple is 0",
+            )
+        for phase, after in itertools.pairwise(phases_of(self)):
+            shapes = phase.config.model, after.config.model
+            compression.check(*shapes)
+            errors.check(
+                "phases.rank_multiples",
+                bool(compression.changed_matrices(*shapes)),
+                f"the phase to step {phase.last} has the ranks of the next one, after "
+                "multiples are rounded down and clamped to the matrix; leave it out, "
+                "or choose other multiples",
+            )
 
     def _validate_layerwise(self) -> None:
         """Raises UserError for settings that need all gradients at once."""

@@ -26,7 +26,7 @@ class ExitCode(enum.IntEnum):
     PEER_LOST = 7, "another process of the run was lost; the same commands resume"
     ABORTED = (
         128 + signal.SIGABRT,
-        "process 0 was lost, and JAX ended the others: likewise",
+        "process 0 was lost, and JAX ended the others; the same commands resume",
     )
     HANGUP = 128 + signal.SIGHUP, "SIGHUP: saved, where there was a state to save"
     INTERRUPTED = 128 + signal.SIGINT, "SIGINT: likewise"

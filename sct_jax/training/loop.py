@@ -472,7 +472,10 @@ def _switch(
     )
     cut = after.evaluate(state.params, text)["eval/loss"]
     call.say(console.describe_switch(step, after.config.model, full, cut))
-    return state, {"truncation/loss_before": full, "truncation/loss_after": cut}
+    return state, {
+        f"{metrics.TRUNCATION}loss_before": full,
+        f"{metrics.TRUNCATION}loss_after": cut,
+    }
 
 
 def _identity(corpus: data.Corpus) -> dict[str, str]:

@@ -20,6 +20,8 @@ from sct_jax.training import processes
 
 Row = Mapping[str, int | float]
 
+TRUNCATION = "truncation/"  # figures of what a phase begins with
+
 
 @runtime_checkable
 class Sink(Protocol):
@@ -38,8 +40,8 @@ class Sink(Protocol):
 class JsonLines:
     """One JSON object per row, appended to a file.
 
-    Opening drops a torn last line and every row beyond `resume_step`, so that a resumed
-    run logs each step once.
+    Opening drops a torn last line and what was logged after the checkpoint of
+    `resume_step`, so that a resumed run logs everything once.
     """
 
     def __init__(self, path: pathlib.Path, *, resume_step: int):
@@ -57,7 +59,8 @@ class JsonLines:
                 isinstance(step, int) and not isinstance(step, bool),
                 'no integer "step"; repair the line, or move the file away',
             )
-        kept = "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= resume_step)
+        rows = [row for row in rows if not _is_after(row, resume_step)]
+        kept = "".join(json.dumps(row) + "\n" for row in rows)
         try:
             files.replace_text(path, kept)
             self._file = path.open("a", buffering=1)  # a line at a time, for `tail -f`
@@ -91,6 +94,12 @@ class JsonLines:
             yield
         except OSError as error:  # a file that is open does not name itself
             raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+def _is_after(row: Row, step: int) -> bool:
+    """Whether a run from the checkpoint of a step writes the row anew."""
+    begins_phase = any(key.startswith(TRUNCATION) for key in row)
+    return row["step"] > step or (row["step"] == step and begins_phase)
 
 
 class TensorBoard:

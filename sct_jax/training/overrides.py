@@ -133,9 +133,9 @@ def _load_module(path: pathlib.Path) -> types.ModuleType:
 
 
 def _config_files(folder: pathlib.Path) -> list[str]:
-    """The Python files in a folder and those below it."""
+    """The Python files in a folder, and all below `configs`."""
     try:
-        files = (*folder.glob("*.py"), *folder.glob("*/*.py"))
+        files = {*folder.glob("*.py"), *pathlib.Path("configs").rglob("*.py")}
     except (OSError, ValueError):
         return []
     return sorted(str(path) for path in files if path.name != "__init__.py")

@@ -21,16 +21,17 @@ class PhasesConfig:
     """Phases before the one that `model` and `optimizer` describe.
 
     Attributes:
-      switch_at: where each of them ends: a number of steps, or below 1 a share of the
-        training FLOPs. None by default: the run has one phase.
+      switch_at: where each phase but the last ends: a number of steps, or below 1 a
+        share of the training FLOPs. Empty for a run of one phase.
       rank_multiples: multiplies the ranks of `model` in each phase, clamped to the
         largest rank of the matrix; 0 is dense. All phases are dense if it is empty.
-      dense_optimizer: chain of dense phases, "adamw" or "muon". It takes over the
-        fields that `optimizer` sets and it has, but for those below.
-      dense_learning_rate: its peak.
-      dense_lr_multiplier: multiplies it outside the matrices of the layers.
-      decay_ratio: part of each of these phases over which the learning rate falls to
-        `optimizer.final_rate_ratio` of its peak. 0 keeps it.
+      dense_optimizer: chain of dense phases, "adamw" or "muon". Its other fields are
+        those of `optimizer` that it has too.
+      dense_learning_rate: peak learning rate of dense phases.
+      dense_lr_multiplier: multiplies `dense_learning_rate` for all but the matrices of
+        the layers.
+      decay_ratio: share of each phase but the last over which the learning rate falls
+        to `optimizer.final_rate_ratio` of its peak. 0 keeps the peak.
       warmup_steps: steps over which the learning rate rises again after a switch;
         `optimizer.warmup_steps` is for the first phase.
       carry_momentum: whether the momentum of "muon" is projected onto the factors, for

@@ -36,6 +36,7 @@ _FOLDERS = ("checkpoints", "profile", "tensorboard", "wandb")
 _LEFTOVER = re.compile(r".+\.(json|jsonl)\.partial-[0-9a-f]{32}|\.probe-[0-9a-f]+")
 # Of a name that a run writes below its folder, with room to spare.
 _LONGEST_NAME = 200
+_NO_CHECKPOINT = "has no checkpoint yet; wait for one, or name another folder"
 # Field of the record of a checkpoint that holds parameters alone, see `create`.
 _ALONE = "parameters_alone"
 # Field of the record of a run that started from the parameters of another.
@@ -103,7 +104,7 @@ def load_params(path: pathlib.Path) -> tuple[model.Params, checkpoint.Record]:
     with reading(path) as checkpoints:
         restored = checkpoints.restore(abstract_at, mesh, opt_state=False)
     if restored is None:
-        raise errors.UserError(f"workdir: {path} has no checkpoint yet")
+        raise errors.UserError(f"workdir: {path} {_NO_CHECKPOINT}")
     state, record = restored
     return state.params, record
 
@@ -137,7 +138,7 @@ def newest_record(path: pathlib.Path) -> checkpoint.Record:
     read_config(path)
     newest = _newest_record(path)
     if newest is None:
-        raise errors.UserError(f"workdir: {path} has no checkpoint yet")
+        raise errors.UserError(f"workdir: {path} {_NO_CHECKPOINT}")
     return newest
 
 
@@ -399,7 +400,8 @@ def read_config(path: pathlib.Path) -> config_lib.ExperimentConfig:
             values = json.loads(opened.read().decode())
     except FileNotFoundError as error:
         raise errors.UserError(
-            f"workdir: {path} holds no run (no config.json)"
+            f"workdir: {path} holds no run (no config.json); train one first, "
+            "or name another folder"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise errors.UserError(f"workdir: {file} cannot be read: {error}") from error
