@@ -167,7 +167,10 @@ def read_prompts(
             standard_input is not None and not standard_input.isatty(),
             "give a prompt, a --prompt_file, or text on standard input",
         )
-        prompts = [typing.cast(TextIO, standard_input).read()]
+        try:
+            prompts = [typing.cast(TextIO, standard_input).read()]
+        except UnicodeError as error:
+            raise errors.UserError(f"--prompt: is not UTF-8: {error}") from error
     for prompt in prompts:
         errors.check("--prompt", prompt != "", "is empty; give some text to continue")
         try:
@@ -219,7 +222,7 @@ def continue_prompts(
         num_tokens=num_tokens,
         key=jax.random.key(seed),
         sampler=sampler,
-        stop=[mark],
+        stop=run.tokenizer.stops,
         latent=latent,
     ):
         times.append(time.monotonic())

@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import rich.console
 import safetensors
 import safetensors.numpy
 import samples
+import tokenizers
 
 from experiments import export as program
 from sct_jax import data, decode, errors, model, sampling, spectral
@@ -457,6 +459,52 @@ def test_ids_are_ours(runs, exported, transformers, form):
     settings = loaded.generation_config
     assert (settings.bos_token_id, settings.eos_token_id) == marks[:2]
     assert theirs.model_max_length == loaded.config.max_position_embeddings == 64
+
+
+def test_what_begins_a_text_need_not_end_it(runs, tmp_path, tokenizer):
+    """As in checkpoints of Llama 3 that were imported."""
+    raw = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    raw.add_special_tokens(["<|begin_of_text|>"])
+    begin = raw.token_to_id("<|begin_of_text|>")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single=["<|begin_of_text|>", "$A"],
+        special_tokens=[("<|begin_of_text|>", begin)],
+    )
+    raw.save(str(tmp_path / "tokenizer.json"))
+    ours = data.Tokenizer.load(str(tmp_path / "tokenizer.json"))
+    run = runs["spectral"]._replace(tokenizer=ours)
+    exporting.export(run, tmp_path / "out", form="merged", card="")
+    read = lambda name: json.loads((tmp_path / "out" / name).read_text())
+    assert read("generation_config.json") == {
+        "bos_token_id": begin,
+        "eos_token_id": [tokenizer.document_mark, begin],
+        "pad_token_id": tokenizer.document_mark,
+    }
+    described = read("config.json")
+    assert described["bos_token_id"] == begin
+    assert described["eos_token_id"] == tokenizer.document_mark
+    assert read("tokenizer_config.json")["bos_token"] == "<|begin_of_text|>"
+    assert read("tokenizer_config.json")["eos_token"] == MARK
+    again = data.Tokenizer.load(str(tmp_path / "out" / "tokenizer.json"))
+    assert again.document_mark == begin and again.stops == ours.stops
+
+
+def test_one_shard_is_in_memory_at_a_time(runs, tmp_path, monkeypatch):
+    alive: list = []
+    save = exporting._save
+
+    def counted(path, arrays):
+        assert not any(ref() is not None for ref in alive), "of an earlier shard"
+        alive.extend(weakref.ref(array) for array in arrays.values() if array.size)
+        save(path, arrays)
+
+    monkeypatch.setattr(exporting, "_save", counted)
+    made = (
+        exporting.Stored(str(i), (8, 8), lambda i=i: np.full((8, 8), i, np.float64))
+        for i in range(6)
+    )
+    exporting.write_tensors(tmp_path, made, dtype="float32", max_shard_bytes=512)
+    assert len(alive) == 6
 
 
 # --- The program.

@@ -122,6 +122,12 @@ def test_a_closed_standard_input_has_no_prompt():
         generate.read_prompts([], None, None)
 
 
+def test_a_pipe_of_other_bytes_is_refused():
+    pipe = io.TextIOWrapper(io.BytesIO(b"ka\xff"), encoding="utf-8", errors="strict")
+    with pytest.raises(errors.UserError, match="--prompt: is not UTF-8"):
+        generate.read_prompts([], None, pipe)
+
+
 @pytest.mark.parametrize(
     ("given", "file", "message"),
     [

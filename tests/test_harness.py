@@ -140,6 +140,14 @@ def test_a_long_context_leaves_room_to_generate(lm):
     assert ask(3) and ask(1000).startswith(ask(SEQ_LEN // 2))
 
 
+def test_what_follows_a_context_does_not_depend_on_its_batch(lm):
+    contexts = ["ka", "ka to", saved_runs.TEXT * 2]
+    ask = lambda *some: lm.generate_until(
+        requests(*((c, {"until": [], "max_gen_toks": 99}) for c in some))
+    )
+    assert ask(*contexts) == [ask(context)[0] for context in contexts]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

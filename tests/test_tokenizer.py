@@ -1,5 +1,6 @@
 """A tokenizer keeps text as it is, gives the same ids each time, or is refused."""
 
+import dataclasses
 import json
 import os
 import random
@@ -418,6 +419,50 @@ def test_names_of_special_tokens_in_text_are_ordinary(content, write):
     assert not set(special) & set(ids)
     assert loaded.byte_lengths()[special].tolist() == [0] * 5
     assert loaded.decode(special) == f"{MARK}{''.join(names)}"
+
+
+BEGIN, END, TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "mark", "stops"),
+    [
+        ([BEGIN], [], BEGIN, [END, TURN, BEGIN]),  # as Llama 3 has it
+        ([], [TURN], END, [END, TURN]),
+        ([], [], END, [END, TURN]),
+    ],
+)
+def test_the_file_says_what_begins_a_text(content, write, before, after, mark, stops):
+    ids = {END: 0, BEGIN: 600, TURN: 601}
+    changed = content()
+    changed["added_tokens"] = [added(n, i, special=True) for n, i in ids.items()]
+    vocab = changed["model"]["vocab"]
+    vocab[END] = vocab.pop(MARK)
+    plain = data.Tokenizer.load(write(changed))
+    pieces = [*before, "$A", *after]
+    raw = tokenizers.Tokenizer.from_file(write(changed))
+    raw.post_processor = tokenizers.processors.Sequence(
+        [
+            tokenizers.processors.ByteLevel(trim_offsets=False),
+            tokenizers.processors.TemplateProcessing(
+                single=pieces,
+                special_tokens=[*ids.items()],
+            ),
+        ]
+    )
+    loaded = data.Tokenizer.load(write(raw.to_str()))
+    name = loaded.backend.id_to_token
+    assert name(loaded.document_mark) == mark
+    assert [name(id_) for id_ in loaded.stops] == stops
+    assert loaded.encode(PROSE) == plain.encode(PROSE)
+    assert plain.document_mark == ids[END]
+    # Other marks between documents are another preparation of the text.
+    same = dataclasses.replace(loaded, document_mark=ids[END])
+    assert (loaded.hash == same.hash) == (mark == END)
+
+
+def test_a_tokenizer_of_ours_has_one_stop(trained):
+    assert trained.stops == (trained.document_mark,)
 
 
 def test_a_mark_that_text_can_spell_is_refused(content, write):

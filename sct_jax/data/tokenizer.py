@@ -20,6 +20,13 @@ BYTES = "bytes"
 
 # Names in tokenizer.json files of other projects, in order of preference.
 _DOCUMENT_MARKS = (DOCUMENT_MARK, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>")
+# Other special tokens that end a text, or a turn of a conversation.
+_ENDS = (
+    *_DOCUMENT_MARKS,
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
 # 256 bytes and the document mark
 _MIN_VOCAB_SIZE = 257
 # Longer documents are encoded in chunks: one document of 50 MB took 9 GB of memory. No
@@ -54,7 +61,8 @@ class Tokenizer:
 
     Attributes:
       backend: tokenizer of the `tokenizers` library.
-      document_mark: id of the special token before each document.
+      document_mark: id of the special token before each document: the one that the
+        file itself puts before a text, else the first of the usual ones.
       vocab_size: largest id plus one.
     """
 
@@ -160,10 +168,25 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         return [id_ for id_, token in added.items() if token.special]
 
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Returns the ids that end a text, the usual one first.
+
+        The document mark is one of them, as the next document begins there.
+        """
+        special = set(self._special)
+        named = (self.backend.token_to_id(name) for name in _ENDS)
+        found = [id_ for id_ in named if id_ in special]
+        return tuple(dict.fromkeys([*found, self.document_mark]))
+
     @property
     def hash(self) -> str:
-        """Returns the SHA-256 of all that determines the encoding."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        """Returns the SHA-256 of all that determines the encoding, and of the mark."""
+        text = self.backend.to_str()
+        mark = self.backend.id_to_token(self.document_mark)
+        if mark != _usual_mark(self.backend):
+            text += f"\n{mark}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def save(self, path: str) -> None:
         """Writes a tokenizer.json atomically; other programs read it too."""
@@ -224,11 +247,15 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         known = backend.get_vocab(with_added_tokens=True)
-        mark = next((mark for mark in _DOCUMENT_MARKS if mark in known), None)
+        try:
+            mark = _first_mark(backend) or _usual_mark(backend)
+        except RuntimeError as error:
+            raise tokenizer_json.unreadable(path, str(error)) from error
         if mark is None:
             raise errors.UserError(
-                f"data.tokenizer: {path!r} has no token that can mark documents; add "
-                f"one of {', '.join(_DOCUMENT_MARKS)}"
+                f"data.tokenizer: {path!r} puts no token before a text, and has no "
+                "other that can mark documents; add one of "
+                f"{', '.join(_DOCUMENT_MARKS)}"
             )
         # Some files list the mark as an ordinary token, which text could spell.
         backend.add_special_tokens([mark])
@@ -271,6 +298,20 @@ class Tokenizer:
         )
         backend.pre_tokenizer = split
         return cls._of(backend, path="")
+
+
+def _first_mark(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that the post-processor of the file puts before a text."""
+    encode = lambda special: tokenizer_json.attempt(
+        lambda: backend.encode("a", add_special_tokens=special).tokens
+    )
+    plain, whole = encode(False), encode(True)
+    return whole[0] if plain and whole[: len(plain)] != plain else None
+
+
+def _usual_mark(backend: tokenizers.Tokenizer) -> str | None:
+    known = backend.get_vocab(with_added_tokens=True)
+    return next((mark for mark in _DOCUMENT_MARKS if mark in known), None)
 
 
 def _bytes_of(token: str) -> bytes:

@@ -87,6 +87,7 @@ _HARMLESS = {
     "_name_or_path",
     "model_type",
     "transformers_version",
+    "unsloth_fixed",
     "unsloth_version",
     # Marks of converters: of a browser's weights, and of a Llama saved as another.
     "is_llama_config",

@@ -82,9 +82,13 @@ def export(
             partial, stored(run, form), dtype=dtype, max_shard_bytes=max_shard_bytes
         )
         _write_tokenizer(partial, run.tokenizer, max_length=run.config.data.seq_len)
-        mark = run.tokenizer.document_mark
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), mark)
-        workdir.write_json(partial / "generation_config.json", ids)
+        ends = run.tokenizer.stops
+        generation = {
+            "bos_token_id": run.tokenizer.document_mark,
+            "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+            "pad_token_id": ends[0],
+        }
+        workdir.write_json(partial / "generation_config.json", generation)
         if form == "factors":
             files.replace_text(partial / CODE, _code())
         files.replace_text(partial / "README.md", card)
@@ -227,6 +231,7 @@ def write_tensors(
         total += sum(array.nbytes for array in arrays.values())
         where |= dict.fromkeys(arrays, file)
         _save(folder / file, arrays)
+        del arrays  # before the next ones
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         workdir.write_json(folder / "model.safetensors.index.json", index)
@@ -259,15 +264,15 @@ def _shards(
 
 
 def _config_json(run: workdir.LoadedRun, *, form: str, dtype: str) -> Mapping[str, Any]:
-    config, mark = run.config.model, run.tokenizer.document_mark
+    config = run.config.model
     if form == "factors":  # of Qwen3, which our classes extend
         config = dataclasses.replace(config, qk_norm=True)
     described = config_json.to_config_json(
         config,
         max_length=run.config.data.seq_len,
         dtype=dtype,
-        bos_token_id=mark,
-        eos_token_id=mark,
+        bos_token_id=run.tokenizer.document_mark,
+        eos_token_id=run.tokenizer.stops[0],
     )
     if form == "merged":
         return described
@@ -307,7 +312,8 @@ def _write_tokenizer(
         special_tokens=[(mark, tokenizer.document_mark)],
     )
     files.replace_text(folder / "tokenizer.json", backend.to_str(pretty=True))
-    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), mark)
+    end = backend.id_to_token(tokenizer.stops[0])
+    marks = {"bos_token": mark, "eos_token": end, "pad_token": end}
     workdir.write_json(folder / "special_tokens_map.json", marks)
     described = marks | {
         "clean_up_tokenization_spaces": False,

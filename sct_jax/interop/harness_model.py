@@ -158,7 +158,7 @@ class HarnessModel(harness.TemplateLM):
     def generate_until(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[str]:
-        """Returns what follows each context, up to a stop sequence or document mark.
+        """Returns what follows each context, up to a stop sequence or its end.
 
         A context is cut from the left where it leaves less room than is asked for, but
         keeps half of what the model reads at once.
@@ -190,10 +190,14 @@ class HarnessModel(harness.TemplateLM):
             errors.check_choice("generation_kwargs", name, _SAMPLER)
         given = {name: value for name, value in wanted.items() if value is not None}
         sampler = sampling.SamplingConfig(**{"temperature": 0.0, **given})
-        longest = max(map(len, prompts))
-        room = max(self.max_length - longest, self.max_length // 2)
-        num_tokens = max(1, min(most, room))
-        kept = [prompt[-(self.max_length - num_tokens) :] for prompt in prompts]
+        # Of each prompt alone: what follows it does not depend on the others.
+        half = self.max_length // 2
+        rooms = [max(self.max_length - len(prompt), half) for prompt in prompts]
+        limits = [max(1, min(most, room)) for room in rooms]
+        kept = [
+            prompt[-(self.max_length - limit) :]
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
         self._key, key = jax.random.split(self._key)
         rows: list[list[int]] = [[] for _ in prompts]
         ended = [False for _ in prompts]
@@ -201,17 +205,19 @@ class HarnessModel(harness.TemplateLM):
             self.run.params,
             self.run.config.model,
             kept,
-            num_tokens=num_tokens,
+            num_tokens=max(limits),
             key=key,
             sampler=sampler,
-            stop=[self.eot_token_id],
+            stop=self.run.tokenizer.stops,
         ):
             for row, token in enumerate(tokens):
                 if token is None:
                     ended[row] = True
                 elif not ended[row]:
                     rows[row].append(token)
-                    ended[row] = self._text(rows[row], until)[1]
+                    ended[row] = (
+                        len(rows[row]) == limits[row] or self._text(rows[row], until)[1]
+                    )
             if all(ended):
                 break
         return [self._text(row, until)[0] for row in rows]

@@ -29,6 +29,6 @@ def sample_document(
         num_tokens=count,
         key=jax.random.key(seed),
         sampler=_SAMPLER,
-        stop=[tokenizer.document_mark],
+        stop=tokenizer.stops,
     )
     return tokenizer.decode(ids)
