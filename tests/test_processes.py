@@ -492,6 +492,18 @@ def test_who_has_left_does_not_wait_for_the_others(connect, monkeypatch):
         processes.attach()
 
 
+def test_a_connection_is_for_one_run_that_is_interrupted(connect, monkeypatch):
+    peers = connect(2)
+    monkeypatch.setattr(processes, "_peers", peers[0])
+    processes.attach()  # a run that finished leaves it as it was
+    peers[1].agreed_stop(3, signal.SIGTERM)
+    wait_until(lambda: all(peer.has_stopped() for peer in peers))
+    for peer in peers:
+        monkeypatch.setattr(processes, "_peers", peer)
+        with pytest.raises(errors.UserError, match=r"^processes: .*was interrupted"):
+            processes.attach()
+
+
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_silence_is_noticed(connect, lost):
     peers = connect(3, timeout=0.5)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -152,6 +153,13 @@ def test_a_folder_that_was_replaced_since_the_start_is_refused(tmp_path):
         with pytest.raises(errors.UserError, match="was removed, renamed or replaced"):
             workdir.writing(claimed, keep=1)
     assert not list(path.iterdir())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_errors_of_the_run_are_not_of_the_lock(tmp_path, monkeypatch, first):
+    monkeypatch.setattr(workdir.processes, "is_first", lambda: first)
+    with pytest.raises(OSError, match="no space"), workdir.claim(tmp_path):
+        raise OSError(errno.ENOSPC, "no space")
 
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path):

@@ -211,7 +211,8 @@ def attach(*, peer_timeout: float = PEER_TIMEOUT) -> None:
     """Takes over the connection that `jax.distributed.initialize` has made, if any.
 
     Raises:
-      UserError: if this process took it over before, and has left the others since.
+      UserError: if this process took it over before, and an earlier run has ended the
+        connection or was interrupted.
     """
     global _peers
     if _peers is not None:
@@ -219,6 +220,11 @@ def attach(*, peer_timeout: float = PEER_TIMEOUT) -> None:
             "processes",
             not _peers.has_left(),
             "an earlier run ended all other processes; start all of them again",
+        )
+        errors.check(
+            "processes",
+            not _peers.has_stopped(),
+            "an earlier run was interrupted, in all processes; start all of them again",
         )
         return
     from jax._src import distributed  # orbax too has no other way to the store
@@ -363,6 +369,10 @@ class Peers:
     def has_left(self) -> bool:
         """Returns whether this process has told the others that it ends."""
         return self._closed.is_set()
+
+    def has_stopped(self) -> bool:
+        """Returns whether the processes agreed, or are about to agree, on a stop."""
+        return self._agreeing or self._signal is not None
 
     def close(self) -> None:
         """Ends the threads."""

@@ -349,10 +349,9 @@ def claim(path: pathlib.Path) -> Iterator[files.HeldFolder]:
         try:
             held = files.HeldFolder(path)
             stack.callback(held.close)
-            if not processes.is_first():
-                yield held
-                return
-            state = stack.enter_context(files.lock(path / ".lock", wait=False))
+            state = None
+            if processes.is_first():
+                state = stack.enter_context(files.lock(path / ".lock", wait=False))
         except OSError as error:
             raise errors.UserError(
                 f"workdir: {path} cannot be locked: {error.strerror}; choose another "
@@ -370,7 +369,7 @@ def claim(path: pathlib.Path) -> Iterator[files.HeldFolder]:
                 "sure that no other process trains there",
                 stacklevel=3,
             )
-        else:
+        elif state is not None:
             _remove_leftovers(path)
         yield held
 
