@@ -603,6 +603,7 @@ def test_nothing_is_left_where_writing_fails(folders, tmp_path, monkeypatch, cap
         (["--matrix=x:rank=3"], "unknown value 'x'"),
         (["--matrix=q:rank=a"], "--matrix=q:rank=a: 'a' is not a value of type int"),
         (["--matrix=q:rank_ratio=0"], "rank_ratio: 0.0 must be > 0"),
+        (["--rank_ratio=inf"], "--rank_ratio: inf must be > 0 and <= 1048576"),
         (["--matrix=head:rank=3"], "matrix 'head': the head of this model is its tr"),
     ],
 )

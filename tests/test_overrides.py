@@ -316,6 +316,27 @@ def test_a_file_that_gives_no_configuration_is_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [("data", {"seq_len": 4}, "seq_len"), ("optimizer", "sct", "b1")],
+)
+def test_a_group_of_another_type_is_refused_before_its_fields(
+    tmp_path, name, value, field
+):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from sct_jax.training import config\n"
+        "def get_config():\n"
+        "    made = config.ExperimentConfig()\n"
+        # The classes of tests check types themselves.
+        f"    object.__setattr__(made, {name!r}, {value!r})\n"
+        "    return made\n"
+    )
+    for pairs in ([], [(f"{name}.{field}", "0")]):
+        with pytest.raises(errors.UserError, match=rf"^{name}: .* is not a .*Config"):
+            overrides.load(str(path), pairs)
+
+
+@pytest.mark.parametrize(
     "name", ["a:b.py", "C:\\mine.py", "a:b/mine.py", ":.py", "x.py:y.py"]
 )
 def test_a_path_may_hold_colons(tmp_path, name):

@@ -99,14 +99,15 @@ def prepare(
                 )
 
         opened = cache.folder(folder, build=build, load=_load, log=log)
-        cache.write_record(
-            lookup,
-            {
-                "lookup": os.path.basename(lookup),
-                "folder": os.path.basename(folder),
-                "summary": dataclasses.asdict(summary),
-            },
-        )
+        record = {
+            "lookup": os.path.basename(lookup),
+            "folder": os.path.basename(folder),
+            "summary": dataclasses.asdict(summary),
+        }
+        try:
+            cache.write_record(lookup, record)
+        except errors.UserError as error:  # tokens that others wrote, for all to read
+            log(f"{error}; the next run reads the text again")
     else:
         summary, opened = found
     log(_describe(source.name, summary, opened))

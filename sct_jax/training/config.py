@@ -505,7 +505,11 @@ def check_types(config: Any, prefix: str = "") -> None:
         value, where = getattr(config, name), prefix + name
         if dataclasses.is_dataclass(hint):
             kind = typing.cast(type, hint)
-            errors.check(where, isinstance(value, kind), f"not a {kind.__name__}")
+            errors.check(
+                where,
+                isinstance(value, kind),
+                f"{value!r:.60} is not a {kind.__name__}",
+            )
             check_types(value, f"{where}.")
         else:
             _to_type(where, value, hint)

@@ -60,7 +60,12 @@ def load(
       UserError: for an unknown file, variant or field, and for a value that does not
         fit.
     """
-    return load_as(config_lib.ExperimentConfig, spec, pairs, adapt=adapt)
+
+    def checked(config: config_lib.ExperimentConfig) -> config_lib.ExperimentConfig:
+        config_lib.check_types(config)  # before anything reads a group
+        return adapt(config)
+
+    return load_as(config_lib.ExperimentConfig, spec, pairs, adapt=checked)
 
 
 def load_as(
