@@ -8,6 +8,7 @@ Retractions have derivatives in both modes, by closed forms. Columns that are nu
 dependent have none; they count as constants, so that derivatives are finite.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ T = TypeVar("T")  # a pytree of arrays (*L, n, R)
 # One pass of CholeskyQR has an error of about eps * cond(x)^2. Above this estimate of
 # cond(x)^2, which is exact for orthogonal columns, the guard takes over.
 MAX_SQUARED_CONDITION = 30.0
+
+# Most loops that the guards of a tree take.
+_GUARDS = 8
 
 # A column, or a singular value, of smaller relative size is rounding: in units of eps.
 _LEAST_RESOLVED = 32.0
@@ -141,7 +145,9 @@ def cholesky_qr_retraction(x: T) -> T:
       Fukaya et al., Shifted Cholesky QR for computing the QR factorization of
       ill-conditioned matrices, SIAM J. Sci. Comput. 42, 2020
     """
-    return _retract_guarded(x, linalg.inverse_cholesky, linalg.transpose, lambda xs: xs)
+    return _retract_guarded(
+        x, linalg.inverse_cholesky, linalg.transpose, lambda _, qs: qs
+    )
 
 
 @jax.custom_jvp
@@ -159,12 +165,11 @@ def polar_retraction(x: T) -> T:
     Raises:
       ValueError: if n < R.
     """
-    leaves = jax.tree.leaves(x)
     return _retract_guarded(
         x,
         linalg.inverse_sqrt,
         lambda z: z,
-        lambda qs: _polar_of_qr([linalg.as_float32(leaf) for leaf in leaves], qs),
+        _polar_of_qr,
     )
 
 
@@ -364,7 +369,7 @@ def _retract_guarded(
     x: T,
     inverse_factor: Callable[[Array], Array],
     as_right_factor: Callable[[Array], Array],
-    finish: Callable[[list[Array]], list[Array]],
+    finish: Callable[[list[Array], list[Array]], list[Array]],
 ) -> T:
     """Returns x z with z from the Gram matrix, or the guard's result if that fails.
 
@@ -372,7 +377,7 @@ def _retract_guarded(
       x: pytree of arrays (*L, n, R).
       inverse_factor: maps stacked Gram matrices (N, R, R) to their inverse factors.
       as_right_factor: maps an inverse factor to z.
-      finish: maps the Q factors from the guard to the results.
+      finish: maps some x and their Q factors from the guard to the results.
     """
     arrays, treedef = jax.tree.flatten(x)
     if not arrays:
@@ -398,15 +403,32 @@ def _retract_guarded(
         linalg.matmul(array, as_right_factor(z))
         for array, z in zip(xs, inverses, strict=True)
     ]
+    # Parts, because memory holds all that a loop reads and returns; few, because each
+    # takes time to compile.
+    size = math.ceil(len(xs) / _GUARDS)
+    parts = [slice(start, start + size) for start in range(0, len(xs), size)]
+    results = [
+        r for part in parts for r in _guard(xs[part], results[part], trusted, finish)
+    ]
+    results = [r.astype(a.dtype) for r, a in zip(results, arrays, strict=True)]
+    return jax.tree.unflatten(treedef, results)
+
+
+def _guard(
+    xs: list[Array],
+    results: list[Array],
+    trusted: Bool[Array, ""],
+    finish: Callable[[list[Array], list[Array]], list[Array]],
+) -> list[Array]:
+    """Returns results that are trusted as they are, else those of the guard."""
     # A loop of zero or one iteration, because `lax.cond` would copy every factor.
     _, results = jax.lax.while_loop(
         lambda carry: ~carry[0],
         # `carry[0] | True` varies over the same shard_map axes as carry[0].
-        lambda carry: (carry[0] | True, finish(_shifted_cholesky_qr(xs))),
+        lambda carry: (carry[0] | True, finish(xs, _shifted_cholesky_qr(xs))),
         (trusted, results),
     )
-    results = [r.astype(a.dtype) for r, a in zip(results, arrays, strict=True)]
-    return jax.tree.unflatten(treedef, results)
+    return results
 
 
 def _shifted_cholesky_qr(xs: list[Array]) -> list[Array]:

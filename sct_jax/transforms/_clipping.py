@@ -200,47 +200,47 @@ def _admissible_scales(
         peaks_u, peaks_v = _peak(d.u, (-2,)), _peak(d.v, (-2,))
         peak = jnp.maximum(_peak(peaks_u, (-1,)), _peak(peaks_v, (-1,)))
         finite = peak + _peak(d.s, (-1,)) < _TOO_LARGE
-        sides.append(_in_units(p.u, d.u, peaks_u, finite))
-        sides.append(_in_units(p.v, d.v, peaks_v, finite))
+        sides.append((p.u, d.u, _units(peaks_u, finite), finite))
+        sides.append((p.v, d.v, _units(peaks_v, finite), finite))
         valid.append(finite)
-    alongs = [linalg.gram(x, d) for x, d, _ in sides]
+    alongs = [linalg.gram(x, _in_units(*step)) for x, *step in sides]
     # A branch is a computation of its own. Within one, XLA merges sums over devices in
-    # an order of its own: one weight's x.T d with the E.T E of another, one by one.
+    # an order of its own: one weight's x.T d with the E.T E of another, one by one. The
+    # branch divides by the units again, as memory would hold all that it is given.
     squares = jax.lax.cond(
         jnp.any(jnp.stack([jnp.any(finite) for finite in valid])),
         lambda: [
-            linalg.gram(d - linalg.matmul(x, along))
-            for (x, d, _), along in zip(sides, alongs, strict=True)
+            linalg.gram(_in_units(*step) - linalg.matmul(x, along))
+            for (x, *step), along in zip(sides, alongs, strict=True)
         ],
         lambda: [0 * along for along in alongs],
     )
     operands: list[tuple[Array, ...]] = []
     for i, ((p, d), finite) in enumerate(zip(factors, valid, strict=True)):
         u, v = 2 * i, 2 * i + 1
-        ds = jnp.where(finite[..., None], d.s, 0)
-        eye = jnp.eye(p.s.shape[-1], dtype=jnp.float32)
-        eye = jnp.broadcast_to(eye, alongs[u].shape)
-        diagonals = [x[..., None] * eye for x in (sides[u][2], sides[v][2], p.s, ds)]
-        operands.append((alongs[u], squares[u], alongs[v], squares[v], *diagonals))
+        vectors = sides[u][2], sides[v][2], p.s, jnp.where(finite[..., None], d.s, 0)
+        operands.append((alongs[u], squares[u], alongs[v], squares[v], *vectors))
     search = functools.partial(_search_scales, bound=bound, retraction=retraction)
     found = linalg.map_batched(search, *zip(*operands, strict=True), fill=0.0)
     return [jnp.where(ok, c, 0.0) for c, ok in zip(found, valid, strict=True)]
 
 
-def _in_units(
-    x: Float[Array, "*L n R"],
-    d: Float[Array, "*L n R"],
-    peaks: Float[Array, "*L R"],
-    finite: Bool[Array, "*L"],
-) -> tuple[Float[Array, "*L n R"], Float[Array, "*L n R"], Float[Array, "*L R"]]:
-    """x, the columns of d over units, and the units.
+def _units(
+    peaks: Float[Array, "*L R"], finite: Bool[Array, "*L"]
+) -> Float[Array, "*L R"]:
+    """Units of the columns of an update, from their largest entries.
 
-    In units of their largest entries, squares of huge columns cannot overflow, nor can
-    those of other columns vanish beside them.
+    In these, squares of huge columns cannot overflow, nor can those of other columns
+    vanish beside them.
     """
-    units = jnp.where(finite[..., None], jnp.maximum(peaks, 1.0), 1.0)
-    wide = finite[..., None, None]
-    return x, jnp.where(wide, d * (1 / units)[..., None, :], 0), units
+    return jnp.where(finite[..., None], jnp.maximum(peaks, 1.0), 1.0)
+
+
+def _in_units(
+    d: Float[Array, "*L n R"], units: Float[Array, "*L R"], finite: Bool[Array, "*L"]
+) -> Float[Array, "*L n R"]:
+    """The columns of d over their units; zeros where it is not finite."""
+    return jnp.where(finite[..., None, None], d * (1 / units)[..., None, :], 0)
 
 
 class _Side(NamedTuple):
@@ -279,22 +279,15 @@ def _search_scales(
     q_u: Float[Array, "N K K"],
     p_v: Float[Array, "N K K"],
     q_v: Float[Array, "N K K"],
-    units_u: Float[Array, "N K K"],
-    units_v: Float[Array, "N K K"],
-    s: Float[Array, "N K K"],
-    ds: Float[Array, "N K K"],
+    units_u: Float[Array, "N K"],
+    units_v: Float[Array, "N K"],
+    s: Float[Array, "N K"],
+    ds: Float[Array, "N K"],
     *,
     bound: Float[Array, ""],
     retraction: str,
 ) -> Float[Array, " N"]:
-    """The c in [0, 1] with which the applied update satisfies the bound, per weight.
-
-    Units, `s` and `ds` are diagonal matrices, because `linalg.map_batched` pads square
-    matrices.
-    """
-    units_u, units_v, s, ds = (
-        jnp.diagonal(x, axis1=-2, axis2=-1) for x in (units_u, units_v, s, ds)
-    )
+    """The c in [0, 1] with which the applied update satisfies the bound, per weight."""
     sides = (_Side(p_u, q_u, units_u), _Side(p_v, q_v, units_v))
     # `spectral_radius_bound` may overestimate the norm by this factor.
     accepted = bound * 1.0005 * (2 * s.shape[-1]) ** (0.5 / 2 ** (_SQUARINGS + 1))
