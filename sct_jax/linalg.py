@@ -176,9 +176,10 @@ def map_batched(
     then equal the unpadded ones.
 
     Args:
-      fn: maps stacks (N, K, K), one per operand, to a pytree of arrays (N, K, K),
-        (N, K) or (N,).
-      *operands: lists of arrays (*L, k, k); their i-th matrices have equal shapes.
+      fn: maps stacks (N, K, K) or (N, K), one per operand, to a pytree of arrays
+        (N, K, K), (N, K) or (N,).
+      *operands: lists of matrices (*L, k, k), and after the first also of vectors
+        (*L, k), which stand for diagonal matrices. Their i-th have equal shapes.
       fill: diagonal of the padding: 1 for factorisations, 0 for norms.
 
     Returns:
@@ -196,10 +197,12 @@ def map_batched(
             members = sizes[start : start + per_stack]
             indices = [i for i in alike if first[i].shape[-1] in members]
             stacks = [
-                jnp.concatenate([_pad(mats[i], members[-1], fill) for i in indices])
-                for mats in operands
+                jnp.concatenate(
+                    [_pad(arrays[i], first[i].ndim, members[-1], fill) for i in indices]
+                )
+                for arrays in operands
             ]
-            stacked, offset = fn(*stacks), 0
+            stacked, offset = fn(*stacks) if len(stacks[0]) else _empty(fn, stacks), 0
             for i in indices:
                 layers, k = first[i].shape[:-2], first[i].shape[-1]
                 own = slice(offset, offset + math.prod(layers))
@@ -208,16 +211,29 @@ def map_batched(
     return results
 
 
+def _empty(fn: Callable[..., Any], stacks: Sequence[Array]) -> Any:
+    """What `fn` would make of stacks without a matrix, of which none has a maximum."""
+    one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in stacks]
+    return jax.tree.map(
+        lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), jax.eval_shape(fn, *one)
+    )
+
+
 def _cut(stacked: Array, own: slice, layers: tuple[int, ...], k: int) -> Array:
     x = stacked[(own, *[slice(k)] * (stacked.ndim - 1))]
     return x.reshape(layers + x.shape[1:])
 
 
-def _pad(x: Float[Array, "*L k k"], size: int, fill: float) -> Float[Array, "N K K"]:
-    k = x.shape[-1]
-    x = x.reshape((-1, k, k))
+def _pad(
+    x: Float[Array, "..."], axes_of_matrices: int, size: int, fill: float
+) -> Float[Array, "N ..."]:
+    """A stack of matrices, or of vectors, which have an axis less."""
+    k, axes = x.shape[-1], 2 - (axes_of_matrices - x.ndim)
+    x = x.reshape((-1, *[k] * axes))
     if k == size:
         return x
+    if axes == 1:
+        return jnp.pad(x, ((0, 0), (0, size - k)), constant_values=fill)
     x = jnp.pad(x, ((0, 0), (0, size - k), (0, size - k)))
     diagonal = jnp.where(jnp.arange(size) < k, 0, fill)
     return x + jnp.diag(diagonal).astype(x.dtype)[None]
@@ -242,7 +258,13 @@ def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
     # Smaller blocks are not cheaper, and more blocks take long to compile.
     block = max(16, math.ceil(g.shape[-1] / 8))
     m, error = _inverse_by_halves(g, block)
-    return jax.lax.cond(error < _newton_ends(g.dtype), lambda g: m, eliminate, g)
+    # A loop of zero or one iteration: `vmap` would make both branches of a `cond` run.
+    _, m = jax.lax.while_loop(
+        lambda carry: ~carry[0],
+        lambda carry: (carry[0] | True, eliminate(g)),
+        (error < _newton_ends(g.dtype), m),
+    )
+    return m
 
 
 def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Array]:
@@ -437,9 +459,10 @@ def newton_schulz(
     """Approximates msign(x) = x (x.T x)^(-1/2), the nearest isometry to x.
 
     One step is X <- X (a I + b G + c G^2) with G = X.T X. The polynomials commute, so
-    all steps run on the small Gram matrix, and x is multiplied once. For n >> m this
-    costs 4 n m^2 FLOPs in total, where the iteration on x costs 4 n m^2 per step. The
-    small products of a whole tree are a few batched calls.
+    five steps at a time run on the small Gram matrix, and x is multiplied once. For
+    n >> m this costs 4 n m^2 FLOPs, where the iteration on x costs 4 n m^2 per step.
+    The small products of a whole tree are a few batched calls. More steps would let the
+    rounding of G grow, by a^2 each, where x has directions of size zero.
 
     `Deviation:` reference implementations iterate on x itself, in bfloat16.
 
@@ -458,16 +481,25 @@ def newton_schulz(
     for leaf, is_wide in zip(leaves, wide, strict=True):
         tall = scale_by_max(as_float32(transpose(leaf) if is_wide else leaf))
         talls.append(tall / safe_divisor(frobenius_norm(tall)[..., None, None]))
-    products = map_batched(
-        lambda g: _polynomial(g, steps, coefficients),
-        [gram(tall) for tall in talls],
-        fill=0.0,
-    )
-    results = []
-    for leaf, tall, product, is_wide in zip(leaves, talls, products, wide, strict=True):
-        result = matmul(tall, product)
-        results.append((transpose(result) if is_wide else result).astype(leaf.dtype))
+    for done in range(0, steps, _STEPS_PER_GRAM):
+        products = map_batched(
+            functools.partial(
+                _polynomial,
+                steps=min(_STEPS_PER_GRAM, steps - done),
+                coefficients=coefficients,
+            ),
+            [gram(tall) for tall in talls],
+            fill=0.0,
+        )
+        talls = [matmul(x, p) for x, p in zip(talls, products, strict=True)]
+    results = [
+        (transpose(x) if is_wide else x).astype(leaf.dtype)
+        for leaf, x, is_wide in zip(leaves, talls, wide, strict=True)
+    ]
     return jax.tree.unflatten(treedef, results)
+
+
+_STEPS_PER_GRAM = 5
 
 
 def _polynomial(

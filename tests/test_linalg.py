@@ -364,6 +364,47 @@ def test_power_iteration_finds_what_was_zero_before():
         assert float(norm) == pytest.approx(np.linalg.norm(x, 2), rel=1e-4)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("steps", "coefficients", "most"),
+    [(8, linalg.QUINTIC, 1.2), (13, linalg.QUINTIC, 1.2), (40, linalg.CUBIC, 1.0)],
+)
+def test_many_steps_of_newton_schulz_are_stable(rank, steps, coefficients, most):
+    """Directions of size zero, as gradients have, do not grow from rounding."""
+    x = matrix_with(np.linspace(1, 2, rank), (64, 16))
+    found = newton_schulz(jnp.asarray(x), steps=steps, coefficients=coefficients)
+    sigma = np.linalg.svd(np.asarray(found, np.float64), compute_uv=False)
+    assert sigma[0] <= most + 64 * EPS and sigma[rank - 1] >= 0.6
+
+
+def test_steps_beyond_a_gram_matrix_are_those_of_the_polynomial():
+    x = matrix_with([1.0, 0.5, 0.1], (9, 3))
+    sigma = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+    values = sigma / np.linalg.norm(sigma)
+    a, b, c = linalg.QUINTIC
+    for _ in range(7):
+        values = values * (a + b * values**2 + c * values**4)
+    found = np.linalg.svd(newton_schulz(jnp.asarray(x), steps=7), compute_uv=False)
+    np.testing.assert_allclose(found, -np.sort(-values), atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_inverse_cholesky_of_a_mapped_axis_is_that_of_each(k):
+    """Some near the identity, others not, which eliminates for these alone."""
+    stacks = np.stack(
+        [
+            positive_definite(np.linspace(1, top, k), seed=i)
+            for i, top in ((0, 1.1), (1, 90))
+        ]
+    )
+    found = jax.jit(jax.vmap(linalg.inverse_cholesky))(jnp.asarray(stacks))
+    for one, whole in zip(found, stacks, strict=True):
+        wanted = np.linalg.inv(np.linalg.cholesky(whole.astype(np.float64)))
+        np.testing.assert_allclose(one, wanted, atol=1e-4)
+    text = jax.jit(jax.vmap(linalg.inverse_cholesky)).lower(stacks).as_text()
+    assert "stablehlo.while" in text  # and no select between both results
+
+
 @pytest.mark.parametrize("sizes", [(3,), (2, 5, 3, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)])
 def test_map_batched_gives_each_matrix_its_own_answer(sizes):
     rng = np.random.default_rng(0)
@@ -395,6 +436,28 @@ def test_map_batched_takes_functions_to_one_number():
     expected = [2.0, np.ones(2), 1.0, 1.0, 1.0, 1.0]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_map_batched_takes_vectors_after_matrices():
+    """They stand for diagonal matrices, and are padded as these are."""
+    sizes = [(2, 3), (2,), (3, 1, 4), (5,), (6,)]
+    vectors = [jnp.arange(1.0, 1.0 + np.prod(size)).reshape(size) for size in sizes]
+    mats = [
+        jnp.broadcast_to(jnp.eye(v.shape[-1]), (*v.shape, v.shape[-1])) for v in vectors
+    ]
+    fn = lambda m, v: (m * v[:, None, :], jnp.prod(v, -1))
+    found = linalg.map_batched(fn, mats, vectors, fill=1.0)
+    for (product, total), vector in zip(found, vectors, strict=True):
+        np.testing.assert_array_equal(jnp.diagonal(product, axis1=-2, axis2=-1), vector)
+        np.testing.assert_allclose(total, jnp.prod(vector, -1))
+
+
+def test_map_batched_takes_empty_stacks():
+    mats = [jnp.zeros((0, 3, 3)), jnp.eye(2), jnp.zeros((2, 0, 4, 4))]
+    largest = lambda m: (m / jnp.max(jnp.abs(m)), jnp.max(m, axis=(-2, -1)))
+    found = linalg.map_batched(largest, mats, fill=0.0)
+    assert [pair[0].shape for pair in found] == [m.shape for m in mats]
+    assert [pair[1].shape for pair in found] == [m.shape[:-2] for m in mats]
 
 
 def test_map_batched_stacks_each_dtype_apart():
