@@ -1,4 +1,9 @@
-"""Optimizers: one chain of transformations per method, with its default masks."""
+"""Optimizers: one chain of transformations per method, with its default masks.
+
+In `optax.inject_hyperparams`, name masks in `static_args`: it calls functions as
+schedules. For bfloat16 parameters also pass it hyperparam_dtype=jnp.float32, because
+b2 = .999 would round to 1.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +21,7 @@ _FLOAT32 = jnp.dtype("float32")
 RETRACTIONS = (*stiefel.RETRACTION_NAMES, "svd", "none")
 TANGENT_PROJECTIONS = ("gradient", "displacement")
 
-Mask = Callable[[Any], Any]  # from params to a tree of booleans
+Mask = Callable[[Any], Any] | Any  # a tree of booleans, or from params to one
 
 
 def sct(
@@ -65,8 +70,8 @@ def sct(
         tangent space; None for no projection.
       transport_moments: whether first moments follow the factors. See
         `transforms.transport_moments`.
-      decay_mask: from params to a tree of booleans, the leaves that decay;
-        `decays_by_axes` if None. Norm scales stacked over layers need a mask.
+      decay_mask: tree of booleans, the leaves that decay, or a function from params to
+        one; `decays_by_axes` if None. Norm scales stacked over layers need a mask.
 
     Returns:
       A transformation for trees of factor tuples and arrays.
@@ -393,6 +398,7 @@ def muon(
         weight_decay_mask=decay_mask,
         muon_weight_dimension_numbers=dimensions,
     )
+    matrices = _mask_function("matrix_mask", matrix_mask, matrices_by_axes)
     for_others = optax.chain(
         transforms.scale_by_adam(b1, b2, eps),
         *_weight_decay(weight_decay, decay_mask),
@@ -404,7 +410,7 @@ def muon(
             {"matrices": for_matrices, "others": for_others},
             lambda params: jax.tree.map(
                 lambda is_matrix: "matrices" if is_matrix else "others",
-                (matrix_mask or matrices_by_axes)(params),
+                matrices(params),
             ),
         )
     )
@@ -412,7 +418,7 @@ def muon(
 
 def matrices_by_axes(params: optax.Params) -> Any:
     """Returns the default matrix mask: arrays with two or more axes."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
 
 
 def decays_by_axes(params: optax.Params) -> Any:
@@ -426,7 +432,7 @@ def decays_by_axes(params: optax.Params) -> Any:
             return p._replace(u=False, s=True, v=False)  # pyright: ignore
         if spectral.is_factors(p):
             return jax.tree.map(lambda _: True, p)
-        return p.ndim >= 2
+        return jnp.ndim(p) >= 2
 
     return jax.tree.map(decays, params, is_leaf=spectral.is_factors)
 
@@ -558,7 +564,21 @@ def _weight_decay(
 ) -> list[optax.GradientTransformation]:
     if _is_constant(weight_decay, 0.0):
         return []
-    return [optax.add_decayed_weights(weight_decay, mask=decay_mask or decays_by_axes)]
+    mask = _mask_function("decay_mask", decay_mask, decays_by_axes)
+    return [optax.add_decayed_weights(weight_decay, mask=mask)]
+
+
+def _mask_function(
+    name: str, mask: Mask | None, default: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    if mask is None:
+        return default
+    if isinstance(mask, jax.Array | np.ndarray | bool):
+        raise ValueError(
+            f"{name} is one value, and no tree of booleans. optax.inject_hyperparams "
+            f"calls functions as schedules: name {name} in its static_args"
+        )
+    return mask if callable(mask) else lambda params: mask
 
 
 def _lr_multipliers(
@@ -574,8 +594,9 @@ def _lr_multipliers(
 def _lr_multiplier_outside_matrices(
     dense: transforms.ScalarOrSchedule, matrix_mask: Mask | None
 ) -> list[optax.GradientTransformation]:
+    matrices = _mask_function("matrix_mask", matrix_mask, matrices_by_axes)
     others = lambda params: jax.tree.map(
-        lambda is_matrix: not is_matrix, (matrix_mask or matrices_by_axes)(params)
+        lambda is_matrix: not is_matrix, matrices(params)
     )
     return [optax.masked(part, others) for part in _lr_multipliers(1.0, dense, None)]
 

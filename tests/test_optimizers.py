@@ -223,6 +223,48 @@ def test_a_decay_mask_replaces_the_rule():
     np.testing.assert_array_equal(updates["stack"].s, np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize("as_tree", [True, False])
+def test_masks_are_trees_or_functions(as_tree):
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 3))}
+    mask = {"a": True, "b": False}
+    given = mask if as_tree else lambda params: mask
+    tx = optimizers.muon(0.1, weight_decay=0.5, decay_mask=given, matrix_mask=given)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["a"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], 0)
+
+
+def test_a_mask_that_was_injected_is_refused():
+    everything = lambda params: jax.tree.map(lambda _: True, params)
+    params = as_params(start())
+    tx = optax.inject_hyperparams(optimizers.sct)(
+        1e-2, weight_decay=0.1, decay_mask=everything
+    )
+    with pytest.raises(ValueError, match="name decay_mask in its static_args"):
+        tx.init(params)
+    tx = optax.inject_hyperparams(optimizers.sct, static_args=("decay_mask",))(
+        1e-2, weight_decay=0.1, decay_mask=everything
+    )
+    tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_complex_leaves_are_refused_by_name(moment_dtype):
+    params = {"phase": jnp.ones(3, jnp.complex64)}
+    with pytest.raises(ValueError, match="phase is complex"):
+        optimizers.sct(1e-2, moment_dtype=moment_dtype).init(params)
+
+
+def test_python_numbers_are_trained_as_by_optax():
+    params = {"scale": 2.0, "w": jnp.ones((2, 2))}
+    grads = {"scale": jnp.float32(3.0), "w": jnp.ones((2, 2))}
+    ours, theirs = optimizers.adamw(0.1), optax.adamw(0.1, weight_decay=0.0)
+    found, _ = ours.update(grads, ours.init(params), params)
+    wanted, _ = theirs.update(grads, theirs.init(params), params)
+    assert float(found["scale"]) == pytest.approx(float(wanted["scale"]))
+
+
 @pytest.mark.parametrize(
     "static",
     [

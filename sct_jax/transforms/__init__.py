@@ -1,9 +1,10 @@
 """optax transformations for trees that hold factor tuples beside other arrays.
 
-Each transformation treats a factor tuple as one weight and passes every other leaf
-through unchanged; Adam (`scale_by_adam`) treats all leaves alike. They need `params`,
-and compose with `optax.chain`, `optax.masked` and `optax.partition`. Never split the u,
-s and v of one weight over two partitions: `init` raises ValueError.
+Each transformation treats a factor tuple as one weight and, unless it says otherwise,
+passes every other leaf through unchanged. Adam (`scale_by_adam`) treats all leaves
+alike. They compose with `optax.chain`, `optax.masked` and `optax.partition`. Pass
+`params` to `update`. Never split the u, s and v of one weight over two partitions:
+`init` raises ValueError.
 """
 
 from sct_jax.transforms._clipping import clip_by_composite_spectral_norm

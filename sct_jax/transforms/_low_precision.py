@@ -6,6 +6,7 @@ import optax
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
+from sct_jax import sharding
 from sct_jax.transforms import _common
 
 
@@ -42,6 +43,7 @@ def scale_by_low_precision_adam(
     _check_adam(b1, b2, eps)
 
     def init_fn(params):
+        _check_real(params)
         zeros = lambda: jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params
         )
@@ -66,7 +68,7 @@ def scale_by_low_precision_adam(
         directions = jax.tree.map(
             lambda m, v, p: (
                 (m / correction_1) / (jnp.sqrt(v / correction_2) + eps)
-            ).astype(p.dtype),
+            ).astype(jnp.result_type(p)),
             mu,
             nu,
             like,
@@ -114,10 +116,11 @@ def scale_by_adam(
     tx = optax.scale_by_adam(b1, b2, eps)
 
     def init_fn(params):
+        _check_real(params)
         return tx.init(
             jax.tree.map(
                 lambda p: jnp.zeros_like(
-                    p, dtype=jnp.float64 if p.dtype == jnp.float64 else jnp.float32
+                    p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32)
                 ),
                 params,
             )
@@ -130,9 +133,20 @@ def scale_by_adam(
         directions, new = tx.update(updates, state)
         # A float64 decay, as of `optax.inject_hyperparams`, must not change dtypes.
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
-        return jax.tree.map(lambda d, p: d.astype(p.dtype), directions, like), new
+        cast = lambda d, p: d.astype(jnp.result_type(p))
+        return jax.tree.map(cast, directions, like), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_real(params: optax.Params) -> None:
+    """Raises ValueError for a complex leaf."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"{sharding.path_name(path) or 'the parameter'} is complex, and these "
+                "moments are real: give it to optax.adam, by optax.partition"
+            )
 
 
 def _check_adam(
