@@ -135,17 +135,12 @@ def _chunked_nats_fwd(head, z_loss, params, x, targets, weights):
         d_params = jax.tree.map(jnp.add, d_params, of_params)
         return (total + value, d_params), of_x
 
-    zeros = jax.tree.map(_zeros_to_add_to, params)
+    zeros = remat.zeros_to_add_to(params)
     (total, d_params), d_x = jax.lax.scan(
         add, (jnp.zeros([]), zeros), (x, targets, weights)
     )
     d_params = jax.tree.map(lambda g, p: g.astype(p.dtype), d_params, params)
     return total, (d_params, d_x)
-
-
-def _zeros_to_add_to(x: Array) -> Array:
-    """Zeros like x, in float32 at least."""
-    return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _chunked_nats_bwd(head, z_loss, gradients, d_total):

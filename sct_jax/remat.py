@@ -7,12 +7,13 @@ slices of a float32 copy of all of it. The loops here stack bits.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+T = TypeVar("T")  # a tree of arrays
 Block = Callable[..., Array]  # parameters of one layer, x, *args -> x
 
 
@@ -120,12 +121,20 @@ def _by_chunks_bwd(fn, residuals, d_out):
         return jax.tree.map(jnp.add, total, d_params), pack(d_x)
 
     d_params, d_x = jax.lax.scan(
-        pull_back, jax.tree.map(jnp.zeros_like, params), (inputs, pack(d_out))
+        pull_back, zeros_to_add_to(params), (inputs, pack(d_out))
     )
+    d_params = jax.tree.map(lambda g, p: g.astype(p.dtype), d_params, params)
     return d_params, unpack(d_x, d_out.dtype)
 
 
 _by_chunks.defvjp(_by_chunks_fwd, _by_chunks_bwd)
+
+
+def zeros_to_add_to(tree: T) -> T:
+    """Returns zeros like the arrays of a tree, in float32 at least, for long sums."""
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)), tree
+    )
 
 
 def in_parts(x: Shaped[Array, "B ..."], parts: int) -> Shaped[Array, "..."]:

@@ -117,6 +117,21 @@ def test_the_step_is_the_fused_one(name):
             assert abs(metrics[key] - wanted[key]) <= slack, key
 
 
+def test_any_remat_takes_the_same_step(monkeypatch):
+    """Also with more tokens than the "full" one computes at a time."""
+    monkeypatch.setattr(model, "MLP_TOKENS", 4)
+    optimizer, shape = CHAINS["two low rank"]
+    losses = []
+    for remat in ("none", "full"):
+        _, step = build(optimizer, dataclasses.replace(shape, remat=remat))
+        state = step.init(jax.random.key(0))
+        losses.append([])
+        for _ in range(2):
+            state, metrics = step(state, draw_batch(), True)
+            losses[-1].append(float(metrics["loss"]))
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("rows", [1, layerwise._FEW_ROWS, layerwise._FEW_ROWS + 1])
 @pytest.mark.parametrize("shape", [SMALL, LOW_RANK], ids=["spectral", "low_rank"])
 def test_a_known_bottleneck_has_the_gradient_of_linear(rows, shape):

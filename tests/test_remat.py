@@ -97,6 +97,25 @@ def test_chunks_have_the_value_and_gradient_of_the_whole(dtype, tokens, shards):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
+def test_gradients_of_many_chunks_are_summed_in_float32():
+    """Where the parameters are of lower precision, as under fsdp."""
+    x = x_of(jnp.bfloat16, rows=512).reshape(1, 512, 5)
+    w = jnp.asarray(np.random.default_rng(1).normal(size=(5, 5)), jnp.bfloat16)
+    fn = lambda w, x: jnp.tanh(x @ w)
+
+    def total(w, x):
+        out = remat.by_chunks(fn, w, x, tokens_per_chunk=2)
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(total))
+    parts = [gradient(w, x[:, i : i + 2]) for i in range(0, 512, 2)]
+    wanted = sum(np.asarray(part, np.float64) for part in parts)
+    found = gradient(w, x)
+    assert found.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(found, np.float64) - wanted)
+    assert error < 1e-2 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
 def test_packing_changes_no_bit(dtype):
     x = jnp.asarray([0.0, -0.0, 1.5, -3e4, jnp.inf]).astype(dtype)

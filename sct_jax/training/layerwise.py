@@ -12,6 +12,7 @@ Any chain of `optimizers` works whose rules are local: the update of a weight de
 no other layer. `check_local` tells which chains are.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,6 +67,8 @@ def stack_of(
       config: shape of the model.
       placement: where arrays are on a mesh, as in `model.forward`.
     """
+    # The backward pass computes each layer again as a whole, never its MLP in parts.
+    config = dataclasses.replace(config, remat="none")
 
     def embed(ends, batch):
         return model.embed(ends, batch["inputs"], config, placement=placement)
