@@ -213,8 +213,13 @@ def calibration_text(
             corpus = data.prepare(
                 settings, vocab_size=source.config.vocab_size, log=process.say
             )
-            windows = min(tokens, len(corpus.train) - 1) // length
-            settings = dataclasses.replace(settings, batch_size=max(windows, 1))
+            least = min(tokens, len(corpus.train) - 1)  # the last is a target
+            if least < 1:
+                raise errors.UserError("it has no token to read; name more text")
+            length = min(length, least)
+            settings = dataclasses.replace(
+                settings, seq_len=length, batch_size=least // length
+            )
             batch = next(data.train_batches(corpus, settings, seed=0))
         except errors.UserError as error:
             raise errors.UserError(f"--text: {error}") from error

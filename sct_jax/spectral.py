@@ -754,7 +754,7 @@ def _small_product(
         size = jnp.sqrt(squares[0]) * jnp.sqrt(squares[1])
         return linalg.matmul(g_l, g_r), size
     raise TypeError(
-        "composite_update_norm compares two SpectralFactors or two LowRankFactors, "
+        "composite_update_norm compares two weights with factors of the same kind, "
         f"got {type(old).__name__} and {type(new).__name__}"
     )
 

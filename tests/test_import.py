@@ -315,6 +315,19 @@ def test_a_budget_goes_where_it_keeps_the_most(folders, with_text):
 # --- The command.
 
 
+def test_text_may_be_shorter_than_a_window(folders, tmp_path, capsys):
+    words = tmp_path / "words.txt"
+    words.write_text("kato mi ren")
+    out = run(
+        f"--from={folders / 'tied'}",
+        "--rank=4",
+        f"--text={words}",
+        f"--workdir={tmp_path / 'run'}",
+        capsys=capsys,
+    )
+    assert "error of outputs on the text" in out
+
+
 def test_the_command_reads_text(folders, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(samples_of_text()) * 50)

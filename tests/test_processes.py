@@ -207,7 +207,7 @@ def test_processes_come_and_go_and_train_the_same_model(write_config, alone, tmp
 
 @pytest.mark.slow
 def test_processes_truncate_the_same_model(write_config, tmp_path):
-    """From dense weights, also where a resumed run begins with the truncation."""
+    """From dense weights."""
     phases = ("--config.phases.switch_at=4", "--config.truncation.num_batches=2")
     found = {}
     for name, count, devices, flags in (

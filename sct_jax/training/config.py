@@ -105,8 +105,8 @@ class TruncationConfig:
       num_batches: batches of training text that "whitened" measures inputs on.
       max_tokens: most tokens of these batches that are used, in whole micro-batches
         and at least one of those.
-      sequential: whether with "whitened" every matrix makes up for the error of the
-        truncated ones before it. Otherwise it sees the inputs that there were.
+      sequential: whether with "whitened" every truncated matrix makes up for the error
+        of those before it. Otherwise it sees the original inputs.
 
     "whitened" holds two residual streams of that text in the compute dtype, divided
     over devices as batches are: 2 GB in all for 2**18 tokens of 2,048 numbers in
@@ -226,7 +226,7 @@ class ExperimentConfig:
             not self.phases.carry_momentum
             or getattr(self.optimizer, "coordinates", "") != "svd",
             'the momentum of optimizer.coordinates = "svd" is of other directions; set '
-            "it to false",
+            "phases.carry_momentum to false",
         )
         self._validate_truncations()
         for phase in phases_of(self)[:-1]:
@@ -246,6 +246,11 @@ class ExperimentConfig:
         if split not in (None, *self.data.kinds_of_split):
             unused.append(
                 f'data.split: {split!r} has no effect without data.source = "stdlib"'
+            )
+        if self.step == "layerwise" and self.model.remat not in ("auto", "none"):
+            unused.append(
+                f"model.remat: {self.model.remat!r} has no effect with step = "
+                '"layerwise", which computes every layer again'
             )
         for phase in phases_of(self):
             warmup, steps = phase.config.optimizer.warmup_steps, phase.config.num_steps

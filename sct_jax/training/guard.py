@@ -51,7 +51,7 @@ class Trend(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    """What the guard remembers. All zero before the first step.
+    """What the guard remembers. All zero before the first step of a phase.
 
     Attributes:
       skipped: number of steps that were not applied.

@@ -175,8 +175,8 @@ class PhasesConfig:
             "phases.switch_at",
             all(a < b for a, b in itertools.pairwise((0, *ends))),
             f"shares {self.switch_at} of the FLOPs of {num_steps} steps end phases "
-            f"after {', '.join(map(str, ends))} steps, so one has none; take other "
-            "shares, or more steps",
+            f"after {', '.join(map(str, ends))} steps, so one phase would have no "
+            "step; take other shares, or more steps",
         )
         return ends
 

@@ -82,7 +82,8 @@ def read(folder: pathlib.Path, step: int) -> Record:
     """Returns the record of a step folder, whose fields have the right types.
 
     It holds `step` and `leaves`. Fields that may be missing: `config`, `data_position`,
-    `ranks`, `corpus`, `tokenizer`, and from earlier versions `files` and `finite`.
+    `phase_start`, `ranks`, `corpus`, `tokenizer`, `init_from`, `parameters_alone`, and
+    from earlier versions `files` and `finite`.
 
     Args:
       folder: of the step.
@@ -331,6 +332,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "corpus": (_is_text, "a hash"),
     "tokenizer": (_is_text, "a hash"),
     "phase_start": (_is_count, "a number of steps"),
+    "init_from": (lambda x: isinstance(x, dict), "a description of a run"),
+    "parameters_alone": (lambda x: isinstance(x, bool), "true or false"),
 }
 _REQUIRED = ("step", "leaves")
 _REQUIRED_NOW = (*_REQUIRED, "format", "files", "finite")
