@@ -223,6 +223,27 @@ def test_a_decay_mask_replaces_the_rule():
     np.testing.assert_array_equal(updates["stack"].s, np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [optimizers.sct(1e-2, max_update_norm=1e-2), optimizers.stiefel_muon(1e-2)],
+    ids=["clip", "stiefel_muon"],
+)
+def test_a_chain_is_mapped_over_seeds(tx):
+    """Each seed gets the update that it has alone, also where one needs a guard."""
+    seeds = [as_params(start(seed)) for seed in range(3)]
+    flat = seeds[1]["stack"].u.at[0, :, 1].set(seeds[1]["stack"].u[0, :, 0])
+    seeds[1]["stack"] = seeds[1]["stack"]._replace(u=flat)
+    grads = [as_params(gradient(seed, start())) for seed in range(3)]
+    stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    together, alone = jax.jit(jax.vmap(tx.update)), jax.jit(tx.update)
+    states = jax.vmap(tx.init)(stack(seeds))
+    found, _ = together(stack(grads), states, stack(seeds))
+    for number, (params, grad) in enumerate(zip(seeds, grads, strict=True)):
+        wanted, _ = alone(grad, tx.init(params), params)
+        own = jax.tree.map(lambda x, number=number: x[number], found)
+        assert_close(own, wanted, atol=64 * EPS)
+
+
 @pytest.mark.parametrize("as_tree", [True, False])
 def test_masks_are_trees_or_functions(as_tree):
     params = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 3))}

@@ -139,60 +139,22 @@ def train(
         source = origin.find(init_from)
         config = origin.adopt(config, source, log=say)
     config = workdir.resolve(config, path)
-    mesh = config.mesh.build()
-    phases = config_lib.phases_of(config)
-    runs = [trainer.Trainer(phase.config, mesh) for phase in phases]
-    if source is not None:
-        origin.check_arrays(runs[0], source)
+    planned = _plan(config, source)
     workdir.make(path)
-    run, plans = runs[-1], [run.plan() for run in runs]
-    plan = plans[-1]
-    summary = accounting.summary(
-        config.model,
-        run.tx,
-        seq_len=config.data.seq_len,
-        state=run.abstract_state,
-        sizes=plan.sizes,
-    )
-    choices = run.choices | plan.choices
-    if len(phases) > 1:
-        choices["phases"] = console.describe_phases(phases, plans)
-    console.print_start(output, config, summary, mesh, choices=choices)
+    planned.print_start(output)
     if dry_run:
-        if compile_step:
-            found = []
-            for phase, compiled, needed in zip(phases, runs, plans, strict=True):
-                if len(phases) > 1:
-                    say(f"phase to step {phase.last:,}:")
-                found.append(_compile_only(compiled, needed, output))
-            if largest := [sizes for sizes in found if sizes]:
-                summary["compiled"] = max(largest, key=lambda x: x["total_bytes"])
-        earlier = workdir.committed_config(path)
-        if earlier and config_lib.differences(earlier, config, allowed=allow_change):
-            say(f"note: {path} holds another run, so its summary.json is kept")
-        elif processes.is_first():
-            workdir.write_json(path / "summary.json", summary)
-        return Result("dry_run")
-    for phase, needed, phase_run in zip(phases, plans, runs, strict=True):
-        if note := memory.check(needed, mesh, phase_run.abstract_state):
-            where = f"phase to step {phase.last:,}: " if len(phases) > 1 else ""
-            say(f"note: {where}{note}")
+        return _dry_run(
+            planned, path, output, compile_step=compile_step, allow_change=allow_change
+        )
+    for note in planned.memory_notes():
+        say(f"note: {note}")
     with signals.Signals() as interrupts:
         try:
             with workdir.claim(path) as claimed:
-                earlier, same_text = workdir.committed_config(path), True
-                if earlier:
-                    resuming.check_same_run(
-                        earlier, config, str(path), allowed=allow_change
-                    )
-                    same_text = not config_lib.text_changes(earlier, config)
-                if processes.is_first():
-                    workdir.write_json(path / "summary.json", summary)
-                # Text that moved is read, to see whether it is the same.
                 call = _Call(
                     config=config,
-                    phases=phases,
-                    runs=runs,
+                    phases=planned.phases,
+                    runs=planned.runs,
                     path=path,
                     claimed=claimed,
                     output=output,
@@ -201,9 +163,9 @@ def train(
                     stall_timeout=stall_timeout,
                     profile=profile,
                     source=source,
-                    summary=summary,
+                    summary=planned.summary,
                 )
-                if same_text and workdir.is_finished(config, call.run_at, path):
+                if _is_finished(call):
                     return _finished_before(call)
                 return _train(call)
         except (signals.Interrupted, Exception):
@@ -216,6 +178,93 @@ def train(
         exit_codes.of_signal(interrupts.raised), f"signal {interrupts.raised}"
     )
     return Result("interrupted", done, interrupts.raised)
+
+
+class _Planned(NamedTuple):
+    """A run before anything of it is allocated.
+
+    Attributes:
+      config: the run.
+      phases: of the run.
+      runs: the trainer of each phase.
+      plans: the memory of each phase.
+      summary: what summary.json holds, of the last phase.
+    """
+
+    config: config_lib.ExperimentConfig
+    phases: Sequence[config_lib.Phase]
+    runs: Sequence[trainer.Trainer]
+    plans: Sequence[memory.Plan]
+    summary: dict[str, Any]
+
+    def print_start(self, output: rich.console.Console) -> None:
+        """Prints the start table."""
+        run = self.runs[-1]
+        choices = run.choices | self.plans[-1].choices
+        if len(self.phases) > 1:
+            choices["phases"] = console.describe_phases(self.phases, self.plans)
+        console.print_start(
+            output, self.config, self.summary, run.mesh, choices=choices
+        )
+
+    def memory_notes(self) -> Iterator[str]:
+        """Yields a sentence per phase whose memory may not suffice.
+
+        Raises:
+          UserError: where it certainly does not.
+        """
+        for phase, plan, run in zip(self.phases, self.plans, self.runs, strict=True):
+            if note := memory.check(plan, run.mesh, run.abstract_state):
+                several = len(self.phases) > 1
+                yield f"phase to step {phase.last:,}: {note}" if several else note
+
+
+def _plan(
+    config: config_lib.ExperimentConfig, source: origin.Origin | None
+) -> _Planned:
+    mesh = config.mesh.build()
+    phases = config_lib.phases_of(config)
+    runs = [trainer.Trainer(phase.config, mesh) for phase in phases]
+    if source is not None:
+        origin.check_arrays(runs[0], source)
+    plans = [run.plan() for run in runs]
+    summary = accounting.summary(
+        config.model,
+        runs[-1].tx,
+        seq_len=config.data.seq_len,
+        state=runs[-1].abstract_state,
+        sizes=plans[-1].sizes,
+    )
+    return _Planned(config, phases, runs, plans, summary)
+
+
+def _dry_run(
+    planned: _Planned,
+    path: pathlib.Path,
+    output: rich.console.Console,
+    *,
+    compile_step: bool,
+    allow_change: Collection[str],
+) -> Result:
+    """Compiles the steps if asked to, and writes summary.json."""
+    say = functools.partial(console.say, output)
+    config, summary = planned.config, planned.summary
+    if compile_step:
+        found = []
+        for phase, plan, run in zip(
+            planned.phases, planned.plans, planned.runs, strict=True
+        ):
+            if len(planned.phases) > 1:
+                say(f"phase to step {phase.last:,}:")
+            found.append(_compile_only(run, plan, output))
+        if largest := [sizes for sizes in found if sizes]:
+            summary["compiled"] = max(largest, key=lambda x: x["total_bytes"])
+    earlier = workdir.committed_config(path)
+    if earlier and config_lib.differences(earlier, config, allowed=allow_change):
+        say(f"note: {path} holds another run, so its summary.json is kept")
+    elif processes.is_first():
+        workdir.write_json(path / "summary.json", summary)
+    return Result("dry_run")
 
 
 def _compile_only(
@@ -481,6 +530,24 @@ def _switch(
 def _identity(corpus: data.Corpus) -> dict[str, str]:
     """What may not change during a run."""
     return {"corpus": corpus.hash, "tokenizer": corpus.tokenizer.hash}
+
+
+def _is_finished(call: _Call) -> bool:
+    """Whether a claimed folder holds the whole run; writes its summary.json.
+
+    Raises:
+      UserError: the folder holds another run.
+    """
+    earlier, same_text = workdir.committed_config(call.path), True
+    if earlier:
+        resuming.check_same_run(
+            earlier, call.config, str(call.path), allowed=call.allow_change
+        )
+        same_text = not config_lib.text_changes(earlier, call.config)
+    if processes.is_first():
+        workdir.write_json(call.path / "summary.json", call.summary)
+    # Text that moved is read, to see whether it is the same.
+    return same_text and workdir.is_finished(call.config, call.run_at, call.path)
 
 
 def _finished_before(call: _Call) -> Result:
