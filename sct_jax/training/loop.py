@@ -20,9 +20,9 @@ from sct_jax.training import (
     failures,
     hardware,
     layerwise,
-    memory,
     metrics,
     origin,
+    planning,
     processes,
     profiling,
     resuming,
@@ -139,13 +139,14 @@ def train(
         source = origin.find(init_from)
         config = origin.adopt(config, source, log=say)
     config = workdir.resolve(config, path)
-    planned = _plan(config, source)
+    planned = planning.plan(config, source)
     workdir.make(path)
     planned.print_start(output)
     if dry_run:
-        return _dry_run(
+        planning.dry_run(
             planned, path, output, compile_step=compile_step, allow_change=allow_change
         )
+        return Result("dry_run")
     for note in planned.memory_notes():
         say(f"note: {note}")
     with signals.Signals() as interrupts:
@@ -178,124 +179,6 @@ def train(
         exit_codes.of_signal(interrupts.raised), f"signal {interrupts.raised}"
     )
     return Result("interrupted", done, interrupts.raised)
-
-
-class _Planned(NamedTuple):
-    """A run before anything of it is allocated.
-
-    Attributes:
-      config: the run.
-      phases: of the run.
-      runs: the trainer of each phase.
-      plans: the memory of each phase.
-      summary: what summary.json holds, of the last phase.
-    """
-
-    config: config_lib.ExperimentConfig
-    phases: Sequence[config_lib.Phase]
-    runs: Sequence[trainer.Trainer]
-    plans: Sequence[memory.Plan]
-    summary: dict[str, Any]
-
-    def print_start(self, output: rich.console.Console) -> None:
-        """Prints the start table."""
-        run = self.runs[-1]
-        choices = run.choices | self.plans[-1].choices
-        if len(self.phases) > 1:
-            choices["phases"] = console.describe_phases(self.phases, self.plans)
-        console.print_start(
-            output, self.config, self.summary, run.mesh, choices=choices
-        )
-
-    def memory_notes(self) -> Iterator[str]:
-        """Yields a sentence per phase whose memory may not suffice.
-
-        Raises:
-          UserError: where it certainly does not.
-        """
-        for phase, plan, run in zip(self.phases, self.plans, self.runs, strict=True):
-            if note := memory.check(plan, run.mesh, run.abstract_state):
-                several = len(self.phases) > 1
-                yield f"phase to step {phase.last:,}: {note}" if several else note
-
-
-def _plan(
-    config: config_lib.ExperimentConfig, source: origin.Origin | None
-) -> _Planned:
-    mesh = config.mesh.build()
-    phases = config_lib.phases_of(config)
-    runs = [trainer.Trainer(phase.config, mesh) for phase in phases]
-    if source is not None:
-        origin.check_arrays(runs[0], source)
-    plans = [run.plan() for run in runs]
-    summary = accounting.summary(
-        config.model,
-        runs[-1].tx,
-        seq_len=config.data.seq_len,
-        state=runs[-1].abstract_state,
-        sizes=plans[-1].sizes,
-    )
-    return _Planned(config, phases, runs, plans, summary)
-
-
-def _dry_run(
-    planned: _Planned,
-    path: pathlib.Path,
-    output: rich.console.Console,
-    *,
-    compile_step: bool,
-    allow_change: Collection[str],
-) -> Result:
-    """Compiles the steps if asked to, and writes summary.json."""
-    say = functools.partial(console.say, output)
-    config, summary = planned.config, planned.summary
-    if compile_step:
-        found = []
-        for phase, plan, run in zip(
-            planned.phases, planned.plans, planned.runs, strict=True
-        ):
-            if len(planned.phases) > 1:
-                say(f"phase to step {phase.last:,}:")
-            found.append(_compile_only(run, plan, output))
-        if largest := [sizes for sizes in found if sizes]:
-            summary["compiled"] = max(largest, key=lambda x: x["total_bytes"])
-    earlier = workdir.committed_config(path)
-    if earlier and config_lib.differences(earlier, config, allowed=allow_change):
-        say(f"note: {path} holds another run, so its summary.json is kept")
-    elif processes.is_first():
-        workdir.write_json(path / "summary.json", summary)
-    return Result("dry_run")
-
-
-def _compile_only(
-    run: trainer.Trainer, plan: memory.Plan, output: rich.console.Console
-) -> dict[str, Any]:
-    """Bytes of the compiled step by kind; empty if it cannot be told."""
-    say = functools.partial(console.say, output)
-    if run.config.step == "layerwise":
-        say(
-            'note: step = "layerwise" is compiled in parts during its first step, so '
-            "--compile compiles nothing and adds nothing to summary.json"
-        )
-        return {}
-    seconds = run.compile(run.abstract_state)
-    say(f"compiled in {seconds:.1f} s")
-    compiled = run.compiled_memory(run.abstract_state)
-    if compiled is None:
-        say(
-            "note: this backend does not tell the memory of a compiled program, so "
-            "summary.json has none"
-        )
-        return {}
-    estimate = {
-        "argument_bytes": hardware.shard_bytes(
-            (run.abstract_state, run.abstract_batch())
-        ),
-        "temporary_bytes": plan.needed["gradients"] + plan.needed["activations"],
-    }
-    estimate["total_bytes"] = sum(estimate.values())
-    output.print(console.compiled_table(compiled, estimate))
-    return compiled
 
 
 class _Call(NamedTuple):
