@@ -615,14 +615,15 @@ def _gaussian_singular_values(fan_in: int, fan_out: int, rank: int) -> np.ndarra
 def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     """Returns ||W' - W||_2 per layer at O((I + O) R^2) FLOPs, without forming W.
 
-    For SpectralFactors, with P = u.T u' and E = u' - u P (likewise for v), the identity
+    For SpectralFactors, with u' = u P + E (likewise for v), the identity
 
         W' - W = [u, E_u] (C_u diag(s') C_v.T - diag(s) (+) 0) [v, E_v].T,  C = [P; I],
 
-    holds for any factors. The subtraction happens in a 2R x 2R matrix. The error is
-    therefore about 1e-5 relative plus eps max|s| absolute, even if u and v co-rotate.
-    Under lazy retraction, where |u.T u - I| = d for `old`, add sqrt(eps) d^2 max|s|.
-    Factors of any size are scaled first.
+    holds for any P. The subtraction happens in a 2R x 2R matrix. With P = u.T u' the
+    error is about 1e-5 relative plus eps max|s| absolute for orthonormal u and v, even
+    if these co-rotate. Under lazy retraction, where |u.T u - I| = d for `old`, add
+    sqrt(eps) d^2 max|s|. Columns that are far from orthonormal keep P = I, whose error
+    is that of LowRankFactors. Factors of any size are scaled first.
 
     For LowRankFactors, W' - W = [a' - a, a] [b', b' - b].T. The absolute error is about
     sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
@@ -630,12 +631,12 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     For BlockSpectralFactors the result is an upper bound. With D_i, the entries of s
     that u_i feeds,
 
-        ||W' - W||_2 <= max_i ||u'_i D'_i - u_i D_i||_2
-                        + max_j ||(v'_j - v_j) diag(s_j)||_2,
+        ||W' - W||_2 <= max_i ||u'_i D'_i - u_i D_i||_2 max_j ||v'_j||_2
+                        + max_i ||u_i||_2 max_j ||(v'_j - v_j) diag(s_j)||_2,
 
-    as W' - W = (U' P S' - U P S) V'.T + U P S (V' - V).T, where U and V', the block
-    diagonals, have orthonormal columns and P is a permutation. It is exact where only u
-    and s, or only v, changed.
+    as W' - W = (U' P S' - U P S) V'.T + U P S (V' - V).T for the block diagonals U and
+    V', where P is a permutation. For orthonormal columns, whose norms are 1, it is
+    exact where only u and s, or only v, changed.
 
     Differentiable: the derivative is p.T dW q for the singular vectors p and q of the
     norm, their mean where several are equally large, and 0 where W' = W.
@@ -672,8 +673,8 @@ def orthonormality_error(tree: Any) -> Float[Array, ""]:
 def halves(w: BlockSpectralFactors) -> tuple[SpectralFactors, SpectralFactors]:
     """Returns u_i D_i and diag(s_j) v_j.T as factors, with the blocks as a layer axis.
 
-    W changes by at most the sum of their changes. The first half changes with u and s,
-    the second with v alone; see `composite_update_norm`.
+    W of orthonormal u and v changes by at most the sum of their changes. The first half
+    changes with u and s, the second with v alone; see `composite_update_norm`.
     """
     rank = w.s.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(rank, dtype=w.s.dtype), (*w.s.shape, rank))
@@ -691,11 +692,27 @@ def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
         else:
             parts.append((old, new))
     found = iter(_plain_norms(parts))
+    sides = [x for old, new in pairs if is_blocks(old) for x in (new.v, old.u)]
+    largest = iter(_largest_values(sides))  # that multiply the changes of the halves
+    half = lambda: jnp.max(next(found), axis=-1) * jnp.max(next(largest), axis=-1)
+    return [half() + half() if is_blocks(old) else next(found) for old, _ in pairs]
+
+
+def _largest_values(xs: list[Array]) -> list[Float[Array, "*layers"]]:
+    """Returns ||x||_2 of each matrix."""
+    xs = [linalg.as_float32(x) for x in xs]
+    sizes = [linalg.range_divisor(jnp.max(jnp.abs(x), axis=(-2, -1))) for x in xs]
+    radii = linalg.map_batched(
+        lambda m: linalg.spectral_radius_bound(m, squarings=20),
+        [
+            linalg.gram(x / size[..., None, None])
+            for x, size in zip(xs, sizes, strict=True)
+        ],
+        fill=0.0,
+    )
     return [
-        jnp.max(next(found), axis=-1) + jnp.max(next(found), axis=-1)
-        if is_blocks(old)
-        else next(found)
-        for old, _ in pairs
+        size * linalg.safe_sqrt(radius)
+        for size, radius in zip(sizes, radii, strict=True)
     ]
 
 
@@ -786,18 +803,29 @@ def _in_old_basis(
     """Returns p, x, e and sizes with new / sizes[1] = x p + e and x = old / sizes[0].
 
     The sizes (*L, R) are 1 for columns that can be squared. x.T e = 0 to rounding, also
-    for an old that a lazy retraction left nearly orthonormal.
+    for an old that a lazy retraction left nearly orthonormal. Where it is not, e is
+    the change of a column, unless subtracting what x explains makes it smaller.
     """
     size, new_size = (
         linalg.range_divisor(jnp.max(jnp.abs(x), axis=-2)) for x in (old, new)
     )
-    p, e = jnp.zeros([], old.dtype), new / new_size[..., None, :]
+    alike = size == new_size
+    p = jnp.where(alike, 1.0, 0.0)[..., None] * _identity_like(old)
+    e = new / new_size[..., None, :] - jnp.where(alike, 1 / size, 0)[..., None, :] * old
     for _ in range(2):
         # Divide coefficients, not `old`, which would copy it.
         more = linalg.gram(old, e) / size[..., None]
-        e = e - linalg.matmul(old, more / size[..., None])
-        p = p + more
+        rest = e - linalg.matmul(old, more / size[..., None])
+        smaller = linalg.column_norms(rest) <= 1.01 * linalg.column_norms(e)
+        e = jnp.where(smaller, rest, e)
+        p = p + jnp.where(smaller, more, 0)
     return p, old / size[..., None, :], e, (size, new_size)
+
+
+def _identity_like(x: Float[Array, "*L n R"]) -> Float[Array, "*L R R"]:
+    rank = x.shape[-1]
+    eye = jnp.eye(rank, dtype=x.dtype)
+    return jnp.broadcast_to(eye, (*x.shape[:-2], rank, rank))
 
 
 def split_along(

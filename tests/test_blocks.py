@@ -296,6 +296,19 @@ def test_the_norm_is_exact_where_one_side_changes(shape, parts):
     np.testing.assert_allclose(bound, dense_difference(new, w), rtol=1e-4)
 
 
+@each_shape
+@pytest.mark.parametrize("size", [1e-3, 0.1])
+def test_the_norm_of_free_blocks_is_bounded(shape, size):
+    """As without a retraction, which lets columns grow."""
+    w = draw(shape)
+    w = w._replace(u=3 * w.u, v=w.v * jnp.linspace(0.5, 2, w.v.shape[-1]))
+    change = lambda x: x + size * normal(*x.shape, seed=x.shape[-1])
+    new = jax.tree.map(change, w)
+    exact = dense_difference(new, w)
+    bound = update_norm(w, new)
+    assert exact * (1 - 1e-3) <= bound <= 8 * exact
+
+
 def test_norms_of_layers_and_trees():
     stack = draw(EVEN, layers=(3,))
     new = jax.vmap(lambda w: moved(w, 0.1))(stack)

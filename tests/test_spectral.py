@@ -555,6 +555,19 @@ def test_composite_update_norm_at_every_size_of_update(layers, size):
     check_norm(as_factors(old), as_factors(new))
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("largest", [1.2, 2.0, 4.0, 12.0])
+def test_composite_update_norm_of_factors_that_are_free(largest, size):
+    """As without a retraction, where columns grow and are no longer orthogonal."""
+    rng = np.random.default_rng(3)
+    u, s, v = factors64()
+    mix = np.linalg.qr(rng.normal(size=(u.shape[-1],) * 2))[0]
+    spread = mix * np.geomspace(0.3, largest, u.shape[-1])
+    old = (u @ spread, s, v @ spread[::-1])
+    new = tuple(x + size * rng.normal(size=x.shape) / np.sqrt(len(x)) for x in old)
+    check_norm(as_factors(old), as_factors(new), rtol=2e-3)
+
+
 @pytest.mark.parametrize("part", ["u", "s", "v"])
 def test_composite_update_norm_sees_every_component(part):
     old = factors()
