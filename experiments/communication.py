@@ -206,10 +206,10 @@ def parse_mesh(text: str, *, devices: int | None = None) -> dict[str, int]:
 
 
 def _selected(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
+    names = text.split(",")
     for name in names:
         errors.check_choice("--models", name, step_figures.MODELS)
-    return names
+    return [name for name in step_figures.MODELS if name in names]
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:

@@ -4,9 +4,9 @@ import jax
 import pytest
 import samples
 
-from sct_jax import data, errors, model
+from sct_jax import data, errors, model, sharding
 from sct_jax.training import config as config_lib
-from sct_jax.training import hardware, memory, trainer
+from sct_jax.training import hardware, memory, optimizer_config, trainer
 
 BASE = config_lib.ExperimentConfig(
     num_steps=10,
@@ -116,6 +116,48 @@ def test_rows_on_several_devices_add_up(monkeypatch):
     assert four.needed == quarter.needed
     assert four.sizes["activations"] == 4 * four.needed["activations"]
     assert four.sizes["parameters"] == one.sizes["parameters"]
+
+
+def test_all_rows_count_where_tensor_divides_activations(monkeypatch):
+    monkeypatch.setattr(hardware, "memory_bytes", lambda devices: None)
+    one = trainer.Trainer(BASE, BASE.mesh.build(1)).plan()
+    mesh = dataclasses.replace(BASE.mesh, data=1, tensor=2).build(2)
+    two = trainer.Trainer(BASE, mesh).plan()
+    assert two.sizes["activations"] == pytest.approx(one.sizes["activations"], rel=1e-3)
+
+
+@pytest.mark.parametrize("spectral", [(), model.BLOCK_MATRICES], ids=["dense", "all"])
+def test_the_need_of_a_mesh_that_divides_parameters_is_the_compilers(
+    monkeypatch, spectral
+):
+    """To 15 %: what is gathered on each device counts too."""
+    monkeypatch.setattr(hardware, "memory_bytes", lambda devices: None)
+    config = config_lib.ExperimentConfig(
+        num_steps=10,
+        model=model.ModelConfig(
+            d_model=128,
+            d_ff=352,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=4,
+            vocab_size=4096,
+            rank=32,
+            spectral=spectral,
+            remat="full",
+        ),
+        data=data.DataConfig(batch_size=8, seq_len=32),
+        optimizer=(
+            optimizer_config.Sct(retraction="none")
+            if spectral
+            else optimizer_config.AdamW()
+        ),
+    )
+    mesh = sharding.MeshConfig(data=1, fsdp=8).build(8)
+    run = trainer.Trainer(config, mesh)
+    run.compile(run.abstract_state)
+    compiled = run.compiled_memory(run.abstract_state)
+    needed = sum(run.plan().needed.values())
+    assert needed == pytest.approx(compiled["total_bytes"], rel=0.15)
 
 
 def check(monkeypatch, config, available):

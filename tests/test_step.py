@@ -128,6 +128,33 @@ def test_loss_is_the_mean_negative_log_likelihood():
     assert f"[{rows},{length},{SMALL.vocab_size}]" not in text
 
 
+@pytest.mark.parametrize("none_in_a_share", [False, True])
+def test_ignored_targets_weigh_nothing_in_any_share(none_in_a_share):
+    """The loss is a mean over tokens, however they are spread over micro-batches."""
+    params, batch = draw_params(DENSE), draw_batch()
+    ignored = np.random.default_rng(1).random(batch["targets"].shape) < 0.7
+    ignored[:, :8] = False
+    if none_in_a_share:
+        ignored[::4] = True  # a share holds every fourth row
+    batch["targets"] = jnp.where(ignored, -100, batch["targets"])
+    losses, steps = [], []
+    for count in (1, 4):
+        evaluate = step_lib.make_eval_step(DENSE, num_microbatches=count)
+        losses.append(float(jax.jit(evaluate)(params, batch)))
+        tx = optax.sgd(1.0)
+        train = jax.jit(step_lib.make_train_step(DENSE, tx, num_microbatches=count))
+        steps.append(train(state_lib.start(params, tx), batch, jnp.array(True)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    (one, found), (four, others) = steps
+    assert float(found["loss"]) == pytest.approx(losses[0], rel=1e-5)
+    assert float(others["loss"]) == pytest.approx(losses[0], rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        one.params,
+        four.params,
+    )
+
+
 def test_documents_do_not_see_each_other():
     params, batch = draw_params(DENSE), draw_batch()
     apart = step_lib.loss_fn(params, batch, DENSE)

@@ -119,16 +119,20 @@ class Guard(NamedTuple):
         """
         accepted = jnp.array(True)
         if self.max_skipped is not None:
-            accepted = _finite(loss, grad_norm) & ~self.gives_up(state.skipped_in_a_row)
+            accepted = _finite(loss, grad_norm) & jnp.logical_not(
+                self.gives_up(state.skipped_in_a_row)
+            )
         if self.spikes == "skip":
             accepted &= ~_is_spike(state, loss, grad_norm)
         return accepted
 
-    def gives_up(self, skipped_in_a_row: Int[Array, ""] | int) -> Bool[Array, ""]:
+    def gives_up(
+        self, skipped_in_a_row: Int[Array, ""] | int
+    ) -> Bool[Array, ""] | bool:
         """Returns whether the run is over, as so many steps in a row were skipped."""
         if self.max_skipped is None:
-            return jnp.array(False)
-        return jnp.asarray(skipped_in_a_row >= self.max_skipped)
+            return False
+        return skipped_in_a_row >= self.max_skipped
 
     def after(
         self,
@@ -160,7 +164,9 @@ class Guard(NamedTuple):
             norm_max = _largest(norm_max, grad_norm)
         new = GuardState(
             skipped=state.skipped + ~accepted,
-            skipped_in_a_row=jnp.where(finite & ~ended, 0, state.skipped_in_a_row + 1),
+            skipped_in_a_row=jnp.where(
+                finite & jnp.logical_not(ended), 0, state.skipped_in_a_row + 1
+            ),
             spikes=state.spikes + _is_spike(state, loss, grad_norm),
             count=state.count + finite,
             loss=_follow_if(finite, state.loss, loss, state.count),

@@ -141,6 +141,14 @@ def host_bytes() -> int | None:
     return min(limits)
 
 
+def host_device() -> Any:
+    """Returns a device whose work does not queue behind steps, if there is one."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return None
+
+
 def shard_bytes(tree: Any) -> int:
     """Returns the bytes that each device holds of a tree with shardings."""
     return sum(

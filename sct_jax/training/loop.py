@@ -515,6 +515,8 @@ class _Loop(NamedTuple):
                 sound = self._is_sound(step, values, largest_parameter=largest)
             if not sound:
                 return state, Result("diverged", step)
+            if saved or evaluated or decided:
+                jax.block_until_ready(values)  # time of steps, not of what follows
             if decided:
                 with log.paused():
                     state = self._change_ranks(step, state)

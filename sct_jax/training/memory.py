@@ -99,7 +99,9 @@ def plan(
         )
         sizes = {
             **{name: whole[name] for name in ("parameters", "gradients", "optimizer")},
-            "activations": needed["activations"] * sharding.row_shards(mesh),
+            "activations": needed["activations"]
+            * sharding.row_shards(mesh)
+            * mesh.shape["tensor"],
         }
     sizes.pop("total", None)
     sizes["total"] = sum(sizes.values())
@@ -195,8 +197,30 @@ def step_bytes(
     )
     return sizes | {
         "gradients": sizes["parameters"],
+        "gathered": _gathered_bytes(config.model, mesh, state.params),
         "activations": activations // mesh.shape["tensor"],
     }
+
+
+def _gathered_bytes(config: model.ModelConfig, mesh: Mesh, params: model.Params) -> int:
+    """What a device holds of matrices that `fsdp` divides, beside its own shards.
+
+    These are one whole layer with its gradient, and embedding and head or the float32
+    sums of their gradients. On 8 CPU devices the need of a step was then within 10 % of
+    the compiler's figure.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return 0
+    on_cpu = mesh.devices.flat[0].platform == "cpu"  # computes products in float32
+    width = 4 if on_cpu else jnp.dtype(config.compute_dtype).itemsize
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    layers = params[model.LAYERS]
+    if isinstance(layers, tuple):
+        layer = max(map(count, layers))
+    else:
+        layer = count(layers) // config.num_layers
+    ends = count([w for name, w in params.items() if name != model.LAYERS])
+    return (2 * width * layer + 4 * ends) // mesh.shape["tensor"]
 
 
 def human(size: int) -> str:

@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from sct_jax import errors, files, rank
 from sct_jax.training import config as config_lib
-from sct_jax.training import processes
+from sct_jax.training import hardware, processes
 
 Row = Mapping[str, int | float]
 
@@ -419,7 +420,7 @@ class StepLog:
             "step": step,
             "train/loss": values.pop("loss"),
             "train/loss_max": values.pop("loss_max"),
-            "learning_rate": float(jnp.asarray(self._learning_rate(updates - 1))),
+            "learning_rate": self._rate_of(updates - 1),
             "tokens": self._tokens_per_step * step + self._tokens_before,
             "tokens_per_second": rate,
             **({} if self._peak is None else {"mfu": rate / self._peak}),
@@ -428,6 +429,11 @@ class StepLog:
         self._step, self._time = step, now
         self._sink.write(row)
         return row
+
+    def _rate_of(self, updates: int) -> float:
+        """Computed on the host, where no step is waiting to run."""
+        with jax.default_device(hardware.host_device()):
+            return float(jnp.asarray(self._learning_rate(updates)))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

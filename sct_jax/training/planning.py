@@ -146,7 +146,9 @@ def _compile_only(
         "argument_bytes": hardware.shard_bytes(
             (run.abstract_state, run.abstract_batch())
         ),
-        "temporary_bytes": plan.needed["gradients"] + plan.needed["activations"],
+        "temporary_bytes": sum(plan.needed.values())
+        - plan.needed["parameters"]
+        - plan.needed["optimizer"],
     }
     estimate["total_bytes"] = sum(estimate.values())
     output.print(console.compiled_table(compiled, estimate))

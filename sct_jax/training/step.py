@@ -90,11 +90,13 @@ def make_train_step(
             return value_and_grad(params, batch)
         parts = shares(batch, num_microbatches)
 
-        def add(total, share):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, share)), None
+        def add(total, part):
+            share, weight = part
+            found = value_and_grad(params, share)
+            return jax.tree.map(lambda t, x: t + weight * x, total, found), None
 
         zeros = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zeros, parts)
+        total, _ = jax.lax.scan(add, zeros, (parts, share_weights(parts["targets"])))
         return jax.tree.map(lambda x: x / num_microbatches, total)
 
     def diagnostics(old, new, wanted):
@@ -155,7 +157,10 @@ def make_eval_step(
         )
         if num_microbatches == 1:
             return share_loss(batch)
-        return jnp.mean(jax.lax.map(share_loss, shares(batch, num_microbatches)))
+        parts = shares(batch, num_microbatches)
+        return jnp.mean(
+            share_weights(parts["targets"]) * jax.lax.map(share_loss, parts)
+        )
 
     return eval_step
 
@@ -168,3 +173,12 @@ def shares(batch: Batch, num_shares: int) -> dict[str, Int[Array, "N M L"]]:
     return jax.tree.map(
         lambda x: x.reshape(-1, num_shares, *x.shape[1:]).swapaxes(0, 1), batch
     )
+
+
+def share_weights(targets: Int[Array, "N M L"]) -> Float[Array, " N"]:
+    """Returns the weight of each share in the mean over all tokens; their mean is 1.
+
+    Targets below zero count as no token, as in `model.loss`.
+    """
+    counts = jnp.sum(targets >= 0, axis=(1, 2), dtype=jnp.float32)
+    return counts * len(counts) / jnp.maximum(jnp.sum(counts), 1)  # 1 for equal counts

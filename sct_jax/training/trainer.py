@@ -7,7 +7,7 @@ the shape and sharding of the state, the compiled step, evaluation, and changes 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -118,6 +118,7 @@ class Trainer:
         self.model = self._resolved.model
         self._rank_budget = rank.num_parameters(abstract.params)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
+        self._resizes: dict[Any, Callable[..., state_lib.TrainState]] = {}
         self._jitted_step: Any = None
         if config.step == "fused":
             step = step_lib.make_train_step(
@@ -334,23 +335,26 @@ class Trainer:
         if change is None:
             return state, None
 
-        def resize(state, active, key):
-            params, opt_state = rank.resize(
-                state.params,
-                state.opt_state,
-                active=active,
-                ranks=change.ranks,
-                key=key,
-            )
-            return state.replace(params=params, opt_state=opt_state)
-
-        before = jax.eval_shape(lambda x: x, state)
-        after = rank.with_ranks(before, change.ranks, params=before.params)
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-        resized = jax.jit(resize, out_shardings=self.shardings(after))(
-            state, change.active, key
-        )
-        return resized, change
+        resize = self._resize_to(change.ranks, jax.eval_shape(lambda x: x, state))
+        return resize(state, change.active, key), change
+
+    def _resize_to(
+        self, ranks: Mapping[str, int], state: state_lib.TrainState
+    ) -> Callable[..., state_lib.TrainState]:
+        """A function of a state like this one, which compiles once."""
+        known = _shapes(state), tuple(sorted(ranks.items()))
+        if known not in self._resizes:
+
+            def resize(state, active, key):
+                params, opt_state = rank.resize(
+                    state.params, state.opt_state, active=active, ranks=ranks, key=key
+                )
+                return state.replace(params=params, opt_state=opt_state)
+
+            after = rank.with_ranks(state, ranks, params=state.params)
+            self._resizes[known] = jax.jit(resize, out_shardings=self.shardings(after))
+        return self._resizes[known]
 
     # --- Evaluation.
 
@@ -416,5 +420,6 @@ def _check_batch(config: data.DataConfig, mesh: Mesh) -> None:
         "data.batch_size",
         share % shards == 0,
         f"{config.batch_size} in {config.num_microbatches} micro-batches is not "
-        f"divisible by mesh.data x mesh.fsdp = {shards}",
+        f"divisible by mesh.data x mesh.fsdp = {shards}; set it to a multiple of "
+        f"{config.num_microbatches * shards}",
     )

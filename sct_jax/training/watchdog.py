@@ -65,9 +65,10 @@ class Watchdog:
 
     def is_stalled(self) -> bool:
         """Returns whether the last `kick` is as long ago as the timeout."""
-        if self._timeout is None or self._kicked is None:
+        kicked = self._kicked  # another thread may pause in between
+        if self._timeout is None or kicked is None:
             return False
-        return time.monotonic() - self._kicked >= self._timeout
+        return time.monotonic() - kicked >= self._timeout
 
     def _watch(self) -> None:
         assert self._timeout is not None
