@@ -36,7 +36,7 @@ NOTES = (
     "longest run, on text that the run had not seen: a second opinion beside the "
     "held-out text.",
     "FLOPs are the matrix products of forward and backward pass, head included. The "
-    "optimizer is not counted. At these sizes, orthogonalisation adds about a fifth to "
+    "optimizer is not counted. At these sizes, orthogonalisation adds 13 to 29 % to "
     "dense Muon, and with the retraction 4 % to Stiefel Muon. Methods whose ranks "
     "change are charged for their initial ranks.",
     "Runs of several lengths use the learning rates that are best at the first length.",

@@ -12,6 +12,7 @@ import functools
 import json
 import pathlib
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -179,7 +180,8 @@ def start() -> str:
     columns = list(zip(lengths, cells, strict=True))
     for title, name in (("low rank", "low rank: decay .9"), ("narrow", DENSE[-1])):
         ((_, cell),) = minus(study, [name], FLOPS(10))
-        columns.append((f"10, minus {title}", cell))
+        other = lambda m, name=name, cell=cell: cell(m) if m.name != name else ""
+        columns.append((f"10, minus {title}", other))
     columns.append(("MB", lambda m: summary.megabytes(m.rows(FLOPS(10))[0])))
     return table(summary.ranked(methods_of(study).values(), FLOPS(10)), columns)
 
@@ -193,14 +195,19 @@ def healing() -> str:
     body = []
     for method in methods_of("start-healing").values():
         cuts = [row.switches[0] for row in method.rows(TOKENS(11))]
-        around = summary.around(cuts)
+        around = [[c.before for c in cuts], [c.after for c in cuts]]
         healed = [method.with_error(TOKENS(10 + tokens)) for tokens in extra]
-        body.append([method.name, *(f"{loss:.3f}" for loss in around), *healed])
+        body.append([method.name, *map(spread, around), *healed])
     for method in methods_of("start-extra").values():
         alone = [method.with_error(TOKENS(tokens)) for tokens in extra]
         body.append([f"{method.name} from scratch", "", "", *alone])
     titles = ["trained", "truncated", *(f"{10 * x:g} % more tokens" for x in extra)]
     return page.markdown_table(["method", *titles], body)
+
+
+def spread(losses: Sequence[float]) -> str:
+    """Returns "mean ± deviation" of losses over seeds."""
+    return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
 
 def minus_dense(
