@@ -178,12 +178,32 @@ def start() -> str:
     study, lengths = "start-d64", ("0.4", "2", "10")
     cells = [cell for _, cell in loss(*(FLOPS(float(x)) for x in lengths))]
     columns = list(zip(lengths, cells, strict=True))
-    for title, name in (("low rank", "low rank: decay .9"), ("narrow", DENSE[-1])):
+    best = summary.ranked(
+        [m for m in methods_of(study).values() if m.name.startswith(DENSE[-1])],
+        FLOPS(10),
+    )[0]
+    for title, name in (("low rank", "low rank: decay .9"), ("narrow", best.name)):
         ((_, cell),) = minus(study, [name], FLOPS(10))
         other = lambda m, name=name, cell=cell: cell(m) if m.name != name else ""
         columns.append((f"10, minus {title}", other))
     columns.append(("MB", lambda m: summary.megabytes(m.rows(FLOPS(10))[0])))
     return table(summary.ranked(methods_of(study).values(), FLOPS(10)), columns)
+
+
+def start_d128() -> str:
+    """Returns losses at d 128 over the length."""
+    short, long = methods_of("start-d128"), methods_of("start-d128_longer")
+    columns = [
+        (
+            "0.4",
+            lambda m: short[m.name].with_error(FLOPS(0.4)) if m.name in short else "",
+        ),
+        ("2", lambda m: m.with_error(FLOPS(2))),
+    ]
+    best = "dense Muon (narrow): decay .9"
+    gap = lambda m: summary.gap_text(m, long[best], FLOPS(2)) if m.name != best else ""
+    columns.append(("2, minus narrow", gap))
+    return table(summary.ranked(long.values(), FLOPS(2)), columns)
 
 
 def healing() -> str:
@@ -252,7 +272,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation_retraction": losses("ablation_retraction", TOKENS(1)),
     "scaling_laws": scaling_laws,
     "start": start,
-    "start_d128": losses("start-d128", FLOPS(0.4)),
+    "start_d128": start_d128,
     "healing": healing,
 }
 
