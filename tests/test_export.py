@@ -684,7 +684,7 @@ def test_a_damaged_run_is_refused(trained, tmp_path, capsys, damage):
         (path / "metrics.jsonl").write_text("{\n")
     wanted = {
         "checkpoints": "has no checkpoint yet",
-        "mark": "has no token that can mark documents",
+        "mark": "puts no token before a text",
         "metrics": "metrics.jsonl:1",
     }
     assert wanted[damage] in refusal(capsys, path, tmp_path / "out")

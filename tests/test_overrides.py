@@ -463,7 +463,10 @@ def test_help_lists_every_field(capsys):
     text = capsys.readouterr().out
     for field in ("num_steps", "model.ranks.q", "data.cache_dir", "mesh.tensor"):
         assert f"--config.{field}=" in text
-    assert "--config.seed=0\n      of the parameters and of the data order.\n" in text
+    seed = (
+        "--config.seed=0\n      random seed of the parameters and of the data order.\n"
+    )
+    assert seed in text
     fields = overrides.fields_of(config_lib.ExperimentConfig())
     assert not [name for name, _, meaning in fields if not meaning]
 
