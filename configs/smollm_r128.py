@@ -12,9 +12,9 @@ Variants:
   135m    d 576, 30 layers, MLP at rank 128.
   recipe  shape of 135m, all seven matrices in 4 blocks of R = d/4, Stiefel Muon without
           a retraction: the least loss of factors at equal FLOPs in
-          configs/studies/start.py. With --config.model.num_blocks=1
-          --config.optimizer.retraction=cholesky_qr, the best settings for orthonormal
-          factors.
+          configs/studies/start.py, where a narrow dense model is lower. With
+          --config.model.num_blocks=1 --config.optimizer.retraction=cholesky_qr, the
+          best settings for orthonormal factors.
   tiny    d 256, 3 layers, all seven matrices at rank 64, on the source text of the
           Python standard library.
 
