@@ -909,7 +909,7 @@ def test_what_the_file_says_of_another_model_is_noted(
         ("--config.model.d_ff=64", "model.d_ff: 48 in {}, 64 now"),
         (
             "--config.model.rank=5",
-            "--init-from: {}: model.ranks.q: 5 is above the rank 4",
+            "--init-from: {}: model.rank: 5 is above the rank 4 that 'q'",
         ),
         ("--config.model.tie_embeddings=false", "model.tie_embeddings: True in {}"),
         ("--config.model.vocab_size=512", "model.vocab_size: 320 in {}, 512 now"),
