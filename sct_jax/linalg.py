@@ -212,7 +212,7 @@ def map_batched(
 
 
 def _empty(fn: Callable[..., Any], stacks: Sequence[Array]) -> Any:
-    """What `fn` would make of stacks without a matrix, of which none has a maximum."""
+    """The result of `fn` for empty stacks, on which functions such as `max` fail."""
     one = [jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in stacks]
     return jax.tree.map(
         lambda x: jnp.zeros((0, *x.shape[1:]), x.dtype), jax.eval_shape(fn, *one)
@@ -258,13 +258,7 @@ def inverse_cholesky(g: Float[Array, "N k k"]) -> Float[Array, "N k k"]:
     # Smaller blocks are not cheaper, and more blocks take long to compile.
     block = max(16, math.ceil(g.shape[-1] / 8))
     m, error = _inverse_by_halves(g, block)
-    # A loop of zero or one iteration: `vmap` would make both branches of a `cond` run.
-    _, m = jax.lax.while_loop(
-        lambda carry: ~carry[0],
-        lambda carry: (carry[0] | True, eliminate(g)),
-        (error < _newton_ends(g.dtype), m),
-    )
-    return m
+    return jax.lax.cond(error < _newton_ends(g.dtype), lambda g: m, eliminate, g)
 
 
 def _inverse_by_halves(g: Float[Array, "N k k"], block: int) -> tuple[Array, Array]:

@@ -390,7 +390,7 @@ def test_steps_beyond_a_gram_matrix_are_those_of_the_polynomial():
 
 @pytest.mark.parametrize("k", [3, 40])
 def test_inverse_cholesky_of_a_mapped_axis_is_that_of_each(k):
-    """Some near the identity, others not, which eliminates for these alone."""
+    """Some are near the identity, others need elimination."""
     stacks = np.stack(
         [
             positive_definite(np.linspace(1, top, k), seed=i)
@@ -401,8 +401,6 @@ def test_inverse_cholesky_of_a_mapped_axis_is_that_of_each(k):
     for one, whole in zip(found, stacks, strict=True):
         wanted = np.linalg.inv(np.linalg.cholesky(whole.astype(np.float64)))
         np.testing.assert_allclose(one, wanted, atol=1e-4)
-    text = jax.jit(jax.vmap(linalg.inverse_cholesky)).lower(stacks).as_text()
-    assert "stablehlo.while" in text  # and no select between both results
 
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 5, 3, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)])
