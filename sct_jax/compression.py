@@ -149,7 +149,7 @@ class Inputs:
     def advance(
         self, layer: model.Params, original: model.Params | None = None
     ) -> None:
-        """Moves the text past a layer, and `originals` past that of their model."""
+        """Moves `streams` past a layer, and `originals` past the original layer."""
         if original is None and self.originals is self.streams:
             self._pass(layer, self.streams)
         else:

@@ -622,8 +622,8 @@ def composite_update_norm(old: Weight, new: Weight) -> Float[Array, "*layers"]:
     holds for any P. The subtraction happens in a 2R x 2R matrix. With P = u.T u' the
     error is about 1e-5 relative plus eps max|s| absolute for orthonormal u and v, even
     if these co-rotate. Under lazy retraction, where |u.T u - I| = d for `old`, add
-    sqrt(eps) d^2 max|s|. Columns that are far from orthonormal keep P = I, whose error
-    is that of LowRankFactors. Factors of any size are scaled first.
+    sqrt(eps) d^2 max|s|. Columns that are far from orthonormal keep P = I, with the
+    error of LowRankFactors. Large and small factors are scaled first.
 
     For LowRankFactors, W' - W = [a' - a, a] [b', b' - b].T. The absolute error is about
     sqrt(eps) max_i(||a'_i - a_i|| ||b_i|| + ||a_i|| ||b'_i - b_i||).
@@ -700,26 +700,21 @@ def _norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
 
 def _largest_values(xs: list[Array]) -> list[Float[Array, "*layers"]]:
     """Returns ||x||_2 of each matrix."""
-    xs = [linalg.as_float32(x) for x in xs]
-    sizes = [linalg.range_divisor(jnp.max(jnp.abs(x), axis=(-2, -1))) for x in xs]
-    radii = linalg.map_batched(
-        lambda m: linalg.spectral_radius_bound(m, squarings=20),
-        [
-            linalg.gram(x / size[..., None, None])
-            for x, size in zip(xs, sizes, strict=True)
-        ],
-        fill=0.0,
-    )
-    return [
-        size * linalg.safe_sqrt(radius)
-        for size, radius in zip(sizes, radii, strict=True)
-    ]
+
+    def product(x: Array) -> tuple[Array, Array]:
+        x = linalg.as_float32(x)
+        size = linalg.range_divisor(jnp.max(jnp.abs(x), axis=(-2, -1)))
+        return linalg.gram(x / size[..., None, None]), size
+
+    return _norms_from([product(x) for x in xs])
 
 
 def _plain_norms(pairs: list[tuple[Any, Any]]) -> list[Float[Array, "*layers"]]:
-    if not pairs:
-        return []
-    products = [_small_product(old, new) for old, new in pairs]
+    return _norms_from([_small_product(old, new) for old, new in pairs])
+
+
+def _norms_from(products: list[tuple[Array, Array]]) -> list[Float[Array, "*layers"]]:
+    """Returns c sqrt(radius(m)) for pairs of a matrix m and a size c."""
     radii = linalg.map_batched(
         lambda m: linalg.spectral_radius_bound(m, squarings=20),
         [product for product, _ in products],
@@ -810,7 +805,7 @@ def _in_old_basis(
         linalg.range_divisor(jnp.max(jnp.abs(x), axis=-2)) for x in (old, new)
     )
     alike = size == new_size
-    p = jnp.where(alike, 1.0, 0.0)[..., None] * _identity_like(old)
+    p = jnp.where(alike[..., None], jnp.eye(old.shape[-1], dtype=old.dtype), 0)
     e = new / new_size[..., None, :] - jnp.where(alike, 1 / size, 0)[..., None, :] * old
     for _ in range(2):
         # Divide coefficients, not `old`, which would copy it.
@@ -820,12 +815,6 @@ def _in_old_basis(
         e = jnp.where(smaller, rest, e)
         p = p + jnp.where(smaller, more, 0)
     return p, old / size[..., None, :], e, (size, new_size)
-
-
-def _identity_like(x: Float[Array, "*L n R"]) -> Float[Array, "*L R R"]:
-    rank = x.shape[-1]
-    eye = jnp.eye(rank, dtype=x.dtype)
-    return jnp.broadcast_to(eye, (*x.shape[:-2], rank, rank))
 
 
 def split_along(

@@ -269,15 +269,7 @@ def _long_decay() -> grid.Comparison:
     found = map(methods.searched, best_of_long().values())
     return dataclasses.replace(
         _long(),
-        methods=tuple(
-            methods.changed(
-                method,
-                methods.DECAY,
-                name=f"{method.name}: decay .9",
-                variation_of=method.name,
-            )
-            for method in found
-        ),
+        methods=tuple(map(methods.with_decay, found)),
         non_matrix_lr_factors=(),
     )
 

@@ -20,9 +20,9 @@ narrow dense Muon, blocks without a retraction, and low rank.
                been run.
   d128         d 128, 4 layers, 0.8 M dense parameters, 0.4 tokens per parameter; the
                methods that lead at d 64. Half an hour. Losses 1.44, 1.45 and 1.47.
-  d128_longer  the same at 2 tokens per parameter, learning rates around those of d128,
-               and a longer decay for the narrow dense model. 2 hours. Losses 1.20, 1.23
-               and 1.24.
+  d128_longer  the methods of d128 at 2 tokens per parameter, around the rates found
+               there, and a longer decay for the narrow dense model. 2 hours. Losses
+               1.20, 1.23 and 1.24.
   healing      d 64. A dense model of 10 tokens per parameter, truncated and trained on
                5, 10 and 20 % more. Half an hour. Losses 1.64 whitened, 1.72 plain at
                10 %.
@@ -40,8 +40,8 @@ from sct_jax.training import phases as phases_lib
 TRAINED = 10.0  # tokens per parameter of a dense model that is then compressed
 HEALING = (0.1, 0.05, 0.2)  # of those tokens
 
-# Of dense phases: of the matrices, and of all other parameters. Those of "adamw" were
-# not searched.
+# Learning rates of dense phases, for the matrices and for all other parameters. Nobody
+# searched those of "adamw".
 DENSE_RATES = {"muon": (0.02, 0.027), "adamw": (3e-3, 3e-3)}
 
 
@@ -79,16 +79,6 @@ BLOCKS, TWO_BLOCKS = (
 FREE_BLOCKS = methods.changed(
     BLOCKS, methods.optimizer(retraction="none"), name="4 blocks without retraction"
 )
-
-
-def with_decay(method: grid.Method, ratio: float = 0.9) -> grid.Method:
-    """Returns the method with a learning rate that falls over this part of the run."""
-    return methods.changed(
-        method,
-        methods.optimizer(decay_ratio=ratio),
-        name=f"{method.name}: decay {ratio:.1g}".replace("0.", "."),
-        variation_of=method.name,
-    )
 
 
 NARROW = methods.narrow(MUON)
@@ -146,14 +136,14 @@ def _d64() -> grid.Comparison:
     return _study(
         base(64, 176),
         NARROW,
-        with_decay(LOW_RANK),
-        with_decay(FREE_BLOCKS),
-        with_decay(BLOCKS),
+        methods.with_decay(LOW_RANK),
+        methods.with_decay(FREE_BLOCKS),
+        methods.with_decay(BLOCKS),
         dense_first(0.2, chain="muon"),
         MUON,
-        with_decay(NARROW),
-        with_decay(NARROW, 0.5),
-        with_decay(MUON, 0.5),
+        methods.with_decay(NARROW),
+        methods.with_decay(NARROW, 0.5),
+        methods.with_decay(MUON, 0.5),
         dense_first(0.2, chain="muon", then=FREE_BLOCKS),
         dense_first(0.2, chain="muon", truncation="plain"),
         dense_first(0.2, chain="adamw"),
@@ -167,7 +157,7 @@ def _d64_more() -> grid.Comparison:
         dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
         dense_first(0.4, chain="muon"),
         dense_first(0.6, chain="muon"),
-        with_decay(TWO_BLOCKS),
+        methods.with_decay(TWO_BLOCKS),
     )
 
 
@@ -176,21 +166,21 @@ def _d128() -> grid.Comparison:
     return _study(
         base(128, 344),
         NARROW,
-        with_decay(LOW_RANK),
-        with_decay(FREE_BLOCKS),
+        methods.with_decay(LOW_RANK),
+        methods.with_decay(FREE_BLOCKS),
         tokens_per_parameter=(0.4,),
     )
 
 
 def _d128_longer() -> grid.Comparison:
-    """The same, at rates around those of `d128`."""
+    """The methods of `d128` on more tokens, around the rates found there."""
     found = [
         dataclasses.replace(method, learning_rates=(0.005, 0.01, 0.02))
         for method in (
             NARROW,
-            with_decay(LOW_RANK),
-            with_decay(FREE_BLOCKS),
-            with_decay(NARROW),
+            methods.with_decay(LOW_RANK),
+            methods.with_decay(FREE_BLOCKS),
+            methods.with_decay(NARROW),
         )
     ]
     return _study(base(128, 344), *found, tokens_per_parameter=(2.0,))

@@ -220,6 +220,17 @@ def with_short_momentum(method: grid.Method) -> grid.Method:
 
 DECAY = optimizer(decay_ratio=0.9)
 
+
+def with_decay(method: grid.Method, ratio: float = 0.9) -> grid.Method:
+    """Returns the method with a learning rate that falls over this part of the run."""
+    return changed(
+        method,
+        optimizer(decay_ratio=ratio),
+        name=f"{method.name}: decay {ratio:.1g}".replace("0.", "."),
+        variation_of=method.name,
+    )
+
+
 # What studies vary, by the name of the variation.
 VARIATIONS: Mapping[str, grid.Change] = {
     "normalised q and k": model(qk_norm=True),

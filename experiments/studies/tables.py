@@ -67,12 +67,16 @@ def loss(*budgets: trial_lib.Budget) -> list[Column]:
 
 def minus(study: str, names: Sequence[str], *budgets: trial_lib.Budget) -> list[Column]:
     """Returns columns of the losses minus some methods of a study."""
+
+    def gap(name, budget, method):
+        if method.name == name:
+            return ""
+        return summary.gap_text(method, methods_of(study)[name], budget)
+
     return [
         (
             f"minus {name}, {trial_lib.EQUAL[budget.kind]}",
-            lambda m, name=name, budget=budget: summary.gap_text(
-                m, methods_of(study)[name], budget
-            ),
+            functools.partial(gap, name, budget),
         )
         for budget in budgets
         for name in names
@@ -178,31 +182,33 @@ def start() -> str:
     study, lengths = "start-d64", ("0.4", "2", "10")
     cells = [cell for _, cell in loss(*(FLOPS(float(x)) for x in lengths))]
     columns = list(zip(lengths, cells, strict=True))
-    best = summary.ranked(
-        [m for m in methods_of(study).values() if m.name.startswith(DENSE[-1])],
-        FLOPS(10),
-    )[0]
-    for title, name in (("low rank", "low rank: decay .9"), ("narrow", best.name)):
+    narrow = best_narrow(study, FLOPS(10))
+    for title, name in (("low rank", "low rank: decay .9"), ("narrow", narrow)):
         ((_, cell),) = minus(study, [name], FLOPS(10))
-        other = lambda m, name=name, cell=cell: cell(m) if m.name != name else ""
-        columns.append((f"10, minus {title}", other))
+        columns.append((f"10, minus {title}", cell))
     columns.append(("MB", lambda m: summary.megabytes(m.rows(FLOPS(10))[0])))
     return table(summary.ranked(methods_of(study).values(), FLOPS(10)), columns)
 
 
+def best_narrow(study: str, budget: trial_lib.Budget) -> str:
+    """Returns the name of the narrow dense model with the lowest loss."""
+    narrow = [m for m in methods_of(study).values() if m.name.startswith(DENSE[-1])]
+    return summary.ranked(narrow, budget)[0].name
+
+
 def start_d128() -> str:
     """Returns losses at d 128 over the length."""
-    short, long = methods_of("start-d128"), methods_of("start-d128_longer")
+    study = "start-d128_longer"
+    short, long = methods_of("start-d128"), methods_of(study)
+    ((_, gap),) = minus(study, [best_narrow(study, FLOPS(2))], FLOPS(2))
     columns = [
         (
             "0.4",
             lambda m: short[m.name].with_error(FLOPS(0.4)) if m.name in short else "",
         ),
         ("2", lambda m: m.with_error(FLOPS(2))),
+        ("2, minus narrow", gap),
     ]
-    best = "dense Muon (narrow): decay .9"
-    gap = lambda m: summary.gap_text(m, long[best], FLOPS(2)) if m.name != best else ""
-    columns.append(("2, minus narrow", gap))
     return table(summary.ranked(long.values(), FLOPS(2)), columns)
 
 

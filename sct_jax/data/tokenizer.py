@@ -310,8 +310,8 @@ def _first_mark(backend: tokenizers.Tokenizer) -> str | None:
 
 
 def _usual_mark(backend: tokenizers.Tokenizer) -> str | None:
-    known = backend.get_vocab(with_added_tokens=True)
-    return next((mark for mark in _DOCUMENT_MARKS if mark in known), None)
+    has = lambda mark: backend.token_to_id(mark) is not None
+    return next(filter(has, _DOCUMENT_MARKS), None)
 
 
 def _bytes_of(token: str) -> bytes:

@@ -25,8 +25,8 @@ class PhasesConfig:
         share of the training FLOPs. Empty for a run of one phase.
       rank_multiples: multiplies the ranks of `model` in each phase, clamped to the
         largest rank of the matrix; 0 is dense. All phases are dense if it is empty.
-      dense_optimizer: chain of dense phases, "adamw" or "muon". Its other fields are
-        those of `optimizer` that it has too.
+      dense_optimizer: chain of dense phases, "adamw" or "muon". It takes the fields
+        that it shares with `optimizer`, except those below.
       dense_learning_rate: peak learning rate of dense phases.
       dense_lr_multiplier: multiplies `dense_learning_rate` for all but the matrices of
         the layers.

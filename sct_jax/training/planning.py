@@ -67,8 +67,8 @@ def plan(config: config_lib.ExperimentConfig, source: origin.Origin | None) -> P
       source: what it starts from, if not from random parameters.
 
     Raises:
-      UserError: no mesh has these devices, a setting does not fit on it, or the arrays
-        of the source are not those of the first phase.
+      UserError: the mesh does not match the devices, a setting does not fit the mesh,
+        or the arrays of the source do not fit the first phase.
     """
     mesh = config.mesh.build()
     phases = config_lib.phases_of(config)

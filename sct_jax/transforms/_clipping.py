@@ -230,8 +230,8 @@ def _units(
 ) -> Float[Array, "*L R"]:
     """Units of the columns of an update, from their largest entries.
 
-    In these, squares of huge columns cannot overflow, nor can those of other columns
-    vanish beside them.
+    Squares of huge columns do not overflow in these units, and those of other columns
+    do not vanish beside them.
     """
     return jnp.where(finite[..., None], jnp.maximum(peaks, 1.0), 1.0)
 
