@@ -23,6 +23,8 @@ narrow dense Muon, blocks without a retraction, and low rank.
   d128_longer  the methods of d128 at 2 tokens per parameter, around the rates found
                there, and a longer decay for the narrow dense model. 2 hours. Losses
                1.20, 1.23 and 1.24.
+  d256         d 256, 4 layers, 3.2 M dense parameters, 0.4 tokens per parameter; the
+               methods of d128_longer.
   healing      d 64. A dense model of 10 tokens per parameter, truncated and trained on
                5, 10 and 20 % more. Half an hour. Losses 1.64 whitened, 1.72 plain at
                10 %.
@@ -186,6 +188,20 @@ def _d128_longer() -> grid.Comparison:
     return _study(base(128, 344), *found, tokens_per_parameter=(2.0,))
 
 
+def _d256() -> grid.Comparison:
+    """The methods of `d128_longer` at twice the width."""
+    found = [
+        dataclasses.replace(method, learning_rates=(0.005, 0.01, 0.02))
+        for method in (
+            methods.with_decay(NARROW),
+            methods.with_decay(FREE_BLOCKS),
+            methods.with_decay(LOW_RANK),
+            NARROW,
+        )
+    ]
+    return _study(base(256, 688), *found, tokens_per_parameter=(0.4,))
+
+
 def _healing() -> grid.Comparison:
     experiment = base(64, 176)
     trained = TRAINED * grid.dense_parameters(experiment.model)
@@ -224,6 +240,7 @@ VARIANTS = {
     "d64_more": _d64_more,
     "d128": _d128,
     "d128_longer": _d128_longer,
+    "d256": _d256,
     "healing": _healing,
     "extra": _extra,
 }
