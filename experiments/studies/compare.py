@@ -22,7 +22,7 @@ from sct_jax.training import huge_pages
 if __name__ == "__main__":
     huge_pages.restart_with_huge_pages()
 
-from experiments.studies import grid, legacy, search, store, train
+from experiments.studies import grid, search, store, train
 from sct_jax import data, errors, files
 from sct_jax.training import overrides
 
@@ -40,20 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--results", help=f"folder (default: {RESULTS}/<file>-<variant>)"
     )
     parser.add_argument("--methods", help="only these methods, separated by commas")
-    parser.add_argument("--arms", help="earlier name of --methods")
     parser.add_argument(
         "--reuse", help="results folder whose rows of the same trials are copied"
     )
     flags, pairs = parser.parse(sys.argv[1:] if argv is None else argv)
-    if flags.arms is not None:
-        print("note: --arms is now --methods", file=sys.stderr)
     try:
         with overrides.notes_on_renames():
             comparison = overrides.load_as(grid.Comparison, flags.config, pairs)
         run(
             comparison,
             results_folder(flags.config, flags.results),
-            methods=choose(comparison, flags.methods or flags.arms),
+            methods=choose(comparison, flags.methods),
             reuse=flags.reuse,
         )
     except errors.UserError as error:
@@ -163,8 +160,7 @@ def time_steps(
 def read_seconds(folder: str | os.PathLike[str]) -> dict[str, list[float]]:
     """Returns the seconds per step of a results folder, by method."""
     path = pathlib.Path(folder) / "seconds.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return {legacy.method(name)[0]: times for name, times in known.items()}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ upgrades the experiment itself.
 from collections.abc import Mapping
 from typing import Any
 
-FILE = "cells.jsonl"
-
 # Words of method names, before and now.
 _WORDS = {
     "(lossless)": "(svd retraction)",

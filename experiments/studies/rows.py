@@ -184,10 +184,8 @@ def from_dict(values: Mapping[str, Any]) -> Row:
 
 
 def path_in(folder: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the file of a folder's rows, under its earlier name if it has one."""
-    path = pathlib.Path(folder) / FILE
-    earlier = path.with_name(legacy.FILE)
-    return earlier if earlier.exists() and not path.exists() else path
+    """Returns the file of a folder's rows."""
+    return pathlib.Path(folder) / FILE
 
 
 def read(folder: str | os.PathLike[str]) -> list[Row]:
