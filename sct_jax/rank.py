@@ -178,9 +178,16 @@ def decide(
     Raises:
       ValueError: if `budget_neutral` is set without a budget.
     """
+    # On the host, where forty values of tau take no time.
+    reached = {
+        name: np.asarray(spectral.cumulative_energy(jnp.asarray(w.s)))
+        for name, w in found.items()
+    }
 
     def at(energy: float) -> dict[str, np.ndarray]:
-        return {name: _wanted(w, energy, config) for name, w in found.items()}
+        return {
+            name: _wanted(w, reached[name], energy, config) for name, w in found.items()
+        }
 
     if not config.budget_neutral:
         return at(1.0 if config.energy is None else config.energy)
@@ -354,9 +361,21 @@ def with_ranks(tree: T, ranks: Mapping[str, int], *, params: Any) -> T:
     return _map_entries(tree, params, change)
 
 
-def _wanted(w: WeightInfo, energy: float, config: AdaptiveRankConfig) -> np.ndarray:
-    """Returns the number of columns that each layer should use at this tau."""
-    necessary = np.asarray(spectral.energy_rank(jnp.asarray(w.s), energy))
+def _wanted(
+    w: WeightInfo,
+    reached: Float[np.ndarray, "*layers R"],
+    energy: float,
+    config: AdaptiveRankConfig,
+) -> np.ndarray:
+    """Returns the number of columns that each layer should use.
+
+    Args:
+      w: the weight.
+      reached: its `spectral.cumulative_energy`.
+      energy: tau; necessary are as many columns as in `spectral.energy_rank`.
+      config: the rule.
+    """
+    necessary = np.argmax(reached >= energy * reached[..., -1:], axis=-1) + 1
     wanted = np.ceil(necessary * (1 + config.headroom))
     limit = _limit(w, config)
     wanted = np.clip(wanted, min(config.floor, limit), limit).astype(int)

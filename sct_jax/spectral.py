@@ -336,13 +336,18 @@ def energy_rank(
     References:
       TSVD, arXiv 2605.28573, 2026 (energy criterion)
     """
-    s = linalg.as_float32(s)
-    peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
-    squares = -jnp.sort(-jnp.square(s / linalg.safe_divisor(peak)), axis=-1)
-    reached = jnp.cumsum(squares, axis=-1)
+    reached = cumulative_energy(s)
     # Using the last partial sum as the total ensures that energy = 1 is reached.
     enough = reached >= energy * reached[..., -1:]
     return jnp.argmax(enough, axis=-1) + 1
+
+
+def cumulative_energy(s: Float[Array, "*layers R"]) -> Float[Array, "*layers R"]:
+    """Returns the sums of the k largest s^2, k = 1..R, in units of the largest."""
+    s = linalg.as_float32(s)
+    peak = jnp.max(jnp.abs(s), axis=-1, keepdims=True)
+    squares = -jnp.sort(-jnp.square(s / linalg.safe_divisor(peak)), axis=-1)
+    return jnp.cumsum(squares, axis=-1)
 
 
 def from_dense(
