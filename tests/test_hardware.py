@@ -81,6 +81,9 @@ def test_the_memory_of_this_host_is_known_and_bounds_nothing_real():
     assert total is not None and 1 << 28 < total < 1 << 50
 
 
+JOB = "0::/slurm/job_7/step_0"
+
+
 @pytest.mark.parametrize(
     ("limits", "expected"),
     [
@@ -89,6 +92,24 @@ def test_the_memory_of_this_host_is_known_and_bounds_nothing_real():
         ({"memory.max": "5000"}, 5000 + 1024 * 20),
         ({"memory.max": "5000", "memory.swap.max": "7"}, 5007),
         ({"memory.max": "999999999"}, 1024 * 120),
+        # Of a batch job: a group that contains the process's own one has the limit.
+        ({"own": JOB, "slurm/job_7/memory.max": "6000"}, 6000 + 1024 * 20),
+        ({"own": JOB, "slurm/job_8/memory.max": "6000"}, 1024 * 120),
+        # Version 1, and a container that sees its own group at the root.
+        ({"own": "4:cpu,memory:/a/b", "memory/a/memory.limit_in_bytes": "8000"}, 28480),
+        ({"own": "4:memory:/docker/x", "memory/memory.limit_in_bytes": "9000"}, 29480),
+        (
+            {
+                "own": "4:memory:/\n0::/",
+                "memory/memory.limit_in_bytes": "9000",
+                "memory/memory.memsw.limit_in_bytes": "9500",
+            },
+            9500,
+        ),
+        (
+            {"own": "4:memory:/", "memory/memory.limit_in_bytes": f"{2**63 - 4096}"},
+            1024 * 120,
+        ),
     ],
     ids=str,
 )
@@ -96,7 +117,9 @@ def test_a_container_may_have_less(monkeypatch, tmp_path, limits, expected):
     info = tmp_path / "meminfo"
     info.write_text("MemTotal: 100 kB\nMemFree: 1 kB\nSwapTotal: 20 kB\nPages: 3\n")
     for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
     monkeypatch.setattr(hardware, "_MEMORY", info)
     monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
     assert hardware.host_bytes() == expected

@@ -1,5 +1,6 @@
 """Whether the devices can be used, what memory they have, and which kernels serve."""
 
+import contextlib
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,7 @@ PEAK_FLOPS = {
 
 _MEMORY = pathlib.Path("/proc/meminfo")
 _CGROUP = pathlib.Path("/sys/fs/cgroup")
+_OWN_CGROUP = pathlib.Path("/proc/self/cgroup")
 
 
 def check_backend() -> None:
@@ -134,10 +136,17 @@ def host_bytes() -> int | None:
     except OSError:
         return None
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    limits = [sizes["MemTotal"] + sizes["SwapTotal"]]
-    memory, swap = _read_limit("memory.max"), _read_limit("memory.swap.max")
-    if memory is not None:
-        limits.append(memory + (sizes["SwapTotal"] if swap is None else swap))
+    swap = sizes["SwapTotal"]
+    limits = [sizes["MemTotal"] + swap]
+    for group in _control_groups():
+        memory = _read_limit(group / "memory.max")
+        if memory is not None:
+            own_swap = _read_limit(group / "memory.swap.max")
+            limits.append(memory + (swap if own_swap is None else own_swap))
+        memory = _read_limit(group / "memory.limit_in_bytes")  # version 1
+        if memory is not None:
+            both = _read_limit(group / "memory.memsw.limit_in_bytes")
+            limits.append(memory + swap if both is None else both)
     return min(limits)
 
 
@@ -157,10 +166,31 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def _read_limit(name: str) -> int | None:
-    """A limit of the control group at the root of this container; None for none."""
+def _control_groups() -> list[pathlib.Path]:
+    """Folders of the control groups that bound the memory of this process.
+
+    Those of versions 1 and 2, with all that contain them. The root comes alone where
+    the groups have other names on the host than in this container.
+    """
+    own = {_CGROUP: "/"}
+    with contextlib.suppress(OSError):
+        for line in _OWN_CGROUP.read_text().splitlines():
+            hierarchy, controllers, path = line.split(":", 2)
+            if hierarchy == "0":
+                own[_CGROUP] = path
+            elif "memory" in controllers.split(","):
+                own[_CGROUP / "memory"] = path
+    found = []
+    for root, path in own.items():
+        group = root / path.lstrip("/")
+        found += [group, *(up for up in group.parents if up.is_relative_to(root))]
+    return found
+
+
+def _read_limit(path: pathlib.Path) -> int | None:
+    """A limit of a control group; None for none."""
     try:
-        text = (_CGROUP / name).read_text().strip()
+        text = path.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None
