@@ -164,6 +164,15 @@ def test_flops_of_smollm2_by_hand():
     assert accounting.flops_per_token(config, seq_len=512) == 3 * forward
 
 
+def test_ranks_of_a_state_replace_those_of_the_configuration():
+    names = {"layers/0/up": 3, "layers/1/up": 6, "layers/0/q": 5, "embedding": 7}
+    config = CONFIGS["spectral"]
+    ranks = accounting.at_ranks(config, names).ranks
+    assert (ranks.up, ranks.q, ranks.embedding) == (4, 5, 7)
+    assert ranks.down == config.ranks.down
+    assert accounting.at_ranks(config, {}) == config
+
+
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_bytes_of_a_step(moment_dtype):
     config = CONFIGS["spectral"]

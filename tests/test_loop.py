@@ -113,7 +113,8 @@ def rows(workdir):
 
 
 def timeless(rows):
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in rows]
+    of_time = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if k not in of_time} for r in rows]
 
 
 def forget_after(workdir, step):
@@ -607,6 +608,9 @@ def test_checkpoints_without_their_config_are_not_trained_on_with_another(
     assert "resumed at step 6" in text
 
 
+PEAK = 1e9  # FLOP/s
+
+
 @pytest.fixture(scope="module", params=["stacked", slow("separate")])
 def adaptive(request, experiment, tmp_path_factory):
     """A finished run whose ranks changed, its configuration, and what it printed."""
@@ -625,7 +629,9 @@ def adaptive(request, experiment, tmp_path_factory):
     )
     config.validate()
     workdir = tmp_path_factory.mktemp("adaptive") / "workdir"
-    status, text = train(config, workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "peak_flops", lambda devices: PEAK)
+        status, text = train(config, workdir)
     assert status == "finished"
     return config, workdir, text
 
@@ -649,6 +655,20 @@ def test_ranks_change_during_a_run_and_every_change_is_logged(adaptive):
     assert reshaped < 2 or not config.model.scan_layers
     errors = [row["orthonormality_error"] for row in rows(workdir) if "tokens" in row]
     assert max(errors) < 1e-5
+
+
+def test_the_utilisation_is_that_of_the_present_ranks(adaptive):
+    config, workdir, _ = adaptive
+    flops = lambda model: accounting.flops_per_token(model, seq_len=config.data.seq_len)
+    stored = rank.stored_ranks(workdir_lib.load_run(workdir).params)
+    now = accounting.at_ranks(config.model, stored)
+    assert flops(now) < flops(config.model)
+    found = {row["step"]: row for row in rows(workdir) if "mfu" in row}
+    for step, shape in ((1, config.model), (config.num_steps, now)):
+        row = found[step]
+        assert row["mfu"] * PEAK == pytest.approx(
+            row["tokens_per_second"] * flops(shape)
+        )
 
 
 @pytest.mark.parametrize("step", [2, 4])

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sct_jax import model, sharding
@@ -38,6 +39,21 @@ def dense_config(config: model.ModelConfig) -> model.ModelConfig:
         num_blocks=1,
         blocks=model.MatrixBlocks(),
     )
+
+
+def at_ranks(config: model.ModelConfig, ranks: Mapping[str, int]) -> model.ModelConfig:
+    """Returns the configuration whose matrices have these ranks.
+
+    Args:
+      config: the model.
+      ranks: by name of a weight, from `rank.stored_ranks`. Layers that are apart may
+        differ in a matrix; it then gets their mean, rounded.
+    """
+    of_matrix: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        of_matrix.setdefault(name.rpartition("/")[2], []).append(rank)
+    means = {name: round(np.mean(found)) for name, found in of_matrix.items()}
+    return dataclasses.replace(config, ranks=dataclasses.replace(config.ranks, **means))
 
 
 def block_parameters(config: model.ModelConfig) -> int:

@@ -478,7 +478,7 @@ class _Loop(NamedTuple):
             start_step=start_step,
             tokens_before=self.windows_before * config.data.seq_len,
             skipped=int(state.guard.skipped),
-            peak_tokens_per_second=self._peak_tokens_per_second(),
+            peak_tokens_per_second=self._peak_tokens_per_second(state),
         )
         self._compile(state)
         if config.step == "fused":  # "layerwise" compiles in its first step
@@ -520,8 +520,11 @@ class _Loop(NamedTuple):
             if decided:
                 with log.paused():
                     state = self._change_ranks(step, state)
+                log.peak_tokens_per_second = self._peak_tokens_per_second(state)
             if evaluated:
                 with log.paused():
+                    with self._compiling():
+                        self.run.compile_evaluation(state.params)
                     row = self.run.evaluate(state.params, self.text)
                     self.sinks.write({"step": step, **row})
                     self.progress.print(console.describe_evaluation(step, row))
@@ -554,15 +557,14 @@ class _Loop(NamedTuple):
         processes.exchange("compiled")
         processes.connect_devices(self.run.mesh)
 
-    def _peak_tokens_per_second(self) -> float | None:
-        """What all FLOPs of the devices would train, at the ranks of the start."""
+    def _peak_tokens_per_second(self, state: state_lib.TrainState) -> float | None:
+        """What all FLOPs of the devices would train, at the stored ranks of a state."""
         peak = hardware.peak_flops(self.run.mesh.devices.flat)
         if peak is None:
             return None
         config = self.run.config
-        return peak / accounting.flops_per_token(
-            config.model, seq_len=config.data.seq_len
-        )
+        model = accounting.at_ranks(config.model, rank.stored_ranks(state.params))
+        return peak / accounting.flops_per_token(model, seq_len=config.data.seq_len)
 
     def _flush(self, log: metrics.StepLog) -> bool:
         """Writes the row that is due; False where it shows that the run diverged."""
@@ -597,12 +599,17 @@ class _Loop(NamedTuple):
         self, step: int, state: state_lib.TrainState
     ) -> state_lib.TrainState:
         before = rank.stored_ranks(state.params)
-        state, change = self.run.change_ranks(state, step)
-        if change is None:
-            return state
-        self.sinks.write(metrics.rank_row(step, change))
-        self.progress.print(console.describe_ranks(step, before, change))
-        self.watch.pause()
-        self._compile(state)
-        self.watch.kick()
+        with self._compiling():
+            state, change = self.run.change_ranks(state, step)
+            if change is not None:
+                self.sinks.write(metrics.rank_row(step, change))
+                self.progress.print(console.describe_ranks(step, before, change))
+                self._compile(state)
         return state
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """What may take any time: compilers differ too much for the watchdog."""
+        self.watch.pause()
+        yield
+        self.watch.kick()

@@ -356,6 +356,8 @@ class StepLog:
 
     Attributes:
       skipped: number of steps that were not applied, at the last row.
+      peak_tokens_per_second: of devices that do nothing but the model's FLOPs, at their
+        peak. Rows say what share of it they reach as `mfu`; None leaves that out.
     """
 
     def __init__(
@@ -378,12 +380,10 @@ class StepLog:
           start_step: number of steps so far.
           tokens_before: tokens so far, beyond those of `start_step` such batches.
           skipped: number of steps that were not applied so far.
-          peak_tokens_per_second: of devices that do nothing but the model's FLOPs, at
-            their peak. Rows say what share of it they reach as `mfu`; None leaves that
-            out.
+          peak_tokens_per_second: the attribute.
         """
         self.skipped = skipped
-        self._peak = peak_tokens_per_second
+        self.peak_tokens_per_second = peak_tokens_per_second
         self._sink = sink
         self._learning_rate = learning_rate
         self._tokens_per_step = tokens_per_step
@@ -423,9 +423,10 @@ class StepLog:
             "learning_rate": self._rate_of(updates - 1),
             "tokens": self._tokens_per_step * step + self._tokens_before,
             "tokens_per_second": rate,
-            **({} if self._peak is None else {"mfu": rate / self._peak}),
             **values,
         }
+        if self.peak_tokens_per_second is not None:
+            row["mfu"] = rate / self.peak_tokens_per_second
         self._step, self._time = step, now
         self._sink.write(row)
         return row

@@ -118,6 +118,7 @@ class Trainer:
         self.model = self._resolved.model
         self._rank_budget = rank.num_parameters(abstract.params)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
+        self._evaluations: dict[Any, jax.stages.Compiled] = {}
         self._resizes: dict[Any, Callable[..., state_lib.TrainState]] = {}
         self._jitted_step: Any = None
         if config.step == "fused":
@@ -239,7 +240,7 @@ class Trainer:
         Does nothing if already compiled, or if `step` is "layerwise", which compiles on
         first use.
         """
-        key = _shapes(state)
+        key = _shapes(state.params)
         if self._jitted_step is None or key in self._compiled:
             return 0.0
         began = time.monotonic()
@@ -261,7 +262,7 @@ class Trainer:
         """
         if self._jitted_step is None:
             return None
-        found = self._compiled[_shapes(state)].memory_analysis()
+        found = self._compiled[_shapes(state.params)].memory_analysis()
         if found is None:
             return None
         sizes = {
@@ -281,7 +282,7 @@ class Trainer:
         """
         if self._jitted_step is None:
             return None
-        return self._compiled[_shapes(state)].as_text()
+        return self._compiled[_shapes(state.params)].as_text()
 
     def step(
         self,
@@ -309,7 +310,7 @@ class Trainer:
         placed = self.place(batch)
         if self._jitted_step is None:
             return self._layerwise_step(state, placed, diagnose, reject=reject)
-        shapes = _shapes(state)
+        shapes = _shapes(state.params)
         if shapes not in self._compiled:
             self.compile(state)
         # Of numpy: every process has it, and no device must be asked.
@@ -343,7 +344,7 @@ class Trainer:
         self, ranks: Mapping[str, int], state: state_lib.TrainState
     ) -> Callable[..., state_lib.TrainState]:
         """A function of a state like this one, which compiles once."""
-        known = _shapes(state), tuple(sorted(ranks.items()))
+        known = _shapes(state.params), tuple(sorted(ranks.items()))
         if known not in self._resizes:
 
             def resize(state, active, key):
@@ -365,8 +366,18 @@ class Trainer:
 
     def evaluate(self, params: model.Params, text: evaluation.HeldOut) -> metrics.Row:
         """Returns the figures of `evaluation.summarise` for these parameters."""
-        losses = [self._eval_step(params, batch) for batch in text.batches]
-        return evaluation.summarise(losses, text)
+        self.compile_evaluation(params)
+        loss = self._evaluations[_shapes(params)]
+        return evaluation.summarise([loss(params, x) for x in text.batches], text)
+
+    def compile_evaluation(self, params: model.Params) -> None:
+        """Compiles what `evaluate` needs for parameters of these shapes, once."""
+        key = _shapes(params)
+        if key not in self._evaluations:
+            lowered = self._eval_step.lower(
+                self._with_shardings(params), self.abstract_batch()
+            )
+            self._evaluations[key] = lowered.compile()
 
     def shardings(self, tree: Any) -> Any:
         """Returns where the arrays of a state, or of parameters, are on the mesh."""
@@ -389,8 +400,8 @@ def largest_magnitude(params: model.Params) -> Float[Array, ""]:
     )
 
 
-def _shapes(state: state_lib.TrainState) -> tuple[tuple[int, ...], ...]:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(state.params))
+def _shapes(params: model.Params) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(params))
 
 
 def _select_attention(
