@@ -133,7 +133,8 @@ def _parser() -> overrides.FlagParser:
         "--memory_gb",
         type=float,
         default=_MEMORY_GB,
-        help='memory of a device, where model.remat is "auto" (default: %(default)s)',
+        help='memory of an accelerator, where model.remat is "auto" (default: '
+        "%(default)s)",
     )
     add(
         "--flops",
@@ -289,7 +290,7 @@ def runs(
       experiment: from `for_compilation`.
       models: from `step_figures.MODELS`.
       mesh: the devices.
-      available: bytes of memory of each.
+      available: bytes of memory of each accelerator that they stand for.
 
     Raises:
       UserError: where the mesh does not divide the batch or the parameters.
@@ -301,7 +302,9 @@ def runs(
             shape = accounting.dense_config(experiment.model)
             run = dataclasses.replace(experiment, model=shape)
         state = trainer.Trainer(run, mesh).abstract_state
-        run, reasons = memory.resolve(run, mesh, state, available=available)
+        run, reasons = memory.resolve(
+            run, mesh, state, available=available, platform="gpu"
+        )
         found[name] = run
         notes += [
             f"{name}: {field}={json.dumps(run.model.remat)} here ({reason})"

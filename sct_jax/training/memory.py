@@ -49,6 +49,7 @@ def resolve(
     state: state_lib.TrainState,
     *,
     available: int | None,
+    platform: str | None = None,
     tx: optax.GradientTransformation | None = None,
 ) -> tuple[config_lib.ExperimentConfig, dict[str, str]]:
     """Returns the configuration without "auto" for what memory decides, and reasons.
@@ -62,6 +63,7 @@ def resolve(
       mesh: the devices.
       state: abstract, with shardings.
       available: bytes of memory of each device, from `hardware.memory_bytes`.
+      platform: what the choice is for, as JAX names it; that of the mesh by default.
       tx: the chain; that of the configuration by default.
 
     Returns:
@@ -69,7 +71,8 @@ def resolve(
     """
     if config.model.remat != "auto":
         return config, {}
-    chosen, reason = _choose_remat(config, mesh, state, available, tx)
+    platform = platform or _platform(mesh)
+    chosen, reason = _choose_remat(config, mesh, state, available, platform, tx)
     return chosen, {"model.remat": reason}
 
 
@@ -162,6 +165,7 @@ def step_bytes(
     mesh: Mesh,
     state: state_lib.TrainState,
     *,
+    platform: str | None = None,
     tx: optax.GradientTransformation | None = None,
 ) -> dict[str, int]:
     """Returns the bytes that a step takes on each device, by kind.
@@ -173,8 +177,10 @@ def step_bytes(
       config: a run without "auto".
       mesh: the devices.
       state: abstract, with shardings.
+      platform: of the devices, as JAX names it; that of the mesh by default.
       tx: the chain; that of the configuration by default.
     """
+    platform = platform or _platform(mesh)
     sizes = {
         "parameters": hardware.shard_bytes(state.params),
         "optimizer": hardware.shard_bytes(state.opt_state),
@@ -193,16 +199,18 @@ def step_bytes(
         rows=config.data.batch_size // sharding.row_shards(mesh),
         seq_len=config.data.seq_len,
         num_microbatches=config.data.num_microbatches,
-        platform=mesh.devices.flat[0].platform,
+        platform=platform,
     )
     return sizes | {
         "gradients": sizes["parameters"],
-        "gathered": _gathered_bytes(config.model, mesh, state.params),
+        "gathered": _gathered_bytes(config.model, mesh, state.params, platform),
         "activations": activations // mesh.shape["tensor"],
     }
 
 
-def _gathered_bytes(config: model.ModelConfig, mesh: Mesh, params: model.Params) -> int:
+def _gathered_bytes(
+    config: model.ModelConfig, mesh: Mesh, params: model.Params, platform: str
+) -> int:
     """What a device holds of matrices that `fsdp` divides, beside its own shards.
 
     These are one whole layer with its gradient, and embedding and head or the float32
@@ -211,8 +219,8 @@ def _gathered_bytes(config: model.ModelConfig, mesh: Mesh, params: model.Params)
     """
     if mesh.shape["fsdp"] == 1:
         return 0
-    on_cpu = mesh.devices.flat[0].platform == "cpu"  # computes products in float32
-    width = 4 if on_cpu else jnp.dtype(config.compute_dtype).itemsize
+    # XLA on CPU computes products in float32.
+    width = 4 if platform == "cpu" else jnp.dtype(config.compute_dtype).itemsize
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     layers = params[model.LAYERS]
     if isinstance(layers, tuple):
@@ -230,20 +238,25 @@ def human(size: int) -> str:
     return f"{size / 1000**power:.3g} {units[power]}"
 
 
-def _choose_remat(config, mesh, state, available, tx):
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+def _choose_remat(config, mesh, state, available, platform, tx):
     if config.step == "layerwise":
         return _with(config, "model", remat="none"), "auto"
-    if not _can_rematerialise(config, mesh):
+    if not _can_rematerialise(config, platform):
         reason = "auto: XLA on CPU undoes it where layers are separate"
         return _with(config, "model", remat="none"), reason
-    policies = _policies(mesh.devices.flat[0].platform)
+    policies = _policies(platform)
     if available is None:
         reason = "auto: the memory of the devices is unknown"
         return _with(config, "model", remat=policies[0]), reason
     chosen, needed = config, 0
     for remat in policies:
         chosen = _with(config, "model", remat=remat)
-        needed = sum(step_bytes(chosen, mesh, state, tx=tx).values())
+        sizes = step_bytes(chosen, mesh, state, platform=platform, tx=tx)
+        needed = sum(sizes.values())
         if needed * TOLERANCE <= available:
             break
     return chosen, f"auto: needs {human(needed)} of {human(available)}"
@@ -254,16 +267,15 @@ def _policies(platform: str) -> tuple[str, ...]:
     return model.REMAT[1:] if platform == "cpu" else model.REMAT
 
 
-def _can_rematerialise(config: config_lib.ExperimentConfig, mesh: Mesh) -> bool:
+def _can_rematerialise(config: config_lib.ExperimentConfig, platform: str) -> bool:
     """Whether recomputation in the backward pass saves memory."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return config.step == "fused" and (config.model.scan_layers or not on_cpu)
+    return config.step == "fused" and (config.model.scan_layers or platform != "cpu")
 
 
 def _could_divide_more(mesh: Mesh) -> bool:
     """Whether a larger `mesh.fsdp` would leave less on each device."""
     return mesh.shape["data"] > 1 or (
-        mesh.devices.flat[0].platform != "cpu" and len(jax.devices()) > mesh.size
+        _platform(mesh) != "cpu" and len(jax.devices()) > mesh.size
     )
 
 
@@ -275,7 +287,7 @@ def _remedies(config, mesh, state, tx) -> Iterator[tuple[str, int]]:
     least = next((n for n in range(2, rows + 1) if rows % n == 0), 1)
     if config.step == "fused" and rows > 1:
         changes.append(("data", "num_microbatches", data.num_microbatches * least))
-    if _can_rematerialise(config, mesh):
+    if _can_rematerialise(config, _platform(mesh)):
         later = model.REMAT[model.REMAT.index(config.model.remat) + 1 :]
         changes.extend(("model", "remat", remat) for remat in later)
     if config.model.attention != "chunked" and data.seq_len > attention.BLOCK:
