@@ -183,10 +183,8 @@ class Checkpointer:
         self.wait()
         if processes.count() > 1:
             return self._save_together(step, state, record)
-        # Views, as a second copy of a large state may not fit in memory.
-        views = arrays_lib.by_name(
-            model.unstack_layers(jax.tree.map(np.asarray, state))
-        )
+        # Views where there are any, as a second copy of a large state may not fit.
+        views = arrays_lib.by_name(model.unstack_layers(jax.device_get(state)))
         try:
             arrays_lib.check_step(views, step, first=record.get(PHASE_START, 0))
         except records.DamagedError as error:
@@ -198,7 +196,7 @@ class Checkpointer:
             return
         try:
             self._begin(save)
-            kept = np.array if donated else np.asarray
+            kept = np.array if donated and _is_on_host(state) else np.asarray
             arrays = records.in_parallel(lambda name: kept(views[name]), views)
         except Exception as error:
             failure = self._error(save, error)
@@ -590,6 +588,12 @@ class _Save(NamedTuple):
     record: Record
     partial: pathlib.Path
     needed: int
+
+
+def _is_on_host(state: state_lib.TrainState) -> bool:
+    """Whether arrays of the host may be views, which a donation would overwrite."""
+    devices = (x.devices() for x in jax.tree.leaves(state))
+    return any(device.platform == "cpu" for group in devices for device in group)
 
 
 @contextlib.contextmanager
