@@ -24,7 +24,7 @@ narrow dense Muon, blocks without a retraction, and low rank.
                there, and a longer decay for the narrow dense model. 2 hours. Losses
                1.20, 1.23 and 1.24.
   d256         d 256, 4 layers, 3.2 M dense parameters, 0.4 tokens per parameter; the
-               methods of d128_longer.
+               leading methods of d128_longer.
   healing      d 64. A dense model of 10 tokens per parameter, truncated and trained on
                5, 10 and 20 % more. Half an hour. Losses 1.64 whitened, 1.72 plain at
                10 %.
@@ -189,14 +189,13 @@ def _d128_longer() -> grid.Comparison:
 
 
 def _d256() -> grid.Comparison:
-    """The methods of `d128_longer` at twice the width."""
+    """The leading methods of `d128_longer` at twice the width."""
     found = [
         dataclasses.replace(method, learning_rates=(0.005, 0.01, 0.02))
         for method in (
             methods.with_decay(NARROW),
             methods.with_decay(FREE_BLOCKS),
             methods.with_decay(LOW_RANK),
-            NARROW,
         )
     ]
     return _study(base(256, 688), *found, tokens_per_parameter=(0.4,))
