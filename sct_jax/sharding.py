@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +17,7 @@ T = TypeVar("T")  # a pytree of parameters
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
+REPLICAS = "data"
 HEADS = "tensor"
 BATCH = PartitionSpec(ROWS)
 
@@ -265,6 +266,7 @@ class Placement:
 
     XLA may choose another division for what nothing constrains: of activations by the
     axis of the weights, for example. On one device every method returns its argument.
+    Within `on_each_replica`, the methods see the devices of one replica.
 
     Attributes:
       mesh: the devices.
@@ -277,7 +279,21 @@ class Placement:
     @property
     def row_shards(self) -> int:
         """Number of parts of a batch."""
-        return row_shards(self.mesh)
+        return math.prod(size for name, size in self._sizes() if name in ROWS)
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of copies of the parameters that `on_each_replica` tells apart.
+
+        None are on a mesh of all three axes, where XLA (jaxlib 0.10.2) would abort.
+        """
+        others = [self.mesh.shape[name] for name in AXES if name != REPLICAS]
+        return 1 if min(others) > 1 else self.mesh.shape[REPLICAS]
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices."""
+        return math.prod(size for _, size in self._sizes())
 
     @property
     def gathers_weights(self) -> bool:
@@ -332,15 +348,61 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
+    def on_each_replica(
+        self, fn: Callable[[T, Any], tuple[Any, ...]], params: T, rows: Any
+    ) -> tuple[Any, ...]:
+        """Returns the mean over `data` of fn(params, rows), a tree of floats.
+
+        Sums within `fn` stay on a replica, and cross `data` once.
+
+        Args:
+          fn: a function of the parameters and the rows of one replica.
+          params: replicated over `data`.
+          rows: tree of arrays (N, B, ...), whose axis B is divided by `ROWS`.
+        """
+        if self.num_replicas == 1:
+            return fn(params, rows)
+
+        def mean(params, rows):
+            return jax.tree.map(lambda x: jax.lax.pmean(x, REPLICAS), fn(params, rows))
+
+        return jax.shard_map(
+            mean,
+            mesh=self.mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(None, REPLICAS)),
+            out_specs=PartitionSpec(),
+            axis_names={REPLICAS},
+            check_vma=False,
+        )(params, rows)
+
+    def _sizes(self) -> list[tuple[str, int]]:
+        """Axes and their sizes, without those that `on_each_replica` divides."""
+        manual = _manual_axes()
+        return [pair for pair in self.mesh.shape.items() if pair[0] not in manual]
+
     def _constrain(self, x: Array, *spec: Any) -> Array:
-        if self.mesh.size == 1:
+        if self.num_devices == 1:
             return x
-        place = NamedSharding(self.mesh, PartitionSpec(*spec))
+        manual = _manual_axes()
+        mesh = jax.sharding.get_abstract_mesh() if manual else self.mesh
+        for name in manual:
+            spec = tuple(
+                axes if axes is PartitionSpec.UNCONSTRAINED else _without(axes, name)
+                for axes in spec
+            )
+        place = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.lax.with_sharding_constraint(x, place)
 
 
 UNPLACED = Placement(AbstractMesh((1,) * len(AXES), AXES))
 """One device; or a mesh on which XLA chooses, with the layout `UNAIDED`."""
+
+
+def _manual_axes() -> tuple[str, ...]:
+    """The axes that a `jax.shard_map` around this call divides by hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
 
 def _without(axes: str | tuple[str, ...] | None, name: str) -> Any:

@@ -341,13 +341,23 @@ def one_step(config, mesh):
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("step", config_lib.STEPS)
-def test_a_sharded_trainer_uses_the_kernel_in_steps_and_evaluation(step):
+@pytest.mark.parametrize(
+    ("step", "axes", "micro_batches"),
+    [
+        ("fused", {"fsdp": 2}, 1),
+        ("layerwise", {"fsdp": 2}, 1),
+        ("fused", {"data": 2}, 2),
+    ],
+)
+def test_a_sharded_trainer_uses_the_kernel_in_steps_and_evaluation(
+    step, axes, micro_batches
+):
     config = dataclasses.replace(
         RUN,
         step=step,
         model=dataclasses.replace(RUN.model, scan_layers=step == "fused"),
-        mesh=sharding.MeshConfig(fsdp=2, tensor=2),
+        data=dataclasses.replace(RUN.data, num_microbatches=micro_batches),
+        mesh=sharding.MeshConfig(**axes, tensor=2),
     )
     plain = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention="xla")

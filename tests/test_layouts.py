@@ -12,6 +12,7 @@ from sct_jax import data, model, sharding
 from sct_jax.training import (
     accounting,
     collectives,
+    hardware,
     hlo,
     optimizer_config,
     processes,
@@ -40,20 +41,20 @@ ROWS, LENGTH = 8, 12
 R, D, V = SHAPE.rank, SHAPE.d_model, SHAPE.vocab_size
 
 
-def experiment(shape=SHAPE, *, length=LENGTH, **mesh):
+def experiment(shape=SHAPE, *, length=LENGTH, parts=1, **mesh):
     clip = {"max_update_norm": 0.1} if shape.spectral else {}
     return config_lib.ExperimentConfig(
         model=shape,
         mesh=sharding.MeshConfig(**mesh),
-        data=data.DataConfig(batch_size=ROWS, seq_len=length),
+        data=data.DataConfig(batch_size=ROWS, seq_len=length, num_microbatches=parts),
         optimizer=optimizer_config.Sct(peak_learning_rate=1e-2, **clip),
     )
 
 
 @functools.cache
-def compiled(shape=SHAPE, *, forward=False, length=LENGTH, **mesh):
+def compiled(shape=SHAPE, *, forward=False, length=LENGTH, parts=1, **mesh):
     """The mesh, and the text of a step or of a forward pass."""
-    config = experiment(shape, length=length, **mesh)
+    config = experiment(shape, length=length, parts=parts, **mesh)
     sizes = [getattr(config.mesh, axis) for axis in sharding.AXES]
     devices = config.mesh.build(int(np.prod(sizes)))
     run = trainer.Trainer(config, devices, diagnose=lambda old, new: {})
@@ -130,6 +131,19 @@ def test_dense_matrices_move_whole_streams():
         DENSE, forward=True, data=1, tensor=TENSOR, tensor_layout="thin_replicated"
     )
     assert per_token(found) == 2 * D
+
+
+# --- Replicas.
+
+
+@pytest.mark.parametrize("others", [{}, {"fsdp": 2}, {"tensor": 2}], ids=str)
+def test_gradients_of_micro_batches_cross_between_replicas_once(others):
+    devices, text = compiled(parts=2, data=2, **others)
+    found = collectives.most(collectives.read(text, devices))
+    crossing = collectives.total([c for c in found if "data" in c.axes])
+    state = trainer.Trainer(experiment(data=2, **others), devices).abstract_state
+    gradients = hardware.shard_bytes(state.params)
+    assert gradients <= crossing.payload_bytes <= gradients + 64  # and the loss
 
 
 # --- The ends: vocabulary-parallel.

@@ -99,6 +99,31 @@ def test_eight_devices_train_like_one(one):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
 
 
+@pytest.mark.parametrize(
+    "axes", [{"data": 4}, {"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}], ids=str
+)
+def test_micro_batches_on_replicas_train_like_one_batch(one, axes):
+    """Whatever tokens each replica has in each micro-batch, even none."""
+    config = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, num_microbatches=2)
+    )
+    runs = one, trainer.Trainer(config, mesh_of(4, **axes))
+    states = [run.init(jax.random.key(0)) for run in runs]
+    for seed in range(2):
+        drawn = batch(seed)
+        drawn["targets"][:2] = -1
+        drawn["targets"][4, 3:] = -1
+        found = [
+            run.step(state, drawn, diagnose=True)
+            for run, state in zip(runs, states, strict=True)
+        ]
+        states = [state for state, _ in found]
+        for name in ("loss", "grad_norm", "composite_update_norm"):
+            np.testing.assert_allclose(
+                *(values[name] for _, values in found), rtol=1e-4
+            )
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     config = dataclasses.replace(
         CONFIG, data=dataclasses.replace(CONFIG.data, num_microbatches=2)

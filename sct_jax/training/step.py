@@ -61,6 +61,7 @@ def make_train_step(
     """Returns `train_step(state, batch, diagnose) -> (state, metrics)`; jit it.
 
     A scan averages the gradients of `num_microbatches` equal shares of the batch.
+    Replicas of the parameters exchange their averages, once per step.
     Factors are orthonormal after every step, because the retraction is part of `tx`.
 
     Metrics are `loss`, `grad_norm` (before clipping), those of `guard`, and the results
@@ -88,16 +89,22 @@ def make_train_step(
 
         if num_microbatches == 1:
             return value_and_grad(params, batch)
+
+        def mean(params, parts):
+            shares, weights = parts
+
+            def add(total, part):
+                share, weight = part
+                found = value_and_grad(params, share)
+                return jax.tree.map(lambda t, x: t + weight * x, total, found), None
+
+            zeros = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
+            total, _ = jax.lax.scan(add, zeros, (shares, weights[:, 0]))
+            return jax.tree.map(lambda x: x / num_microbatches, total)
+
         parts = shares(batch, num_microbatches)
-
-        def add(total, part):
-            share, weight = part
-            found = value_and_grad(params, share)
-            return jax.tree.map(lambda t, x: t + weight * x, total, found), None
-
-        zeros = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, zeros, (parts, share_weights(parts["targets"])))
-        return jax.tree.map(lambda x: x / num_microbatches, total)
+        weights = share_weights(parts["targets"], replicas=placement.num_replicas)
+        return placement.on_each_replica(mean, params, (parts, weights))
 
     def diagnostics(old, new, wanted):
         shapes = jax.eval_shape(diagnose, old, new)
@@ -158,9 +165,8 @@ def make_eval_step(
         if num_microbatches == 1:
             return share_loss(batch)
         parts = shares(batch, num_microbatches)
-        return jnp.mean(
-            share_weights(parts["targets"]) * jax.lax.map(share_loss, parts)
-        )
+        weights = share_weights(parts["targets"])[:, 0]
+        return jnp.mean(weights * jax.lax.map(share_loss, parts))
 
     return eval_step
 
@@ -175,10 +181,17 @@ def shares(batch: Batch, num_shares: int) -> dict[str, Int[Array, "N M L"]]:
     )
 
 
-def share_weights(targets: Int[Array, "N M L"]) -> Float[Array, " N"]:
+def share_weights(
+    targets: Int[Array, "N M L"], *, replicas: int = 1
+) -> Float[Array, "N replicas"]:
     """Returns the weight of each share in the mean over all tokens; their mean is 1.
 
     Targets below zero count as no token, as in `model.loss`.
+
+    Args:
+      targets: from `shares`.
+      replicas: parts of each share's rows, which have weights of their own.
     """
-    counts = jnp.sum(targets >= 0, axis=(1, 2), dtype=jnp.float32)
-    return counts * len(counts) / jnp.maximum(jnp.sum(counts), 1)  # 1 for equal counts
+    of_replicas = targets.reshape(len(targets), replicas, -1)
+    counts = jnp.sum(of_replicas >= 0, axis=-1, dtype=jnp.float32)
+    return counts * counts.size / jnp.maximum(jnp.sum(counts), 1)  # 1 for equal counts
