@@ -157,7 +157,30 @@ def test_several_lengths_have_figures_of_the_gaps(tmp_path):
     ]
     names = [image.name for image in report.draw(summary.summarize(longer))]
     assert {"gap-to-dense-Muon-tokens", "gap-to-dense-Muon-flops"} <= set(names)
-    assert "loss-tokens-2" in names
+    assert {"loss-tokens-2", "effective-ranks"} <= set(names)
+
+
+def test_figures_without_data_are_left_out():
+    """Of one method there is no gap, and of one effective rank no change."""
+    alone = row("dense Muon", 0.02, 0, 4.0, longer=True)
+    one_rank = {"q": [rows.Sample(90, 8.0)]}
+    alone = dataclasses.replace(alone, effective_ranks=one_rank, update_norms=[])
+    names = [image.name for image in report.draw(summary.summarize([alone]))]
+    assert "spectra" in names and "curves" in names
+    assert not {"effective-ranks", "update-norms"} & set(names)
+    assert not [name for name in names if name.startswith("gap")]
+
+
+def test_what_a_truncation_does_to_the_loss_is_no_spike():
+    cut = dataclasses.replace(
+        row("dense Muon", 0.02, 0, 4.0, spikes=[5, 20, 21, 70, 71]),
+        # Of a shorter run, and of the longest one, which spikes are counted in.
+        switches=[rows.Switch(50, 4, 3.0, 4.0), rows.Switch(100, 20, 3.0, 4.0)],
+    )
+    assert cut.spikes_of_training == [5, 20, 71]
+    (method,) = summary.summarize([cut])
+    assert method.num_spikes(TOKENS) == 3
+    assert dataclasses.replace(cut, spikes=None).spikes_of_training is None
 
 
 @pytest.mark.parametrize("text", ["", '{"trial": "torn'])

@@ -61,6 +61,14 @@ def to_png(figure: Figure) -> bytes:
     return stored.getvalue()
 
 
+def shows_data(figure: Figure) -> bool:
+    """Returns whether anything is drawn; closes a figure in which nothing is."""
+    if any(axes.has_data() for axes in figure.axes):
+        return True
+    plt.close(figure)
+    return False
+
+
 def losses(methods: Methods, budget: Budget) -> Figure:
     """Returns held-out losses as points with one standard deviation, best on top.
 
@@ -221,7 +229,7 @@ def update_norms(methods: Methods, budget: Budget) -> Figure:
         steps, norms = np.array(points).T
         look = style(method.index)
         axes.plot(steps, norms, label=method.name, **(look | {"marker": ""}))
-        spikes = row.spikes or []
+        spikes = row.spikes_of_training or []
         at = np.interp(spikes, steps, norms)
         axes.plot(spikes, at, "x", color=look["color"], markersize=9, mew=2)
     _legend(axes)
@@ -237,7 +245,7 @@ def effective_ranks(methods: Methods, budget: Budget) -> Figure:
     figure, axes = _figure("step", "effective rank, relative to the start")
     for method in methods:
         kinds = list(method.rows(budget)[0].effective_ranks.values())
-        if not kinds:
+        if not kinds or len(kinds[0]) < 2:
             continue
         steps = [sample.step for sample in kinds[0]]
         ranks = np.array([[sample.value for sample in kind] for kind in kinds])
@@ -341,7 +349,9 @@ def _log_scale(axes, formatter: str | ticker.Formatter) -> None:
 
 
 def _legend(axes) -> None:
-    """A legend outside the axes, where it covers no data."""
+    """A legend outside the axes, where it covers no data; none if there is no data."""
+    if not axes.has_data():
+        return
     legend = axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=11
     )

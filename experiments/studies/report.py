@@ -32,9 +32,10 @@ NOTES = (
     "Bits per byte, TFLOP, the largest change of a matrix in spectral norm, and loss "
     "spikes per run refer to the steps of the first budget. A dash means that nothing "
     "was measured. A step at which most methods spike with the same seed is a hard "
-    "batch. The final training loss is the mean over the last ten or more steps of the "
-    "longest run, on text that the run had not seen: a second opinion beside the "
-    "held-out text.",
+    f"batch; the {rows_lib.AFTER_SWITCH} steps after a truncation do not count. The "
+    "final training loss is the mean over the last ten or more steps of the longest "
+    "run, on text that the run had not seen: a second opinion beside the held-out "
+    "text.",
     "FLOPs are the matrix products of forward and backward pass, head included. The "
     "optimizer is not counted. At these sizes, orthogonalisation adds 13 to 29 % to "
     "dense Muon, and with the retraction 4 % to Stiefel Muon. Methods whose ranks "
@@ -259,8 +260,10 @@ def _drawings(
             figures.spectra,
         ),
     ):
-        yield name, f"{caption}{seeds}.", draw_one(compared, first)
-    if len({budget.amount for budget in budgets}) == 1:
+        figure = draw_one(compared, first)
+        if figures.shows_data(figure):
+            yield name, f"{caption}{seeds}.", figure
+    if len({budget.amount for budget in budgets}) == 1 or len(methods) == 1:
         return
     for reference in summary.references(methods):
         for kind in summary.first_of_each_kind(budgets):

@@ -15,6 +15,7 @@ from sct_jax import errors
 from sct_jax.training import metrics
 
 FILE = "runs.jsonl"
+AFTER_SWITCH = 50  # steps in which the loss of a truncation is no spike
 
 
 class Sample(NamedTuple):
@@ -106,6 +107,19 @@ class Row:
     def seed(self) -> int:
         """Seed of parameters and data order."""
         return self.trial.experiment.seed
+
+    @property
+    def spikes_of_training(self) -> Sequence[int] | None:
+        """`spikes` without those that a truncation makes."""
+        if self.spikes is None:
+            return None
+        longest = max((switch.length for switch in self.switches), default=0)
+        cuts = [s.step for s in self.switches if s.length == longest]
+        return [
+            step
+            for step in self.spikes
+            if not any(cut < step <= cut + AFTER_SWITCH for cut in cuts)
+        ]
 
     def loss(self, budget: trial_lib.Budget) -> float:
         """Returns the held-out loss at a budget, infinite after a divergence."""

@@ -142,9 +142,9 @@ class MethodSummary:
         Rows record the longest run. Spikes count up to the steps of this budget.
         """
         counts = [
-            sum(step <= row.results[budget].steps for step in row.spikes)
+            sum(step <= row.results[budget].steps for step in found)
             for row in self.rows(budget)
-            if row.spikes is not None
+            if (found := row.spikes_of_training) is not None
         ]
         return float(np.mean(counts)) if counts else math.nan
 
