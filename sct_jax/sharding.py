@@ -285,7 +285,7 @@ class Placement:
     def num_replicas(self) -> int:
         """Number of copies of the parameters that `on_each_replica` tells apart.
 
-        None are on a mesh of all three axes, where XLA (jaxlib 0.10.2) would abort.
+        It is 1 on a mesh of all three axes, where XLA (jaxlib 0.10.2) would abort.
         """
         others = [self.mesh.shape[name] for name in AXES if name != REPLICAS]
         return 1 if min(others) > 1 else self.mesh.shape[REPLICAS]

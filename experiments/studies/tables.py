@@ -196,20 +196,25 @@ def best_narrow(study: str, budget: trial_lib.Budget) -> str:
     return summary.ranked(narrow, budget)[0].name
 
 
-def start_d128() -> str:
-    """Returns losses at d 128 over the length."""
-    study = "start-d128_longer"
-    short, long = methods_of("start-d128"), methods_of(study)
-    ((_, gap),) = minus(study, [best_narrow(study, FLOPS(2))], FLOPS(2))
-    columns = [
-        (
-            "0.4",
-            lambda m: short[m.name].with_error(FLOPS(0.4)) if m.name in short else "",
-        ),
-        ("2", lambda m: m.with_error(FLOPS(2))),
-        ("2, minus narrow", gap),
-    ]
-    return table(summary.ranked(long.values(), FLOPS(2)), columns)
+def start_wider() -> str:
+    """Returns losses of wider models, and minus the best narrow one of each study."""
+    columns: list[Column] = []
+    for title, study, length in (
+        ("d 128, 0.4", "start-d128", 0.4),
+        ("d 128, 2", "start-d128_longer", 2),
+    ):
+        known, budget = methods_of(study), FLOPS(length)
+        ((_, gap),) = minus(study, [best_narrow(study, budget)], budget)
+        for column, cell in (
+            (title, lambda m, budget=budget: m.with_error(budget)),
+            ("minus narrow", gap),
+        ):
+            of_name = lambda m, known=known, cell=cell: (
+                cell(known[m.name]) if m.name in known else ""
+            )
+            columns.append((column, of_name))
+    methods = methods_of("start-d128_longer").values()
+    return table(summary.ranked(methods, FLOPS(2)), columns)
 
 
 def healing() -> str:
@@ -278,7 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation_retraction": losses("ablation_retraction", TOKENS(1)),
     "scaling_laws": scaling_laws,
     "start": start,
-    "start_d128": start_d128,
+    "start_wider": start_wider,
     "healing": healing,
 }
 
