@@ -35,7 +35,7 @@ VARIANTS = (
 # Configurations of comparisons that were trained to their end, by folder.
 SPECS = {f"compare_methods-{name}": f"compare_methods.py:{name}" for name in VARIANTS}
 SPECS |= {name: f"{name}.py" for name in ("ablation_retraction", "rank_sweep")}
-STARTS = ("d64", "d128", "d128_longer", "healing", "extra")
+STARTS = ("d64", "d128", "d128_longer", "d256", "healing", "extra")
 SPECS |= {f"start-{name}": f"start.py:{name}" for name in STARTS}
 
 

@@ -22,7 +22,7 @@ narrow dense Muon, blocks without a retraction, and low rank.
                there, and a longer decay for the narrow dense model. 2 hours. Losses
                1.20, 1.23 and 1.24.
   d256         d 256, 4 layers, 3.2 M dense parameters, 0.4 tokens per parameter; the
-               leading methods of d128_longer.
+               leading methods of d128_longer. 4 hours. Losses 1.15, 1.17 and 1.19.
   healing      d 64. A dense model of 10 tokens per parameter, truncated and trained on
                5, 10 and 20 % more. Half an hour. Losses 1.64 whitened, 1.72 plain at
                10 %.

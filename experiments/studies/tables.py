@@ -202,6 +202,7 @@ def start_wider() -> str:
     for title, study, length in (
         ("d 128, 0.4", "start-d128", 0.4),
         ("d 128, 2", "start-d128_longer", 2),
+        ("d 256, 0.4", "start-d256", 0.4),
     ):
         known, budget = methods_of(study), FLOPS(length)
         ((_, gap),) = minus(study, [best_narrow(study, budget)], budget)
