@@ -151,6 +151,8 @@ def _d64() -> grid.Comparison:
         dense_first(0.6, chain="muon"),
         dense_first(0.2, 0.4, chain="muon", multiples=(phases_lib.DENSE, 2.0)),
         methods.with_decay(TWO_BLOCKS),
+        methods.with_decay(LOW_RANK, 0.5),
+        methods.with_decay(FREE_BLOCKS, 0.5),
     )
 
 
