@@ -38,7 +38,7 @@ Methods = Sequence[summary.MethodSummary]
 Budget = trial_lib.Budget
 
 _LOSS = "held-out loss, nats per token"
-_DPI = 130
+_DPI = 110
 _PALETTE = 256  # colours per file: enough for lines and text, at a third of the size
 
 
